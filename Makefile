@@ -1,0 +1,51 @@
+# Every target works from a clean checkout with Python >= 3.11, make and a package index.
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= runs/demo
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint bench clean
+
+help: ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed ## make .venv and install the package with its test and lint tools
+
+# The stamp is newer than pyproject.toml only after an installation that finished.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	@touch $@
+
+demo: .venv/installed ## train two specialists and a weight agent, compare it with every baseline (SEED=0 OUT=runs/demo)
+	$(BIN)/rlae-jax demo --seed $(SEED) --out $(OUT)
+
+test: .venv/installed ## all tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: .venv/installed ## the tests that matter most, within 4 minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+lint: .venv/installed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The peers need torch; the CPU build is several gigabytes smaller where the index offers it (BENCH_TORCH=torch==2.13.0).
+BENCH_TORCH ?= torch
+.venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet '$(BENCH_TORCH)'
+	@touch $@
+
+bench: .venv/bench ## all benchmarks, tables and JSON in runs/bench
+	mkdir -p runs/bench
+	for file in benchmarks/*.py; do \
+	  name=$$(basename $$file .py); \
+	  case $$name in __init__|peers|common) continue;; esac; \
+	  $(BIN)/python -m benchmarks.$$name --json runs/bench/$$name.json || exit 1; \
+	done
+
+clean: ## remove .venv, runs and caches
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,10 @@
+"""Several language models write one answer together, and an agent learns how much to trust each, span by span."""
+
+from rlae_jax.errors import InputError as InputError
+from rlae_jax.fusion.decode import DecodeSpec as DecodeSpec
+from rlae_jax.fusion.decode import DecodeState as DecodeState
+from rlae_jax.fusion.decode import decode as decode
+from rlae_jax.fusion.ensemble import Ensemble as Ensemble
+from rlae_jax.fusion.ensemble import Generation as Generation
+from rlae_jax.models import LM as LM
+from rlae_jax.models import load as load

@@ -1,0 +1,39 @@
+"""Errors that are the user's to mend, told in a few lines: what is wrong, where, and what would be right."""
+
+import collections
+import os
+import tempfile
+from collections.abc import Iterable
+
+SHOWN_PER_KIND = 5
+
+
+class InputError(ValueError):
+    """Unusable input. The commands print its message without a traceback and exit with status 2."""
+
+
+def grouped_error(headline: str, findings: Iterable[tuple[str, str]], remedy: str = "") -> InputError:
+    """An `InputError` that counts findings per kind and shows the first five of each.
+
+    Args:
+      headline: what was being read, and where.
+      findings: (kind, item) pairs, e.g. ("missing", "model.norm.weight").
+      remedy: what would be right.
+
+    When some kind has more than five items, all of them are written to a file that the message names.
+    """
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for kind, item in findings:
+        kinds[kind].append(item)
+    lines = [headline]
+    for kind, items in kinds.items():
+        shown = "; ".join(items[:SHOWN_PER_KIND]) + ("; ..." if len(items) > SHOWN_PER_KIND else "")
+        lines.append(f"  {len(items)} {kind}: {shown}")
+    if any(len(items) > SHOWN_PER_KIND for items in kinds.values()):
+        descriptor, path = tempfile.mkstemp(prefix="rlae_jax-", suffix=".txt", text=True)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.writelines(f"{kind}\t{item}\n" for kind, items in kinds.items() for item in items)
+        lines.append(f"  the full list is in {path}")
+    if remedy:
+        lines.append(remedy)
+    return InputError("\n".join(lines))

@@ -1,0 +1,1 @@
+"""Several language models as one: fusion operators, sampling and the compiled decoding loop. Knows nothing of RL."""

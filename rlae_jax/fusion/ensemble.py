@@ -1,0 +1,423 @@
+"""`Ensemble`: the host's side of decoding. Text or ids and weights in, texts and what was decided out.
+
+Checks everything a user can get wrong, pads the batch into buckets so that programs are reused, calls the compiled
+loop once, and turns ids into text.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion.operators import FusionOperator, get_operator
+from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed, Policy
+from rlae_jax.fusion.sampling import Sampling
+from rlae_jax.models import LM
+
+SMALLEST_PROMPT_BUCKET = 16
+DEFAULT_SPAN_LENGTH = 4
+
+Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | Policy | BoundPolicy | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `Ensemble.generate` returns, one entry per prompt."""
+
+    texts: list[str] | None  # None without a tokenizer
+    tokens: list[list[int]]  # the first member's ids, end token excluded
+    weights: Float[np.ndarray, "B P K"]  # used in each span; NaN after a row's end
+    finish_reasons: list[str]  # "stop" | "length"
+    steps: list[int]  # fused steps, the one that chose the end token included
+
+
+def bucket(n: int, smallest: int = 1) -> int:
+    """The next size in 1, 2, 3, 4, 6, 8, 12, 16, ... (2^i and 3 * 2^i) that holds n: at most half is wasted."""
+    size = smallest
+    while size < n:
+        if 3 * size % 2 == 0 and 3 * size // 2 >= n:
+            return 3 * size // 2
+        size *= 2
+    return size
+
+
+def normalise_weights(weights: Any, batch: int, members: int) -> Float[np.ndarray, "B K"]:
+    """Checks [K] or [B, K] weights and scales each row to sum to 1.
+
+    Raises:
+      InputError: a wrong shape, or a row that is negative, not finite or all zero.
+    """
+    try:
+        array = np.asarray(weights, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"weights must be numbers, [K] or [B, K], or a policy ({error})") from error
+    if array.shape not in ((members,), (batch, members)):
+        raise InputError(
+            f"weights have shape {list(array.shape)}; expected [{members}] (one per member) or [{batch}, {members}] "
+            "(one row per prompt)"
+        )
+    rows = np.broadcast_to(array, (batch, members))
+    findings = []
+    for b, row in enumerate(rows if array.ndim == 2 else rows[:1]):
+        where = f"prompt {b}: {row.tolist()}" if array.ndim == 2 else str(row.tolist())
+        if not np.all(np.isfinite(row)):
+            findings.append(("not finite", where))
+        elif np.any(row < 0):
+            findings.append(("negative", where))
+        elif not np.any(row > 0):
+            findings.append(("all zero", where))
+    if findings:
+        raise grouped_error("unusable weights", findings, "each row needs weights >= 0, at least one of them > 0")
+    return rows / rows.sum(axis=1, keepdims=True)
+
+
+def check_same_tokenizer(members: Sequence[LM]) -> None:
+    """Raises an `InputError` unless all members read and write the same ids."""
+    first = members[0]
+    for other in members[1:]:
+        if (first.tokenizer is None) != (other.tokenizer is None):
+            raise InputError(f"{first.name} and {other.name}: one has a tokenizer and the other has none")
+        if first.tokenizer is None:
+            if first.config.vocab != other.config.vocab:
+                raise InputError(
+                    f"{first.name} and {other.name} have no tokenizers and differ in vocabulary "
+                    f"({first.config.vocab} and {other.config.vocab}): this fusion needs one tokenizer"
+                )
+            continue
+        ours, theirs = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+        differing = [
+            f"{token!r} is {ours.get(token, 'absent')} and {theirs.get(token, 'absent')}"
+            for token in sorted(ours.keys() | theirs.keys())
+            if ours.get(token) != theirs.get(token)
+        ]
+        if differing:
+            raise grouped_error(
+                f"{first.name} and {other.name} have different tokenizers; this fusion needs one tokenizer",
+                [("tokens with different ids", token) for token in differing],
+            )
+
+
+@functools.partial(jax.jit, static_argnames="keep_caches")
+def _decode(
+    params: Any, ids: Array, mask: Array, policy_params: Any, keys: Array, spec: Any, active: Array, keep_caches: bool
+) -> decoding.DecodeState:
+    state = decoding.decode(params, ids, mask, policy_params, keys, spec, active)
+    # Returned caches would be copied out of the loop for nobody.
+    return state if keep_caches else state._replace(caches=())
+
+
+class Ensemble:
+    """K language models that write one text together.
+
+    Args:
+      members: at least one LM; all with the same tokenizer.
+      fusion: a name in `rlae_jax.fusion.operators.OPERATORS`, or a pure function like the ones there.
+      end_ids: ids that end a text; by default every member's own.
+
+    Raises:
+      InputError: no members, tokenizers that differ, an unknown operator.
+    """
+
+    def __init__(
+        self, members: Sequence[LM], fusion: str | FusionOperator = "linear", *, end_ids: Sequence[int] | None = None
+    ):
+        if not members:
+            raise InputError("an ensemble needs at least one member")
+        check_same_tokenizer(members)
+        self.members = tuple(members)
+        self.fusion = get_operator(fusion)
+        ids = [i for lm in members for i in lm.config.end_ids] if end_ids is None else end_ids
+        self.end_ids = tuple(sorted(set(ids)))
+        vocab = min(lm.config.vocab for lm in members)
+        outside = [i for i in self.end_ids if not 0 <= i < vocab]
+        if outside and end_ids is not None:
+            raise InputError(f"end_ids {outside} lie outside the vocabulary of {vocab}")
+
+    @property
+    def params(self) -> tuple[Any, ...]:
+        """The members' parameter trees, as `decode` takes them."""
+        return tuple(lm.params for lm in self.members)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The members' tokenizer.
+
+        Raises:
+          InputError: the members have none.
+        """
+        return self.members[0].require_tokenizer()
+
+    @property
+    def context(self) -> int:
+        """The longest text, in tokens, that every member was made for."""
+        return min(lm.config.context for lm in self.members)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """D of each member."""
+        return tuple(lm.config.width for lm in self.members)
+
+    def spec(
+        self,
+        *,
+        policy: Policy | None = None,
+        span_length: int = DEFAULT_SPAN_LENGTH,
+        max_new_tokens: int = 64,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        ignore_eos: bool = False,
+        sample_weights: bool = False,
+        record: bool = False,
+    ) -> decoding.DecodeSpec:
+        """The `DecodeSpec` of this ensemble; see `generate` for the options.
+
+        Raises:
+          InputError: an option outside its range.
+        """
+        if span_length < 1 or max_new_tokens < 1:
+            raise InputError(
+                f"span_length and max_new_tokens must be at least 1, not {span_length} and {max_new_tokens}"
+            )
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise InputError(f"min_new_tokens must be between 0 and max_new_tokens, not {min_new_tokens}")
+        return decoding.DecodeSpec(
+            sampling=Sampling.create(temperature, top_k, top_p),
+            min_new_tokens=min_new_tokens,
+            members=tuple(lm.config for lm in self.members),
+            fusion=self.fusion,
+            policy=Fixed() if policy is None else policy,
+            sample_weights=sample_weights,
+            record=record,
+            span_length=span_length,
+            max_new_tokens=max_new_tokens,
+            end_ids=() if ignore_eos else self.end_ids,
+        )
+
+    def encode(self, prompts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
+        """Token ids of each prompt; `chat` puts each into the tokenizer's chat template as a user's message.
+
+        Raises:
+          InputError: no prompts, a single string, an empty prompt, no chat template.
+        """
+        if isinstance(prompts, str):
+            raise InputError("prompts must be a list of strings; put a single prompt in a list")
+        if not len(prompts):
+            raise InputError("no prompts: give at least one")
+        if chat:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise InputError(f"{self.members[0].name} has no chat template; use chat=False")
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            ids = [
+                self.tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=True)["input_ids"]
+                for m in messages
+            ]
+        else:
+            ids = self.tokenizer(list(prompts))["input_ids"]
+        empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
+        if empty:
+            raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
+        return ids
+
+    def check_lengths(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+        """Raises an `InputError` for prompts that do not fit the context together with the answer."""
+        long = [("prompts", f"prompt {b} has {n}") for b, n in enumerate(lengths) if n + max_new_tokens > self.context]
+        if long:
+            raise grouped_error(
+                f"too long: the context is {self.context} tokens, of which max_new_tokens takes {max_new_tokens}",
+                long,
+                f"prompts of at most {max(self.context - max_new_tokens, 0)} tokens fit",
+            )
+
+    def bind(self, weights: Weights, batch: int, spans: int) -> tuple[Policy, Any, bool]:
+        """(policy, its parameters for this batch, whether to sample) for any of `generate`'s weights.
+
+        Raises:
+          InputError: weights of a wrong shape or value, a policy trained for other members.
+        """
+        if isinstance(weights, BoundPolicy):
+            if weights.dims.widths != self.widths:
+                raise InputError(
+                    f"the policy was trained for members of width {list(weights.dims.widths)}; "
+                    f"these have {list(self.widths)}"
+                )
+            return weights.policy, weights.params, weights.sample
+        if weights is None:
+            return Fixed(), np.full((batch, len(self.members)), 1 / len(self.members), np.float32), False
+        if hasattr(weights, "apply") and hasattr(weights, "init"):
+            return weights, weights.init(jax.random.key(0), Dims(self.widths, spans)), False
+        return Fixed(), normalise_weights(weights, batch, len(self.members)), False
+
+    def generate(
+        self,
+        prompts: Sequence[str] | None = None,
+        weights: Weights = None,
+        span_length: int | None = None,
+        max_new_tokens: int = 64,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] | Int[Array, "B"] = 0,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        ignore_eos: bool = False,
+        *,
+        prompt_ids: Int[Array, "B T"] | None = None,
+        prompt_mask: Array | None = None,
+    ) -> Generation:
+        """Writes one answer per prompt.
+
+        Args:
+          prompts: texts; or give `prompt_ids` and `prompt_mask` (1 where there is a token, padding on either side).
+          weights: None (uniform), [K], Float[B, K] (each row is scaled to sum to 1), or a policy.
+          span_length: L, the steps for which weights are held; by default the trained policy's own, else 4.
+          temperature: 0 is greedy. Then `top_k` (0: no limit) and `top_p` (1: no limit) apply, in that order.
+          min_new_tokens: no end token before this many.
+          seed: row b draws from fold_in(key(seed), b); or one seed per row.
+          stop: strings that end an answer; the text is cut before the first of them.
+          chat: put each prompt into the tokenizer's chat template.
+          ignore_eos: write max_new_tokens whatever is chosen.
+
+        Raises:
+          InputError: unusable prompts, weights or options, told before anything is compiled.
+        """
+        if (prompts is None) == (prompt_ids is None):
+            raise InputError("give either prompts or prompt_ids")
+        if prompt_ids is None:
+            rows = self.encode(prompts, chat=chat)
+        else:
+            rows = _rows(prompt_ids, prompt_mask)
+        self.check_lengths([len(row) for row in rows], max_new_tokens)
+        if isinstance(weights, BoundPolicy):
+            span_length = span_length or weights.span_length
+        elif isinstance(weights, Confidence):
+            span_length = span_length or 1
+        span_length = DEFAULT_SPAN_LENGTH if span_length is None else span_length
+
+        batch = len(rows)
+        spec = self.spec(
+            span_length=span_length,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            ignore_eos=ignore_eos,
+        )
+        policy, policy_params, sample = self.bind(weights, batch, spec.spans)
+        spec = dataclasses.replace(spec, policy=policy, sample_weights=sample)
+        state = self.run(rows, policy_params, _row_keys(seed, batch), spec)
+        return self._collect(rows, state, spec, stop)
+
+    def run(
+        self, rows: Sequence[Sequence[int]], policy_params: Any, keys: Array, spec: decoding.DecodeSpec
+    ) -> decoding.DecodeState:
+        """Decodes rows of ids under a spec: pads them into a bucket, calls the compiled loop, cuts the filling off.
+
+        Returns a state of host arrays without caches.
+        """
+        batch = len(rows)
+        ids, mask = pad_rows(rows, bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET))
+        filling = bucket(batch) - batch
+        ids, mask = (np.concatenate([array, np.repeat(array[:1], filling, axis=0)]) for array in (ids, mask))
+        keys = jnp.concatenate([keys, jnp.repeat(keys[:1], filling)])
+        if isinstance(spec.policy, Fixed) and policy_params.shape[0] == batch:
+            policy_params = np.concatenate([policy_params, np.repeat(policy_params[:1], filling, axis=0)])
+        active = np.arange(batch + filling) < batch
+        state = _decode(self.params, ids, mask, policy_params, keys, spec, active, keep_caches=False)
+        state = jax.device_get(state._replace(row_keys=()))
+        rows_first = state._replace(
+            span=jax.tree.map(lambda leaf: leaf[:batch], state.span),
+            trajectory=jax.tree.map(lambda leaf: leaf[:, :batch], state.trajectory),
+        )
+        return rows_first._replace(
+            **{
+                name: getattr(state, name)[:batch]
+                for name in ("pending", "lengths", "starts", "done", "ended", "steps", "tokens")
+            }
+        )
+
+    def _collect(
+        self,
+        rows: Sequence[Sequence[int]],
+        state: decoding.DecodeState,
+        spec: decoding.DecodeSpec,
+        stop: Sequence[str],
+    ) -> Generation:
+        tokens = [state.tokens[b, : state.steps[b] - int(state.ended[b])].tolist() for b in range(len(rows))]
+        first_steps = np.arange(spec.spans) * spec.span_length
+        used_bp = first_steps[None] < state.steps[:, None]
+        weights = np.where(used_bp[..., None], np.swapaxes(state.trajectory.weights, 0, 1), np.nan)
+        reasons = ["stop" if ended else "length" for ended in state.ended]
+        texts = None
+        if self.members[0].tokenizer is not None:
+            texts = decode_texts(self.tokenizer, rows, tokens)
+            if stop:
+                for b, text in enumerate(texts):
+                    cuts = [text.index(s) for s in stop if s in text]
+                    if cuts:
+                        texts[b], reasons[b] = text[: min(cuts)], "stop"
+                        tokens[b] = _cover(self.tokenizer, rows[b], tokens[b], texts[b])
+        elif stop:
+            raise InputError(f"stop strings need a tokenizer, and {self.members[0].name} has none")
+        return Generation(texts, tokens, weights, reasons, state.steps.tolist())
+
+
+def _rows(prompt_ids: Any, prompt_mask: Any) -> list[list[int]]:
+    ids = np.asarray(prompt_ids)
+    mask = np.ones_like(ids) if prompt_mask is None else np.asarray(prompt_mask)
+    if ids.ndim != 2 or ids.shape != mask.shape:
+        raise InputError(
+            f"prompt_ids and prompt_mask must both be [B, T], not {list(ids.shape)} and {list(mask.shape)}"
+        )
+    if not ids.shape[0]:
+        raise InputError("no prompts: give at least one")
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask.astype(bool), strict=True)]
+    empty = [("empty prompts", f"row {b}") for b, row in enumerate(rows) if not row]
+    if empty:
+        raise grouped_error("prompt_mask leaves rows without a single token", empty)
+    return rows
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Ids and mask, padded on the left to `width`."""
+    ids = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        ids[b, width - len(row) :] = row
+        mask[b, width - len(row) :] = 1
+    return ids, mask
+
+
+def _row_keys(seed: Any, batch: int) -> Array:
+    seeds = np.asarray(seed)
+    if seeds.ndim == 0:
+        return decoding.row_keys(jax.random.key(int(seeds)), batch)
+    if seeds.shape != (batch,):
+        raise InputError(f"seed must be an integer or one per prompt ([{batch}]), not shape {list(seeds.shape)}")
+    return jax.vmap(jax.random.key)(seeds)
+
+
+def decode_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
+    """What each row's tokens add to its prompt: decoding ids alone would lose a leading space."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.batch_decode([list(prompt) for prompt in prompts], **options)
+    whole = tokenizer.batch_decode([[*p, *t] for p, t in zip(prompts, tokens, strict=True)], **options)
+    return [text[len(prefix) :] for prefix, text in zip(before, whole, strict=True)]
+
+
+def _cover(tokenizer: Any, prompt: Sequence[int], tokens: list[int], text: str) -> list[int]:
+    """The fewest tokens whose text holds `text`."""
+    for n in range(len(tokens)):
+        if decode_texts(tokenizer, [prompt], [tokens[:n]])[0].startswith(text):
+            return tokens[:n]
+    return tokens
