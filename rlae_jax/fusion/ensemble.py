@@ -5,12 +5,10 @@ loop once, and turns ids into text.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -104,13 +102,14 @@ def check_same_tokenizer(members: Sequence[LM]) -> None:
             )
 
 
-@functools.partial(jax.jit, static_argnames="keep_caches")
+@jax.jit
 def _decode(
-    params: Any, ids: Array, mask: Array, policy_params: Any, keys: Array, spec: Any, active: Array, keep_caches: bool
+    params: Any, ids: Array, mask: Array, policy_params: Any, seed: Array, spec: decoding.DecodeSpec, active: Array
 ) -> decoding.DecodeState:
-    state = decoding.decode(params, ids, mask, policy_params, keys, spec, active)
-    # Returned caches would be copied out of the loop for nobody.
-    return state if keep_caches else state._replace(caches=())
+    key = jax.random.key(seed) if seed.ndim == 0 else jax.vmap(jax.random.key)(seed)
+    state = decoding.decode(params, ids, mask, policy_params, key, spec, active)
+    # Returned caches would be copied out of the loop for nobody, and keys have no host form.
+    return state._replace(caches=(), row_keys=())
 
 
 class Ensemble:
@@ -292,10 +291,7 @@ class Ensemble:
         """
         if (prompts is None) == (prompt_ids is None):
             raise InputError("give either prompts or prompt_ids")
-        if prompt_ids is None:
-            rows = self.encode(prompts, chat=chat)
-        else:
-            rows = _rows(prompt_ids, prompt_mask)
+        rows = _rows(prompt_ids, prompt_mask) if prompts is None else self.encode(prompts, chat=chat)
         self.check_lengths([len(row) for row in rows], max_new_tokens)
         if isinstance(weights, BoundPolicy):
             span_length = span_length or weights.span_length
@@ -315,26 +311,32 @@ class Ensemble:
         )
         policy, policy_params, sample = self.bind(weights, batch, spec.spans)
         spec = dataclasses.replace(spec, policy=policy, sample_weights=sample)
-        state = self.run(rows, policy_params, _row_keys(seed, batch), spec)
+        state = self.run(rows, policy_params, seed, spec)
         return self._collect(rows, state, spec, stop)
 
     def run(
-        self, rows: Sequence[Sequence[int]], policy_params: Any, keys: Array, spec: decoding.DecodeSpec
+        self, rows: Sequence[Sequence[int]], policy_params: Any, seed: Any, spec: decoding.DecodeSpec
     ) -> decoding.DecodeState:
         """Decodes rows of ids under a spec: pads them into a bucket, calls the compiled loop, cuts the filling off.
 
         Returns a state of host arrays without caches.
+
+        Raises:
+          InputError: seeds that are neither one integer nor one per row.
         """
         batch = len(rows)
         ids, mask = pad_rows(rows, bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET))
         filling = bucket(batch) - batch
         ids, mask = (np.concatenate([array, np.repeat(array[:1], filling, axis=0)]) for array in (ids, mask))
-        keys = jnp.concatenate([keys, jnp.repeat(keys[:1], filling)])
+        seed = np.asarray(seed, np.uint32)
+        if seed.shape not in ((), (batch,)):
+            raise InputError(f"seed must be an integer or one per prompt ([{batch}]), not shape {list(seed.shape)}")
+        if seed.ndim:
+            seed = np.concatenate([seed, np.zeros(filling, np.uint32)])
         if isinstance(spec.policy, Fixed) and policy_params.shape[0] == batch:
             policy_params = np.concatenate([policy_params, np.repeat(policy_params[:1], filling, axis=0)])
         active = np.arange(batch + filling) < batch
-        state = _decode(self.params, ids, mask, policy_params, keys, spec, active, keep_caches=False)
-        state = jax.device_get(state._replace(row_keys=()))
+        state = jax.device_get(_decode(self.params, ids, mask, policy_params, seed, spec, active))
         rows_first = state._replace(
             span=jax.tree.map(lambda leaf: leaf[:batch], state.span),
             trajectory=jax.tree.map(lambda leaf: leaf[:, :batch], state.trajectory),
@@ -396,15 +398,6 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray,
         ids[b, width - len(row) :] = row
         mask[b, width - len(row) :] = 1
     return ids, mask
-
-
-def _row_keys(seed: Any, batch: int) -> Array:
-    seeds = np.asarray(seed)
-    if seeds.ndim == 0:
-        return decoding.row_keys(jax.random.key(int(seeds)), batch)
-    if seeds.shape != (batch,):
-        raise InputError(f"seed must be an integer or one per prompt ([{batch}]), not shape {list(seeds.shape)}")
-    return jax.vmap(jax.random.key)(seeds)
 
 
 def decode_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:

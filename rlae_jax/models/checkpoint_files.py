@@ -204,6 +204,7 @@ def read_params(directory: Path, config: ModelConfig) -> Params:
     """
     files = _shards(directory)
     readers = {path: _open(path) for path in sorted(set(files.values()))}
+    held = {path: set(reader.keys()) for path, reader in readers.items()}
     abstract = abstract_params(config)
     wanted = list(_tensors(config))
 
@@ -211,7 +212,7 @@ def read_params(directory: Path, config: ModelConfig) -> Params:
     unexpected = set(files) - {key for key, _, _ in wanted} - ({"lm_head.weight"} if config.tied_head else set())
     findings = [("unexpected", key) for key in sorted(unexpected) if not IGNORED.search(key)]
     for key, path, rule in wanted:
-        if key not in files or key not in readers[files[key]].keys():
+        if key not in files or key not in held[files[key]]:
             findings.append(("missing", key))
             continue
         stored = tuple(readers[files[key]].get_slice(key).get_shape())

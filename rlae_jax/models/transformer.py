@@ -34,10 +34,6 @@ Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` 
 LayerCache = tuple[Float[Array, "B G H S"], Float[Array, "B G H S"]]
 Cache = tuple[LayerCache, ...]
 
-# On the CPU, products over this many (row, head) pairs run faster as one fused multiply-and-sum than as a loop of tiny
-# matrix products: 14 against 17 ms a step at batch 256 with 4 key/value heads, but 2.4 against 2.1 at batch 32.
-_CPU_MULTIPLY_PAIRS = 512
-
 
 class Linear(nnx.Module):
     """A linear map written as an einsum over named axes; adapters derive their two factors from the same string.
@@ -92,25 +88,20 @@ def attend_cached(
     b, n, h = q_bnh.shape
     g = k_bghs.shape[1]
     q_bgmh = (q_bnh * h**-0.5).reshape(b, g, n // g, h)
-    visible = visible_bs[:, None, None]
+    scores_bgms = jnp.einsum("bgmh,bghs->bgms", q_bgmh, k_bghs, precision=precision).astype(jnp.float32)
+    masked = jnp.where(visible_bs[:, None, None], scores_bgms, jnp.finfo(jnp.float32).min)
+    weights_bgms = jax.nn.softmax(masked, axis=-1).astype(v_bghs.dtype)
 
-    def softmax(scores_bgms: Array) -> Array:
-        masked = jnp.where(visible, scores_bgms.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-        return jax.nn.softmax(masked, axis=-1).astype(v_bghs.dtype)
+    def per_head(weights: Array, v: Array) -> Array:
+        # The CPU compiler vectorises a batched matrix-vector product over the innermost slots, but not a batched
+        # product of small matrices: one per query head of the group takes 5.5 instead of 13 ms at batch 256.
+        heads = [jnp.einsum("bgs,bghs->bgh", weights[:, :, m], v, precision=precision) for m in range(weights.shape[2])]
+        return jnp.stack(heads, axis=2)
 
-    def by_products(q: Array, k: Array, v: Array) -> Array:
-        weights = softmax(jnp.einsum("bgmh,bghs->bgms", q, k, precision=precision))
+    def together(weights: Array, v: Array) -> Array:
         return jnp.einsum("bgms,bghs->bgmh", weights, v, precision=precision)
 
-    def by_sums(q: Array, k: Array, v: Array) -> Array:
-        weights = softmax(jnp.sum(q[..., None] * k[:, :, None], axis=-2))
-        return jnp.sum(weights[..., None, :] * v[:, :, None], axis=-1)
-
-    if b * g >= _CPU_MULTIPLY_PAIRS:
-        out = lax.platform_dependent(q_bgmh, k_bghs, v_bghs, cpu=by_sums, default=by_products)
-    else:
-        out = by_products(q_bgmh, k_bghs, v_bghs)
-    return out.reshape(b, n, h)
+    return lax.platform_dependent(weights_bgms, v_bghs, cpu=per_head, default=together).reshape(b, n, h)
 
 
 class Attention(nnx.Module):
@@ -244,13 +235,10 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _split(config)[1])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Fresh random parameters: normal with standard deviation fan_in^-1/2, norms at 1."""
-
-    def create(key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
-
-    return jax.jit(create)(key)
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
 
 
 def forward(

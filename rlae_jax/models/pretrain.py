@@ -1,0 +1,97 @@
+"""Next-token training of a small language model from scratch: what makes the embedded specialists.
+
+In: sequences Int[R, T] and the places that are predicted Bool[R, T]. Out: parameters. All steps of a report interval are
+one compiled scan; batches are drawn on the device from the seed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from rlae_jax.models import transformer
+from rlae_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """AdamW with a warm-up and a cosine decay to zero."""
+
+    steps: int = 1_000
+    batch: int = 256
+    learning_rate: float = 3e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    gradient_norm: float = 1.0
+    report_every: int = 50
+
+
+def next_token_loss(
+    config: ModelConfig, params: transformer.Params, ids_bt: Int[Array, "B T"], predicted_bt: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Mean of -log p(ids[t] | ids[<t]) over the places where `predicted` is True."""
+    hidden, _ = transformer.forward(config, params, ids_bt[:, :-1], jnp.ones_like(ids_bt[:, :-1]))
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        transformer.output_head(config, params, hidden), ids_bt[:, 1:]
+    )
+    return jnp.sum(losses * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
+
+
+def _optimiser(train: PretrainConfig) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, train.learning_rate, train.warmup, train.steps)
+    return optax.chain(
+        optax.clip_by_global_norm(train.gradient_norm), optax.adamw(schedule, weight_decay=train.weight_decay)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _run_steps(
+    config: ModelConfig,
+    train: PretrainConfig,
+    params: transformer.Params,
+    optimiser_state: optax.OptState,
+    ids: Int[Array, "R T"],
+    predicted: Bool[Array, "R T"],
+    keys: Array,
+) -> tuple[transformer.Params, optax.OptState, Float[Array, ""]]:
+    def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
+        params, optimiser_state = carry
+        rows = jax.random.randint(key, (train.batch,), 0, ids.shape[0])
+        loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config))(
+            params, ids_bt=ids[rows], predicted_bt=predicted[rows]
+        )
+        updates, optimiser_state = _optimiser(train).update(gradients, optimiser_state, params)
+        return (optax.apply_updates(params, updates), optimiser_state), loss
+
+    (params, optimiser_state), losses = jax.lax.scan(step, (params, optimiser_state), keys)
+    return params, optimiser_state, jnp.mean(losses)
+
+
+def pretrain(
+    config: ModelConfig,
+    ids: Int[Array, "R T"],
+    predicted: Bool[Array, "R T"],
+    train: PretrainConfig,
+    *,
+    seed: int,
+    on_progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> transformer.Params:
+    """Trains from random parameters; the same seed gives the same parameters on the same machine.
+
+    Args:
+      on_progress: called with the number of steps done and their mean loss, every `report_every` steps.
+    """
+    init_key, data_key = jax.random.split(jax.random.key(seed))
+    params = transformer.init_params(config, init_key)
+    optimiser_state = _optimiser(train).init(params)
+    ids, predicted = jnp.asarray(ids), jnp.asarray(predicted)
+    for start in range(0, train.steps, train.report_every):
+        end = min(start + train.report_every, train.steps)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, data_key))(jnp.arange(start, end))
+        params, optimiser_state, loss = _run_steps(config, train, params, optimiser_state, ids, predicted, keys)
+        on_progress(end, float(loss))
+    return params
