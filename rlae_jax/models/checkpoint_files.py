@@ -122,6 +122,8 @@ def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelC
         raise InputError(f"{path}: architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}")
 
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: a field has an unusable value (rope parameters {rope!r} are no JSON object)")
     kind = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
         "rope_type": kind if kind != "default" else None,
@@ -141,20 +143,21 @@ def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelC
         ends = _read_json(generation).get("eos_token_id", ends)
     try:
         heads = int(raw["num_attention_heads"])
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         config = ModelConfig(
             vocab=int(raw["vocab_size"]),
             width=int(raw["hidden_size"]),
             layers=int(raw["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_width=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+            head_width=int(raw.get("head_dim") or raw["hidden_size"] // max(heads, 1)),
             ffn_width=int(raw["intermediate_size"]),
             norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_base=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
             tied_head=bool(raw.get("tie_word_embeddings", False)),
             context=int(raw.get("max_position_embeddings", 2048)),
             bos_id=raw.get("bos_token_id"),
-            end_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),),
+            end_ids=tuple(int(end) for end in ends),
             dtype=dtype,
             precision=precision,
         )
@@ -162,6 +165,10 @@ def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelC
         raise InputError(f"{path}: the field {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: a field has an unusable value ({error})") from error
+    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "context")
+    if any(getattr(config, size) < 1 for size in sizes):
+        found = ", ".join(f"{size} = {getattr(config, size)}" for size in sizes if getattr(config, size) < 1)
+        raise InputError(f"{path}: every size must be at least 1, not {found}")
     if config.heads % config.kv_heads or config.head_width % 2:
         raise InputError(f"{path}: needs num_key_value_heads to divide num_attention_heads, and an even head_dim")
     return config
@@ -171,7 +178,9 @@ def _shards(directory: Path) -> dict[str, Path]:
     """Checkpoint key -> the file that holds it."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
         absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
         if absent:
             raise grouped_error(

@@ -1,0 +1,416 @@
+"""Reading and writing Hugging Face directories, and what is said about unusable ones."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import rlae_jax as rj
+from rlae_jax.models import checkpoint_files, load, transformer
+from tests.data.make_reference import REFERENCE
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A directory of its own, free to be spoilt."""
+    return Path(shutil.copytree(REFERENCE / "grouped_keys", tmp_path / "checkpoint"))
+
+
+def edit_config(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(directory, change):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def assert_same_params(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_stories260k_writes_its_story(shared):
+    lm = rj.load(shared / "models" / "stories260K")
+    out = rj.Ensemble([lm]).generate(["Once upon a time"], max_new_tokens=72)
+    expected = (
+        ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red "
+        "ball. She wanted to play with it, but it was too high."
+    )
+    assert out.texts[0].startswith(expected)
+    assert lm.name == "stories260K"
+    assert lm.config.end_ids == (2,)
+
+
+def test_config_fields():
+    config = load(REFERENCE / "wide_heads").config
+    expected = {
+        "vocab": 29,
+        "width": 12,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_width": 10,
+        "ffn_width": 20,
+        "norm_eps": 1e-6,
+        "rope_base": 10_000.0,
+        "tied_head": False,
+        "context": 64,
+        "bos_id": 1,
+        "end_ids": (2,),
+        "dtype": "float32",
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert load(REFERENCE / "rope_base").config.rope_base == 500_000.0
+    assert load(REFERENCE / "tied_head").config.tied_head
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"rope_parameters": {"rope_theta": 5.0}, "rope_theta": 7.0}, 5.0),
+        ({"rope_parameters": None, "rope_theta": 7.0}, 7.0),
+        ({"rope_parameters": None}, 10_000.0),
+    ],
+)
+def test_rope_base_is_looked_for_in_rope_parameters_first(checkpoint, fields, expected):
+    edit_config(checkpoint, **fields)
+    assert load(checkpoint).config.rope_base == expected
+
+
+def test_generation_config_names_the_end_tokens(checkpoint):
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    assert load(checkpoint).config.end_ids == (3, 5)
+    (checkpoint / "generation_config.json").unlink()
+    edit_config(checkpoint, eos_token_id=4)
+    assert load(checkpoint).config.end_ids == (4,)
+
+
+def test_kernels_are_transposed_tensors():
+    tensors = load_file(REFERENCE / "grouped_keys" / "model.safetensors")
+    attention = load(REFERENCE / "grouped_keys").params["layers"][1]["attention"]
+    query = tensors["model.layers.1.self_attn.q_proj.weight"]
+    out = tensors["model.layers.1.self_attn.o_proj.weight"]
+    np.testing.assert_array_equal(attention["q"]["kernel"][:, 2, 1], query[2 * 4 + 1])
+    np.testing.assert_array_equal(attention["o"]["kernel"][2, 1], out[:, 2 * 4 + 1])
+
+
+def shard(directory, files=3):
+    """Splits model.safetensors as `save_pretrained` does for large models."""
+    tensors = load_file(directory / "model.safetensors")
+    weight_map = {}
+    for i in range(files):
+        name = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[i::files]}
+        save_file(part, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors").unlink()
+    return weight_map
+
+
+def test_sharded_checkpoints_load_the_same(checkpoint):
+    shard(checkpoint)
+    assert_same_params(load(checkpoint).params, load(REFERENCE / "grouped_keys").params)
+
+
+def test_a_tied_checkpoint_may_carry_its_head_and_old_buffers(tmp_path):
+    directory = Path(shutil.copytree(REFERENCE / "tied_head", tmp_path / "tied"))
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+
+    edit_tensors(directory, add)
+    assert_same_params(load(directory).params, load(REFERENCE / "tied_head").params)
+
+
+def test_bfloat16_loads_round_float32_and_read_bfloat16_files(checkpoint):
+    exact = load(checkpoint).params
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), exact)
+    assert_same_params(load(checkpoint, dtype="bfloat16").params, rounded)
+
+    edit_tensors(checkpoint, lambda tensors: tensors.update({k: v.astype("bfloat16") for k, v in tensors.items()}))
+    assert_same_params(load(checkpoint, dtype="bfloat16").params, rounded)
+    assert_same_params(load(checkpoint).params, jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["wide_heads", "tied_head"])
+def test_save_and_load_are_inverse(tmp_path, case, dtype):
+    lm = load(REFERENCE / case, dtype=dtype)
+    lm.save(tmp_path / "new" / "saved")
+    again = load(tmp_path / "new" / "saved", dtype=dtype)
+    assert again.config == lm.config
+    assert_same_params(again.params, lm.params)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]  # no temporary directory is left
+    if dtype == "float32":
+        original, saved = (load_file(d / "model.safetensors") for d in (REFERENCE / case, tmp_path / "new" / "saved"))
+        assert original.keys() == saved.keys()
+        for key, tensor in original.items():
+            np.testing.assert_array_equal(saved[key], tensor)
+
+
+def test_save_keeps_the_tokenizer_and_several_end_tokens(tmp_path, make_lm, make_tokenizer):
+    lm = make_lm(0, vocab=5, end_ids=(4, 2), bos_id=1, tokenizer=make_tokenizer("abcd"))
+    lm.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.config == lm.config
+    assert again.tokenizer.get_vocab() == lm.tokenizer.get_vocab()
+    assert again.tokenizer("dab")["input_ids"] == [3, 0, 1]
+    assert again.tokenizer.decode([3, 0, 1]) == "dab"
+
+
+def test_save_never_overwrites(checkpoint, raises_input_error):
+    lm = load(checkpoint)
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    raises_input_error(lambda: lm.save(checkpoint), str(checkpoint), "exists already")
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+def test_tensors_are_streamed_one_at_a_time(checkpoint, monkeypatch):
+    """Each tensor is on the device before the next is read: the host never holds the whole checkpoint."""
+    events = []
+    device_put, block = jax.device_put, jax.block_until_ready
+
+    class Reader:
+        def __init__(self, path, **options):
+            self._file = safe_open(path, **options)
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def get_tensor(self, key):
+            events.append("read")
+            return self._file.get_tensor(key)
+
+    def place(*args, **kwargs):
+        events.append("place")
+        return device_put(*args, **kwargs)
+
+    def wait(*args, **kwargs):
+        events.append("wait")
+        return block(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint_files, "safe_open", Reader)
+    monkeypatch.setattr(jax, "device_put", place)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    params = load(checkpoint).params
+    assert events == ["read", "place", "wait"] * len(jax.tree.leaves(params))
+
+
+def test_a_directory_without_a_tokenizer_says_so_in_text_methods(checkpoint, raises_input_error):
+    lm = load(checkpoint)
+    assert lm.tokenizer is None
+    raises_input_error(lambda: rj.Ensemble([lm]).generate(["text"]), str(checkpoint), "tokenizer.json")
+
+
+def test_equal_configurations_share_programs():
+    assert load(REFERENCE / "deep").config == load(REFERENCE / "deep").config
+    assert hash(load(REFERENCE / "deep").config) == hash(load(REFERENCE / "deep").config)
+    assert load(REFERENCE / "deep", precision=None).config.precision is None
+    assert load(REFERENCE / "deep").config.precision == "highest"
+
+
+class TestBadDirectories:
+    """Every message names the path, what is wrong and what would be right."""
+
+    def test_missing_directory(self, tmp_path, raises_input_error):
+        raises_input_error(
+            lambda: load(tmp_path / "nowhere"), str(tmp_path / "nowhere"), "does not exist", "Hugging Face directory"
+        )
+
+    def test_a_file_instead_of_a_directory(self, checkpoint, raises_input_error):
+        path = checkpoint / "model.safetensors"
+        raises_input_error(lambda: load(path), str(path), "is a file", "Hugging Face directory")
+
+    def test_missing_config(self, checkpoint, raises_input_error):
+        (checkpoint / "config.json").unlink()
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "config.json"), "missing")
+
+    @pytest.mark.parametrize("content", ["{", "[1]", "\udcff"], ids=["cut", "list", "not-utf8"])
+    def test_unreadable_config(self, checkpoint, raises_input_error, content):
+        (checkpoint / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "config.json"), "JSON")
+
+    def test_missing_weights(self, checkpoint, raises_input_error):
+        (checkpoint / "model.safetensors").unlink()
+        raises_input_error(lambda: load(checkpoint), str(checkpoint), "no model.safetensors", "index.json")
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pth"])
+    def test_only_pickled_weights(self, checkpoint, raises_input_error, name):
+        (checkpoint / "model.safetensors").rename(checkpoint / name)
+        raises_input_error(
+            lambda: load(checkpoint), str(checkpoint), "only pickled weights", name, "never read", "safetensors"
+        )
+
+    @pytest.mark.parametrize(
+        "spoil",
+        [
+            lambda data: data[:-100],
+            lambda data: data[:50],
+            lambda data: b"",
+            lambda data: b"\xff" * 8 + data[8:],
+            lambda data: data[:8] + b"x" + data[9:],
+        ],
+        ids=["cut-data", "cut-header", "empty", "huge-header", "broken-header"],
+    )
+    def test_corrupt_safetensors(self, checkpoint, raises_input_error, spoil):
+        path = checkpoint / "model.safetensors"
+        path.write_bytes(spoil(path.read_bytes()))
+        raises_input_error(lambda: load(checkpoint), str(path), "truncated or corrupt")
+
+    def test_corrupt_shard(self, checkpoint, raises_input_error):
+        path = checkpoint / sorted(shard(checkpoint).values())[-1]
+        path.write_bytes(path.read_bytes()[:-1])
+        raises_input_error(lambda: load(checkpoint), str(path), "truncated or corrupt")
+
+    def test_missing_shard(self, checkpoint, raises_input_error):
+        name = sorted(shard(checkpoint).values())[0]
+        (checkpoint / name).unlink()
+        raises_input_error(lambda: load(checkpoint), str(checkpoint), "1 files", name)
+
+    def test_index_that_promises_a_tensor_its_file_lacks(self, checkpoint, raises_input_error):
+        weight_map = shard(checkpoint)
+        names = sorted(set(weight_map.values()))
+        key = next(key for key, name in weight_map.items() if name == names[0])
+        path = checkpoint / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": weight_map | {key: names[1]}}))
+        raises_input_error(lambda: load(checkpoint), str(checkpoint), "1 missing", key)
+
+    @pytest.mark.parametrize("content", ["{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "{}"])
+    def test_unusable_index(self, checkpoint, raises_input_error, content):
+        shard(checkpoint)
+        (checkpoint / "model.safetensors.index.json").write_text(content)
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "model.safetensors.index.json"))
+
+    def test_missing_unexpected_and_mis_shaped_tensors_in_one_message(self, checkpoint, raises_input_error):
+        def spoil(tensors):
+            del tensors["model.norm.weight"]
+            tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(16, np.float32)
+            tensors["lm_head.weight"] = np.zeros((40, 16), np.float32)
+
+        edit_tensors(checkpoint, spoil)
+        message = raises_input_error(
+            lambda: load(checkpoint),
+            str(checkpoint),
+            "1 missing: model.norm.weight",
+            "1 unexpected: model.layers.0.self_attn.q_proj.bias",
+            "1 mis-shaped: lm_head.weight is [40, 16], expected [41, 16]",
+        )
+        assert "full list" not in message
+
+    def test_many_findings_are_counted_and_listed_in_a_file(self, checkpoint, raises_input_error):
+        edit_config(checkpoint, num_hidden_layers=4)
+        message = raises_input_error(lambda: load(checkpoint), "18 missing", "the full list is in")
+        shown = message.split("18 missing: ")[1].splitlines()[0]
+        assert shown.count("model.layers.") == 5
+        listing = Path(re.search(r"full list is in (\S+)", message)[1])
+        listed = listing.read_text().splitlines()
+        assert len(listed) == 18
+        assert "missing\tmodel.layers.3.mlp.down_proj.weight" in listed
+
+    def test_nothing_is_placed_before_every_check_has_passed(self, checkpoint, monkeypatch):
+        edit_tensors(checkpoint, lambda tensors: tensors.pop("lm_head.weight"))
+        placed = []
+        monkeypatch.setattr(jax, "device_put", lambda *args, **kwargs: placed.append(args))
+        with pytest.raises(rj.InputError):
+            load(checkpoint)
+        assert not placed
+
+    @pytest.mark.parametrize(
+        "fields",
+        [{"architectures": ["MambaForCausalLM"]}, {"architectures": None, "model_type": "MambaForCausalLM"}],
+    )
+    def test_unsupported_architecture(self, checkpoint, raises_input_error, fields):
+        edit_config(checkpoint, **fields)
+        raises_input_error(
+            lambda: load(checkpoint),
+            str(checkpoint / "config.json"),
+            "MambaForCausalLM is not supported",
+            "LlamaForCausalLM",
+        )
+
+    @pytest.mark.parametrize(
+        ("fields", "part"),
+        [
+            ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = llama3"),
+            ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type = linear"),
+            ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+            ({"attention_bias": True}, "attention_bias"),
+            ({"mlp_bias": True}, "mlp_bias"),
+            ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ],
+    )
+    def test_unsupported_settings(self, checkpoint, raises_input_error, fields, part):
+        edit_config(checkpoint, **fields)
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "config.json"), part, "supported: ")
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"hidden_size": None},
+            {"hidden_size": "wide"},
+            {"num_attention_heads": 0},
+            {"num_hidden_layers": -1},
+            {"vocab_size": 0},
+            {"num_key_value_heads": 3},
+            {"head_dim": 5},
+            {"rope_parameters": "default"},
+            {"eos_token_id": "</s>"},
+        ],
+        ids=str,
+    )
+    def test_unusable_values(self, checkpoint, raises_input_error, fields):
+        edit_config(checkpoint, **fields)
+        (checkpoint / "generation_config.json").unlink()
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "config.json"))
+
+    def test_missing_field(self, checkpoint, raises_input_error):
+        path = checkpoint / "config.json"
+        raw = json.loads(path.read_text())
+        del raw["intermediate_size"]
+        path.write_text(json.dumps(raw))
+        raises_input_error(lambda: load(checkpoint), str(path), "intermediate_size", "missing")
+
+    def test_unknown_dtype(self, checkpoint, raises_input_error):
+        raises_input_error(lambda: load(checkpoint, dtype="float16"), "'float16'", "float32, bfloat16")
+
+    def test_broken_tokenizer(self, checkpoint, raises_input_error):
+        (checkpoint / "tokenizer.json").write_text("{}")
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "tokenizer.json"), "not a readable tokenizer")
+
+
+def test_write_model_leaves_nothing_half_written(tmp_path, make_lm, monkeypatch):
+    lm = make_lm(0)
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint_files, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        lm.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_every_parameter_has_a_tensor_and_every_tensor_a_parameter(make_lm):
+    """The table of tensor names covers the tree exactly, tied or not."""
+    for tied in (False, True):
+        config = dataclasses.replace(make_lm(0).config, tied_head=tied, layers=3)
+        named = {path for _, path, _ in checkpoint_files._tensors(config)}
+        leaves, _ = jax.tree_util.tree_flatten_with_path(transformer.abstract_params(config))
+        assert named == {tuple(key.key for key in path) for path, _ in leaves}

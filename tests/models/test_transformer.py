@@ -1,0 +1,182 @@
+"""The transformer against Hugging Face's, and decoding with a cache against the whole sequence at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlae_jax.models import load, transformer
+from tests.data.make_reference import CASES, REFERENCE, compute_logits, make_inputs, make_model
+
+# Largest absolute difference over the reference's largest logit.
+TOLERANCE = 2e-5
+
+
+def assert_parity(actual, expected, mask):
+    """Logits where there are tokens; what stands on padding is nobody's."""
+    real = mask.astype(bool)
+    scale = np.abs(expected[real]).max()
+    assert scale > 0.5  # a reference near zero would agree with anything
+    assert np.abs(np.asarray(actual)[real] - expected[real]).max() <= TOLERANCE * scale
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_stored_reference(case, padding):
+    lm = load(REFERENCE / case)
+    stored = np.load(REFERENCE / case / "reference.npz")
+    mask = stored[f"{padding}_mask"]
+    assert_parity(lm.logits(stored["ids"], mask), stored[f"{padding}_logits"], mask)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 18, "head_dim": 6, "vocab_size": 53},
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 20, "head_dim": 2, "rms_norm_eps": 1e-5},
+        {
+            "num_attention_heads": 2,
+            "tie_word_embeddings": True,
+            "hidden_size": 10,
+            "head_dim": 12,
+            "num_hidden_layers": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    ],
+    ids=["grouped-wide", "multi-query-narrow", "tied-rope"],
+)
+@pytest.mark.parametrize("seed", [101, 102])
+def test_logits_equal_transformers_live(torch, tmp_path, fields, seed):
+    model = make_model(seed, **fields)
+    model.save_pretrained(tmp_path / "model")
+    lm = load(tmp_path / "model")
+    inputs = make_inputs(seed, model.config.vocab_size)
+    for padding in ("left", "right"):
+        mask = inputs[f"{padding}_mask"]
+        assert_parity(lm.logits(inputs["ids"], mask), compute_logits(model, inputs["ids"], mask), mask)
+
+
+def test_transformers_reads_what_save_writes(torch, tmp_path, make_lm):
+    from transformers import LlamaForCausalLM
+
+    lm = make_lm(3, rope_base=777.0, head_width=6)
+    lm.save(tmp_path / "saved")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager", dtype="float32").eval()
+    inputs = make_inputs(3, lm.config.vocab)
+    mask = inputs["left_mask"]
+    assert_parity(lm.logits(inputs["ids"], mask), compute_logits(model, inputs["ids"], mask), mask)
+
+
+def test_hidden_is_what_the_output_head_reads(make_lm):
+    lm = make_lm(1)
+    ids = np.arange(10).reshape(2, 5)
+    hidden = lm.hidden(ids)
+    assert hidden.shape == (2, 5, lm.config.width)
+    expected = np.asarray(hidden, np.float64) @ np.asarray(lm.params["head"]["kernel"], np.float64)
+    np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(lm.apply(lm.params, jnp.asarray(ids), jnp.ones_like(ids)), lm.logits(ids))
+
+
+def test_a_token_sees_neither_later_tokens_nor_padding(make_lm):
+    lm = make_lm(2)
+    ids = np.arange(12).reshape(2, 6)
+    before = np.asarray(lm.logits(ids))
+    changed = ids.copy()
+    changed[:, 4:] = 20
+    np.testing.assert_array_equal(np.asarray(lm.logits(changed))[:, :4], before[:, :4])
+    assert np.abs(np.asarray(lm.logits(changed))[:, 4:] - before[:, 4:]).max() > 0.1
+
+    mask = np.ones((2, 6), int)
+    mask[:, :2] = 0
+    garbage = ids.copy()
+    garbage[:, :2] = 22
+    padded = np.asarray(lm.logits(ids, mask))[:, 2:]
+    np.testing.assert_array_equal(np.asarray(lm.logits(garbage, mask))[:, 2:], padded)
+    np.testing.assert_allclose(padded, lm.logits(ids[:, 2:]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "fields"),
+    [
+        (3, {}),
+        (3, {"tied_head": True, "heads": 6, "kv_heads": 3, "head_width": 6, "layers": 3}),
+        (300, {"layers": 1}),  # batch * kv_heads above the bound where the CPU's products become sums
+    ],
+    ids=["grouped", "tied", "many-rows"],
+)
+def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields):
+    lm = make_lm(4, **fields)
+    t, total = 5, 9
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(0, lm.config.vocab, (batch, total)))
+    starts = jnp.asarray(np.concatenate([[0], rng.integers(0, t, batch - 1)]))
+    mask = (jnp.arange(total) >= starts[:, None]).astype(int)
+    whole = np.asarray(lm.hidden(ids, mask))
+
+    forward = jax.jit(transformer.forward, static_argnums=0)
+    hidden, keys_values = forward(lm.config, lm.params, ids[:, :t], mask[:, :t])
+    real = np.asarray(mask[:, :t]).astype(bool)
+    np.testing.assert_allclose(np.asarray(hidden)[real], whole[:, :t][real], rtol=0, atol=1e-5)
+    cache = transformer.extend_cache(keys_values, total + 3)
+    step = jax.jit(transformer.decode_step, static_argnums=0)
+    slots = jnp.arange(total + 3)
+    for slot in range(t, total):
+        visible = (slots >= starts[:, None]) & (slots <= slot)
+        hidden, cache = step(lm.config, lm.params, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
+        np.testing.assert_allclose(hidden, whole[:, slot], rtol=0, atol=1e-5)
+
+
+def test_positions_count_the_tokens_before():
+    mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 1]])
+    positions = np.asarray(transformer.positions(mask))
+    np.testing.assert_array_equal(positions[0, 2:], [0, 1, 2])
+    np.testing.assert_array_equal(positions[1, :3], [0, 1, 2])
+    np.testing.assert_array_equal(positions[2, [0, 2, 4]], [0, 1, 2])
+
+
+def test_rotation_by_hand():
+    """Head width 2 has one frequency, 1: position p turns (1, 0) by p radians."""
+    config = dataclasses.replace(load(REFERENCE / "grouped_keys").config, head_width=2)
+    angles = transformer.rotary_angles(jnp.array([[0, 1, 5]]), config)
+    turned = transformer.rotate(jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 1, 1)), angles)[0, :, 0]
+    expected = [[np.cos(p), np.sin(p)] for p in (0, 1, 5)]
+    np.testing.assert_allclose(turned, expected, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_computes_close_to_float32(make_lm):
+    """Norms, rotary angles and softmax stay float32, so that only products round."""
+    lm = load(REFERENCE / "deep")
+    half = load(REFERENCE / "deep", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
+    ids = np.arange(20).reshape(2, 10)
+    logits, half_logits = np.asarray(lm.logits(ids)), half.logits(ids)
+    assert half_logits.dtype == jnp.float32
+    assert half.hidden(ids).dtype == jnp.bfloat16
+    error = np.abs(np.asarray(half_logits) - logits).max() / np.abs(logits).max()
+    assert 1e-5 < error < 0.05
+
+
+def test_init_params_fill_the_abstract_tree_and_depend_on_the_key(make_lm):
+    config = make_lm(0).config
+    abstract = transformer.abstract_params(config)
+    params, other = (transformer.init_params(config, jax.random.key(seed)) for seed in (0, 1))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), abstract
+    )
+    kernel = np.asarray(params["layers"][0]["attention"]["q"]["kernel"])
+    assert abs(kernel.std() * config.width**0.5 - 1) < 0.2
+    assert np.abs(kernel - np.asarray(other["layers"][0]["attention"]["q"]["kernel"])).max() > 0.1
+
+
+def test_gradients_are_finite_with_padding(make_lm):
+    lm = make_lm(5)
+    ids, mask = jnp.arange(10).reshape(2, 5), jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+    def loss(params):
+        return jnp.sum(jnp.where(mask[..., None] > 0, lm.apply(params, ids, mask), 0.0) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(lm.params)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
+    assert float(jnp.abs(grads["layers"][0]["attention"]["q"]["kernel"]).max()) > 0
