@@ -8,3 +8,5 @@ from rlae_jax.fusion.ensemble import Ensemble as Ensemble
 from rlae_jax.fusion.ensemble import Generation as Generation
 from rlae_jax.models import LM as LM
 from rlae_jax.models import load as load
+
+__version__ = "0.1.0"

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.transformer import Params, abstract_params
 
@@ -92,16 +93,6 @@ def _stored_shape(shape: tuple[int, ...], rule: TensorRule) -> tuple[int, ...]:
     return math.prod(shape[rule.input_axes :]), math.prod(shape[: rule.input_axes])
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face directory.
 
@@ -116,7 +107,7 @@ def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelC
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: missing; expected a Hugging Face directory with config.json and safetensors")
-    raw = _read_json(path)
+    raw = read_json(path)
     names = raw.get("architectures") or [raw.get("model_type", "unnamed")]
     if names[0] not in ARCHITECTURES:
         raise InputError(f"{path}: architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}")
@@ -140,7 +131,7 @@ def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelC
     generation = directory / "generation_config.json"
     ends = raw.get("eos_token_id")
     if generation.is_file():
-        ends = _read_json(generation).get("eos_token_id", ends)
+        ends = read_json(generation).get("eos_token_id", ends)
     try:
         heads = int(raw["num_attention_heads"])
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -178,7 +169,7 @@ def _shards(directory: Path) -> dict[str, Path]:
     """Checkpoint key -> the file that holds it."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
         absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})

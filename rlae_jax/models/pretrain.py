@@ -1,7 +1,7 @@
 """Next-token training of a small language model from scratch: what makes the embedded specialists.
 
-In: sequences Int[R, T] and the places that are predicted Bool[R, T]. Out: parameters. All steps of a report interval are
-one compiled scan; batches are drawn on the device from the seed.
+In: sequences Int[R, T] and the places that are predicted Bool[R, T]. Out: parameters. All steps of a report interval
+are one compiled scan; batches are drawn on the device from the seed.
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ are dealt to train, dev and test, for the specialists' own training too: no test
 Everything here is a function of fixed seeds.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,23 +80,30 @@ def skills() -> Task:
     )
 
 
-def specialist_sequences(operations: str) -> tuple[Int[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
+def specialist_sequences(operations: str, seed: int) -> tuple[Int[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
     """Training sequences of one specialist, and which of their tokens it learns to predict.
 
-    Both operations of a sequence are among its own; the digit strings are those of the train split; the prompt's own
-    digits, which nobody can predict, are not learnt.
+    It learns the results of its own operations on the digit strings of the train split. The other operation of a prompt
+    may be foreign; then random digits stand in for its result and nothing is learnt there, so that a specialist can go
+    on from somebody else's span without ever having seen what a foreign operation gives.
     """
     ids = {token: i for i, token in enumerate(TOKENS)}
-    rows = []
-    for digits in digit_strings()["train"]:
-        for first in operations:
-            for second in operations:
-                text = prompt(first + second, digits) + answer(first + second, digits)
-                rows.append([ids[character] for character in text] + [ids[END]])
-    sequences = np.array(rows, np.int32)
-    learnt = np.zeros_like(sequences, bool)
-    learnt[:, len(prompt("ri", "0" * DIGITS)) :] = True
-    return sequences, learnt
+    rng = np.random.default_rng((_PAIR_SEED, seed))
+    strings = digit_strings()["train"]
+    rows, learnt = [], []
+    for pair in ("".join(pair) for pair in itertools.product(OPERATIONS, repeat=2)):
+        own = [operation in operations for operation in pair]
+        if not any(own):
+            continue
+        for digits in strings:
+            spans = [
+                OPERATIONS[operation](digits) if known else f"{rng.integers(10**DIGITS):0{DIGITS}d}"
+                for operation, known in zip(pair, own, strict=True)
+            ]
+            text = prompt(pair, digits)
+            rows.append([ids[character] for character in text + "".join(spans)] + [ids[END]])
+            learnt.append([False] * len(text) + [own[0]] * DIGITS + [own[1]] * DIGITS + [True])
+    return np.array(rows, np.int32), np.array(learnt)
 
 
 def tokenizer_vocabulary() -> Sequence[str]:

@@ -1,0 +1,78 @@
+"""Checkpoints of a run through Orbax: atomic, the newest and the best (by dev score) kept."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from rlae_jax.errors import InputError
+
+DIRECTORY_NAME = "checkpoints"
+
+
+def _score(metrics: Any) -> float:
+    return float(metrics["dev"])
+
+
+class Checkpoints:
+    """The `checkpoints/` directory of a run."""
+
+    def __init__(self, run: Path):
+        # Orbax reports every step of every save; a failure still raises.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.path = (run / DIRECTORY_NAME).resolve()
+        self._manager = ocp.CheckpointManager(
+            self.path,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(n=1), BestN(get_metric_fn=_score, n=1)]),
+                best_fn=_score,
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def newest(self) -> int | None:
+        """The iteration of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The iteration of the checkpoint with the best dev score."""
+        return self._manager.best_step()
+
+    def save(self, iteration: int, state: Any, dev_score: float) -> None:
+        """Writes a checkpoint; older ones go once it is complete."""
+        if iteration != self.newest():
+            self._manager.save(
+                iteration, args=ocp.args.StandardSave(state), metrics={"dev": float(dev_score)}, force=True
+            )
+
+    def restore(self, iteration: int, abstract: Any) -> Any:
+        """The state of an iteration.
+
+        Args:
+          abstract: a tree of `jax.ShapeDtypeStruct` that says what is expected.
+
+        Raises:
+          InputError: the checkpoint is damaged or holds something of another shape.
+        """
+        where = self.path / str(iteration)
+        try:
+            state = self._manager.restore(iteration, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax raises many kinds for missing, damaged or foreign files
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise InputError(f"{where}: this checkpoint cannot be restored for this run ({reason})") from error
+        findings = [
+            f"{jax.tree_util.keystr(path)} is {found.shape}, expected {expected.shape}"
+            for (path, expected), found in zip(
+                jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(state), strict=True
+            )
+            if expected.shape != found.shape
+        ]
+        if findings:
+            raise InputError(f"{where}: this checkpoint does not fit the model: {'; '.join(findings[:5])}")
+        return state
+
+    def close(self) -> None:
+        self._manager.close()

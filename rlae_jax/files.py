@@ -1,0 +1,53 @@
+"""Writing files so that a reader never meets a half-written one: a temporary name first, then a rename."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlae_jax.errors import InputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file's content at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One indented JSON document."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """One JSON value per line."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      InputError: the file cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def require_writable_parent(path: Path) -> None:
+    """Raises an `InputError` if no directory can be made at `path`, before any work is done for it."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{path}: {existing} is a file, so no directory can be made there")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{path}: {existing} is not writable")

@@ -1,0 +1,1 @@
+"""The span MDP: weight agents, advantages, PPO, and the training loop around the compiled decoding loop."""
