@@ -1,5 +1,7 @@
 """Several language models write one answer together, and an agent learns how much to trust each, span by span."""
 
+from rlae_jax.config import AgentConfig as AgentConfig
+from rlae_jax.config import PPOConfig as PPOConfig
 from rlae_jax.errors import InputError as InputError
 from rlae_jax.fusion.decode import DecodeSpec as DecodeSpec
 from rlae_jax.fusion.decode import DecodeState as DecodeState
@@ -8,5 +10,7 @@ from rlae_jax.fusion.ensemble import Ensemble as Ensemble
 from rlae_jax.fusion.ensemble import Generation as Generation
 from rlae_jax.models import LM as LM
 from rlae_jax.models import load as load
+from rlae_jax.ppo.train import load_policy as load_policy
+from rlae_jax.ppo.train import train as train
 
 __version__ = "0.1.0"

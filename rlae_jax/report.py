@@ -56,7 +56,9 @@ def progress(description: str, total: int, unit: str) -> Iterator[Update]:
         last = now
         elapsed = max(now - started, 1e-9)
         left = f"{elapsed / done * (total - done):.0f} s left" if 0 < done < total else f"{elapsed:.1f} s"
-        print(f"{description}: {done}/{total} {unit}, {done / elapsed:.3g} {unit}/s, {left} {note}".rstrip(), flush=True)
+        print(
+            f"{description}: {done}/{total} {unit}, {done / elapsed:.3g} {unit}/s, {left} {note}".rstrip(), flush=True
+        )
 
     yield line
 

@@ -1,8 +1,8 @@
 """The PPO agent: one network that reads the observation and sets all weights of a span at once.
 
-    hidden [B, D_k]   -> normalised -> a projection per member -+
-    stats  [B, K, 4]  ------------------------------------------+-> actor MLP  -> Dirichlet over the simplex
-    span   [B]        -> embedding -----------------------------+-> critic MLP -> value
+hidden [B, D_k]   -> normalised -> a projection per member -+
+stats  [B, K, 4]  ------------------------------------------+-> actor MLP  -> Dirichlet over the simplex
+span   [B]        -> embedding -----------------------------+-> critic MLP -> value
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """Prompts, references and rewards. Knows nothing of models."""
 
 from rlae_jax.errors import InputError
+from rlae_jax.tasks import skills as skills
 from rlae_jax.tasks.base import Examples as Examples
 from rlae_jax.tasks.base import Task as Task
 from rlae_jax.tasks.jsonl import jsonl as jsonl
-from rlae_jax.tasks.skills import skills as skills
 
-TASKS = {"skills": skills}
+TASKS = {"skills": skills.skills}
 
 
 def get_task(name: str) -> Task:

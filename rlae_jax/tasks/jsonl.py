@@ -36,7 +36,7 @@ def jsonl(
       reward: "exact_match" or "last_number".
 
     Raises:
-      InputError: no such file, an empty one, or lines that are not JSON objects with both fields (each with its number).
+      InputError: no such file, an empty one, or lines (told by number) that are not JSON objects with both fields.
     """
     path = Path(path)
     reward_function = get_reward(reward)

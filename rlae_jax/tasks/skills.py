@@ -12,7 +12,6 @@ Everything here is a function of fixed seeds.
 """
 
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -31,8 +30,9 @@ OPERATION_NAMES = {"r": "reverse", "i": "increment", "s": "sort", "c": "compleme
 # Which operations each specialist is trained on.
 SPECIALISTS = {"reverse_increment": "ri", "sort_complement": "sc"}
 
-PAD, END = "<pad>", "</s>"
-TOKENS = (PAD, END, *"0123456789", *OPERATIONS, "=")
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+# In the order of their ids: one token per character.
+TOKENS = (PAD, END, UNKNOWN, *"0123456789", *OPERATIONS, "=")
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 EXAMPLES = {"train": 8_192, "dev": 1_024, "test": 2_048}
 _SPLIT_SEED, _PAIR_SEED = 2506, 439
@@ -104,8 +104,3 @@ def specialist_sequences(operations: str, seed: int) -> tuple[Int[np.ndarray, "R
             rows.append([ids[character] for character in text + "".join(spans)] + [ids[END]])
             learnt.append([False] * len(text) + [own[0]] * DIGITS + [own[1]] * DIGITS + [True])
     return np.array(rows, np.int32), np.array(learnt)
-
-
-def tokenizer_vocabulary() -> Sequence[str]:
-    """The tokens in the order of their ids: one per character, with padding and the end."""
-    return TOKENS

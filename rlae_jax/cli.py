@@ -1,0 +1,343 @@
+"""The commands: `rlae-jax demo | generate | train | evaluate`. Parses, calls the library, prints.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import arg
+
+from rlae_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rlae_jax.fusion.ensemble import Ensemble
+    from rlae_jax.tasks import Task
+
+CACHE_VARIABLE = "RLAE_JAX_COMPILATION_CACHE"
+Models = Annotated[tuple[str, ...], arg(metavar="DIR [DIR ...]")]
+
+
+def _turn_on_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, so that a second call does not compile again."""
+    import jax
+
+    place = os.environ.get(CACHE_VARIABLE)
+    if place == "off" or jax.config.jax_compilation_cache_dir:
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", place or str(base / "rlae_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _load_ensemble(models: tuple[str, ...], fusion: str, dtype: str) -> "Ensemble":
+    from rlae_jax.fusion.ensemble import Ensemble
+    from rlae_jax.models import load
+
+    if not models:
+        raise InputError("no models: give at least one directory with --models")
+    return Ensemble([load(model, dtype=dtype) for model in models], fusion)
+
+
+def _load_task(
+    task: str | None, data: Path | None, prompt_field: str, answer_field: str, reward: str, max_new_tokens: int | None
+) -> "Task":
+    from rlae_jax.tasks import get_task, jsonl
+
+    if (task is None) == (data is None):
+        raise InputError("give either --task NAME (an embedded task: skills) or --data FILE.jsonl")
+    if data is not None:
+        found = jsonl(data, prompt_field=prompt_field, answer_field=answer_field, reward=reward)
+    else:
+        assert task is not None
+        found = get_task(task)
+    return found if max_new_tokens is None else dataclasses.replace(found, max_new_tokens=max_new_tokens)
+
+
+def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -> None:
+    """Train two small specialists and an agent that learns when to trust which; compare with every baseline.
+
+    Takes a few minutes on two CPU cores. What is already in OUT for this seed (specialists, agents, also half-trained
+    ones) is reused; remove the directory to begin anew.
+
+    Args:
+        seed: of the specialists and of the agents.
+        out: directory for everything: models, checkpoints, results.json, curve.png, weights.png.
+        quick: fewer training steps, to see that everything works; scores are lower.
+    """
+    from rlae_jax.demo import QUICK, DemoSettings, run_demo
+
+    run_demo(seed, out, QUICK if quick else DemoSettings())
+
+
+def generate(
+    *,
+    models: Models,
+    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")],
+    weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
+    policy: Path | None = None,
+    fusion: Literal["linear", "loglinear"] = "linear",
+    max_new_tokens: int = 64,
+    min_new_tokens: int = 0,
+    span_length: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    chat: bool = False,
+    ignore_eos: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    show_weights: bool = False,
+) -> None:
+    """Let several language models write one answer together.
+
+    Args:
+        models: Hugging Face directories with one tokenizer in common.
+        prompt: one or more prompts; each is answered.
+        weights: one per model, e.g. 1 2 (scaled to sum to 1). Default: equal weights.
+        policy: a run directory whose trained agent sets the weights, span by span.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        max_new_tokens: the longest answer.
+        min_new_tokens: no end before this many tokens.
+        span_length: steps for which weights are held. Default: the policy's own, else 4.
+        temperature: 0 always takes the most probable token.
+        top_k: sample among the k most probable tokens only; 0 is no limit.
+        top_p: sample within the smallest set of tokens with this probability.
+        seed: of the sampling.
+        stop: strings that end an answer.
+        chat: put each prompt into the tokenizer's chat template.
+        ignore_eos: go on after the end token.
+        dtype: of the parameters.
+        show_weights: print the weights of each span under each answer.
+    """
+    from rlae_jax.ppo.train import load_policy
+
+    if weights is not None and policy is not None:
+        raise InputError("give either --weights or --policy")
+    if not prompt:
+        raise InputError("no prompts: give at least one with --prompt")
+    chosen: Any = list(weights) if weights is not None else load_policy(policy) if policy is not None else None
+    ensemble = _load_ensemble(models, fusion, dtype)
+    generation = ensemble.generate(
+        list(prompt),
+        chosen,
+        span_length=span_length,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        chat=chat,
+        ignore_eos=ignore_eos,
+    )
+    names = ", ".join(lm.name for lm in ensemble.members)
+    for b, text in enumerate(generation.texts or []):
+        print(f"{prompt[b]}{text}")
+        if show_weights:
+            print(f"  weights of {names}:")
+            for p, row in enumerate(generation.weights[b]):
+                if row[0] == row[0]:
+                    print(f"    span {p + 1}: " + " ".join(f"{weight:.3f}" for weight in row))
+
+
+def train(
+    *,
+    models: Models,
+    out: Path,
+    task: str | None = None,
+    data: Path | None = None,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    reward: Literal["exact_match", "last_number"] = "exact_match",
+    algo: Literal["ppo"] = "ppo",
+    preset: Literal["demo", "paper"] = "demo",
+    iterations: int | None = None,
+    prompts: int | None = None,
+    learning_rate: float | None = None,
+    span_length: int | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    reads: tuple[Literal["hidden", "stats", "span"], ...] | None = None,
+    eval_every: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    fusion: Literal["linear", "loglinear"] = "linear",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
+
+    Ctrl-C saves and says how to go on. At the end the agent and equal weights are scored on the dev split.
+
+    Args:
+        models: Hugging Face directories with one tokenizer in common.
+        out: the run's directory (config.json, metrics.jsonl, results.json, predictions.jsonl, checkpoints/, curve.png).
+        task: an embedded task: skills.
+        data: a file with one JSON object per line, instead of a task; split 80/10/10 by the prompts' content.
+        prompt_field: the name of the prompt in each line of data.
+        answer_field: the name of the answer in each line of data.
+        reward: exact_match = the whole text, last_number = the last number written.
+        algo: the reinforcement-learning algorithm.
+        preset: demo = quick steps for small models, paper = the published figures of RLAE.
+        iterations: rollouts, each followed by updates. Default: the preset's.
+        prompts: prompts per rollout. Default: the preset's.
+        learning_rate: of Adam. Default: the preset's.
+        span_length: steps for which weights are held. Default: the task's.
+        max_new_tokens: the longest answer. Default: the task's.
+        temperature: of the tokens during training; 0 writes the most probable ones. Default: the preset's.
+        reads: what the agent sees. Default: hidden stats span.
+        eval_every: score dev and write a checkpoint every so many iterations. Default: the preset's.
+        seed: of everything random.
+        resume: go on with the run in OUT.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        dtype: of the members' parameters.
+    """
+    from rlae_jax import report
+    from rlae_jax.config import PRESETS, AgentConfig
+    from rlae_jax.evaluate import Method, evaluate
+    from rlae_jax.metrics import read_metrics
+    from rlae_jax.ppo.train import Interrupted, TrainProgress
+    from rlae_jax.ppo.train import train as train_agent
+
+    found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
+    changes: dict[str, Any] = {
+        "iterations": iterations,
+        "prompts": prompts,
+        "learning_rate": learning_rate,
+        "span_length": span_length,
+        "temperature": temperature,
+        "eval_every": eval_every,
+        "seed": seed,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = PRESETS[preset]()
+    if reads is not None:
+        changes["agent"] = AgentConfig(reads=tuple(reads), concentration_floor=config.agent.concentration_floor)
+    config = PRESETS[preset](**changes)
+    ensemble = _load_ensemble(models, fusion, dtype)
+    began = time.perf_counter()
+    try:
+        with report.progress("training", config.iterations, "iterations") as update:
+
+            def show(progress: TrainProgress) -> None:
+                dev = f", dev {progress.metrics['dev']:.3f}" if "dev" in progress.metrics else ""
+                update(progress.iteration, f"reward {progress.metrics['reward']:.3f}{dev}")
+
+            policy = train_agent(ensemble, found, config, out, resume=resume, on_progress=show)
+    except Interrupted as interrupted:
+        arguments = sys.argv[1:] + ([] if resume else ["--resume"])
+        raise Interrupted(f"{interrupted}. Go on with:\n  rlae-jax {' '.join(arguments)}") from None
+    span = policy.span_length
+    methods = {"uniform": Method(ensemble, None, span), "rlae_ppo": Method(ensemble, policy)}
+    results = evaluate(methods, found, "dev", out=out)
+    results["seconds"]["total"] = time.perf_counter() - began
+    references = {"uniform (dev)": results["methods"]["uniform"]["score"]}
+    report.learning_curve(out / "curve.png", {"rlae_ppo": read_metrics(out)}, references, f"{found.name}, PPO")
+    report.console.print(report.results_table(results))
+    report.console.print(f"the trained policy is in {out}; use it with --policy {out}", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    *,
+    models: Models,
+    out: Path,
+    task: str | None = None,
+    data: Path | None = None,
+    prompt_field: str = "prompt",
+    answer_field: str = "answer",
+    reward: Literal["exact_match", "last_number"] = "exact_match",
+    split: Literal["train", "dev", "test"] = "test",
+    policy: Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")] = (),
+    methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    fusion: Literal["linear", "loglinear"] = "linear",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Compare each member alone, fixed mixtures and trained agents on the same prompts.
+
+    Args:
+        models: Hugging Face directories with one tokenizer in common.
+        out: a new directory for config.json, results.json and predictions.jsonl.
+        task: an embedded task: skills.
+        data: a file with one JSON object per line, instead of a task; split 80/10/10 by the prompts' content.
+        prompt_field: the name of the prompt in each line of data.
+        answer_field: the name of the answer in each line of data.
+        reward: exact_match = the whole text, last_number = the last number written.
+        split: which prompts. Choices are made on train and dev; read test once.
+        policy: run directories of trained agents.
+        methods: of single:NAME, uniform, static (best fixed weights, searched on train), confidence. Default: all.
+        max_new_tokens: the longest answer. Default: the task's.
+        limit: only the first so many prompts of the split.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        dtype: of the members' parameters.
+    """
+    from rlae_jax import files, report
+    from rlae_jax.evaluate import Method, baseline_methods, unique_names
+    from rlae_jax.evaluate import evaluate as evaluate_methods
+    from rlae_jax.ppo.train import CONFIG_FILE, load_policy
+
+    files.require_writable_parent(out)
+    if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
+        raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}")
+    found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
+    ensemble = _load_ensemble(models, fusion, dtype)
+    agents = [load_policy(run) for run in policy]
+    for agent in agents:
+        ensemble.bind(agent, 1, 1)  # tells now if an agent was trained for other members
+    chosen = baseline_methods(ensemble, found, methods)
+    names = unique_names(["rlae_ppo"] * len(agents))
+    chosen |= {name: Method(ensemble, agent) for name, agent in zip(names, agents, strict=True)}
+    results = evaluate_methods(chosen, found, split, limit=limit, out=out)
+    files.write_json(
+        out / CONFIG_FILE,
+        {
+            "schema": 1,
+            "command": "evaluate",
+            "task": found.name,
+            "split": split,
+            "members": [lm.name for lm in ensemble.members],
+            "fusion": fusion,
+            "policies": dict(zip(names, map(str, policy), strict=True)),
+        },
+    )
+    report.console.print(report.results_table(results))
+
+
+COMMANDS = {"demo": demo, "generate": generate, "train": train, "evaluate": evaluate}
+
+
+def main() -> None:
+    """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
+    from rlae_jax.ppo.train import Interrupted
+
+    _turn_on_compilation_cache()
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="rlae-jax",
+            description="Several language models write one answer together; an agent learns how much to trust each. "
+            f"Compiled programs are kept in ~/.cache/rlae_jax (set {CACHE_VARIABLE} to another directory, or to off).",
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

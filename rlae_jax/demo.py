@@ -1,0 +1,222 @@
+"""The whole method in a few minutes: two small specialists, an agent that learns when to trust which, every baseline.
+
+In: a seed and a directory. Out: that directory as a run (settings, metrics, checkpoints, results, predictions), with
+the specialists as Hugging Face directories, the learned baselines as runs of their own, and two pictures.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlae_jax import files, report
+from rlae_jax.config import AgentConfig, PPOConfig
+from rlae_jax.errors import InputError
+from rlae_jax.evaluate import Method, baseline_methods, evaluate
+from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.policy import BoundPolicy
+from rlae_jax.metrics import read_metrics
+from rlae_jax.models import LM, ModelConfig, load
+from rlae_jax.models.pretrain import PretrainConfig, pretrain
+from rlae_jax.ppo.train import CONFIG_FILE, train
+from rlae_jax.tasks import Task, skills
+
+SPECIALIST = ModelConfig(
+    vocab=len(skills.TOKENS),
+    width=64,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_width=16,
+    ffn_width=192,
+    context=64,
+    end_ids=(skills.TOKENS.index(skills.END),),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """How long everything is trained."""
+
+    specialist_steps: int = 500
+    iterations: int = 300
+    test_prompts: int = 2_048
+
+
+QUICK = DemoSettings(specialist_steps=250, iterations=40, test_prompts=1_024)
+
+
+def make_tokenizer() -> Any:
+    """A real tokenizer for the skills task: one token per character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(skills.TOKENS)}, skills.UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=skills.END,
+        pad_token=skills.PAD,
+        unk_token=skills.UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_specialist(path: Path, operations: str, seed: int, steps: int) -> None:
+    """Trains one specialist on its own operations and writes it as a Hugging Face directory."""
+    ids, learnt = skills.specialist_sequences(operations, seed)
+    with report.progress(f"specialist {path.name}", steps, "steps") as update:
+        params = pretrain(
+            SPECIALIST,
+            ids,
+            learnt,
+            PretrainConfig(steps=steps),
+            seed=seed,
+            on_progress=lambda step, loss: update(step, f"loss {loss:.4f}"),
+        )
+    LM(SPECIALIST, params, make_tokenizer()).save(path)
+
+
+def agent_settings(settings: DemoSettings, seed: int) -> dict[str, PPOConfig]:
+    """The agent and the two learned baselines: the same training, with less to see or fewer actions."""
+    rlae = PPOConfig.demo(seed=seed, iterations=settings.iterations)
+    return {
+        # Learned weights per span index that see no state.
+        "schedule": dataclasses.replace(rlae, preset="demo, schedule", agent=AgentConfig(reads=("span",))),
+        # The same agent with one action for the whole answer.
+        "router": dataclasses.replace(rlae, preset="demo, router", span_length=2 * skills.DIGITS + 1),
+        "rlae_ppo": rlae,
+    }
+
+
+def train_agent(name: str, ensemble: Ensemble, task: Task, config: PPOConfig, out: Path) -> BoundPolicy:
+    """Trains, or takes up where an earlier call stopped."""
+    with report.progress(f"training {name}", config.iterations, "iterations") as update:
+        last_dev = float("nan")
+
+        def show(progress: Any) -> None:
+            nonlocal last_dev
+            last_dev = progress.metrics.get("dev", last_dev)
+            update(progress.iteration, f"reward {progress.metrics['reward']:.3f}, dev {last_dev:.3f}")
+
+        return train(ensemble, task, config, out, resume=True, on_progress=show)
+
+
+def _take_directory(out: Path, seed: int) -> None:
+    """Gives `out` to this seed. Another seed's demo that lies there is kept, as `<out>-seed<its seed>`."""
+    other = out / CONFIG_FILE
+    if not other.is_file():
+        return
+    found = files.read_json(other).get("settings", {}).get("seed")
+    if found == seed or not (out / "specialists").is_dir():
+        return
+    kept, mine = (out.with_name(f"{out.name}-seed{n}") for n in (found, seed))
+    if kept.exists():
+        raise InputError(f"{out} holds the demo of seed {found}, and {kept} exists already; choose another --out")
+    out.rename(kept)
+    report.console.print(f"the demo of seed {found} is now in {kept}")
+    if mine.is_dir():
+        mine.rename(out)
+
+
+def skill_weights(task: Task, weights: Sequence[np.ndarray]) -> list[dict[str, list[float]]]:
+    """Per span of the test answers: skill that it needs -> mean weights of the members.
+
+    Args:
+      weights: per test prompt the weights of its spans, [P, K].
+    """
+    assert task.skills is not None
+    needed = task.skills["test"][: len(weights)]
+    spans = len(needed[0])
+    names = list(skills.OPERATION_NAMES.values())
+    return [
+        {
+            name: np.mean(
+                [used[p] for used, skill in zip(weights, needed, strict=True) if skill[p] == name and len(used) > p],
+                axis=0,
+            ).tolist()
+            for name in names
+        }
+        for p in range(spans)
+    ]
+
+
+def verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """One plain sentence on what the table means."""
+    agent = methods["rlae_ppo"]
+    others = {name: method for name, method in methods.items() if name != "rlae_ppo"}
+    best = max(others, key=lambda name: others[name]["score"])
+    alone = max(method["score"] for name, method in methods.items() if name.startswith("single:"))
+    fixed = max(methods[name]["score"] for name in ("uniform", "static"))
+    found = (
+        f"The agent answers {agent['score']:.1%} of {agent['n']} unseen prompts exactly; the better member alone "
+        f"answers {alone:.1%}, the best fixed mixture {fixed:.1%}, and the best other method ({best}) "
+        f"{others[best]['score']:.1%}"
+    )
+    if agent["ci95"][0] > others[best]["ci95"][1]:
+        return f"{found}: choosing whom to trust anew for each span is what makes the difference here."
+    if agent["ci95"][1] < others[best]["ci95"][0]:
+        return f"{found}: here the agent is worse than {best}."
+    return f"{found}: the intervals overlap, so this run does not show that the agent is better than {best}."
+
+
+def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
+    """Everything, from two random initialisations to a table and two pictures. Returns the content of results.json."""
+    began = time.perf_counter()
+    files.require_writable_parent(out)
+    _take_directory(out, seed)
+    seconds: dict[str, float] = {}
+    paths = []
+    for i, (name, operations) in enumerate(skills.SPECIALISTS.items()):
+        # The number of steps is part of the name, so that a quick demo's specialists are not taken for full ones.
+        path = out / "specialists" / f"steps-{settings.specialist_steps}" / name
+        if path.is_dir():
+            report.console.print(f"specialist {name}: reusing {path}")
+        else:
+            make_specialist(path, operations, 2 * seed + i, settings.specialist_steps)
+        paths.append(path)
+    seconds["specialists"] = time.perf_counter() - began
+
+    task = skills.skills()
+    ensemble = Ensemble([load(path) for path in paths])
+    began_training = time.perf_counter()
+    agents = {
+        name: train_agent(name, ensemble, task, config, out if name == "rlae_ppo" else out / name)
+        for name, config in agent_settings(settings, seed).items()
+    }
+    seconds["training"] = time.perf_counter() - began_training
+
+    methods = baseline_methods(ensemble, task) | {name: Method(ensemble, agent) for name, agent in agents.items()}
+    results = evaluate(methods, task, "test", out=out, limit=settings.test_prompts)
+    seconds |= results["seconds"] | {"total": time.perf_counter() - began}
+    results["seconds"] = seconds
+
+    scores = results["methods"]
+    used = [np.array(row["weights"]) for row in files.read_json_lines(out / "predictions.jsonl", method="rlae_ppo")]
+    report.weights_by_skill(
+        out / "weights.png",
+        skill_weights(task, used),
+        [lm.name for lm in ensemble.members],
+        "What the agent trusts: mean weight of each member on the test prompts",
+    )
+    report.learning_curve(
+        out / "curve.png",
+        {name: read_metrics(out if name == "rlae_ppo" else out / name) for name in ("rlae_ppo", "router", "schedule")},
+        {f"{name} (test)": scores[name]["score"] for name in ("static", "uniform", "confidence")},
+        "Learning on the skills task (thick: dev, faint: training)",
+    )
+    results["verdict"] = verdict(scores)
+    files.write_json(out / "results.json", results)
+    report.console.print(report.results_table(results))
+    report.console.print(results["verdict"], highlight=False)
+    report.console.print(
+        f"{seconds['total']:.0f} s in all. Look at {out / 'weights.png'} and {out / 'curve.png'}; try\n"
+        f"  rlae-jax generate --models {paths[0]} {paths[1]} --policy {out} --show-weights --prompt rs4821=",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return results

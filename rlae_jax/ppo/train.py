@@ -1,0 +1,327 @@
+"""The training loop: an ensemble, a task and settings in; a trained policy and a run directory out.
+
+    runs/x/config.json       settings, members, task: what decides whether a directory belongs to a run
+          metrics.jsonl      a line per iteration
+          checkpoints/       newest and best (on dev)
+
+Every iteration is a function of (state, settings, its own number), so that a run that was killed and resumed ends with
+the same parameters as one that was not.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from rlae_jax import files
+from rlae_jax.checkpoint import Checkpoints
+from rlae_jax.config import AgentConfig, PPOConfig
+from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.fusion.decode import DecodeSpec
+from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, decode_texts, pad_rows
+from rlae_jax.fusion.policy import BoundPolicy, Dims
+from rlae_jax.metrics import MetricsLog
+from rlae_jax.ppo import iteration as ppo
+from rlae_jax.ppo.agent import PPOAgent
+from rlae_jax.tasks import Examples, Task
+
+CONFIG_FILE = "config.json"
+_EVALUATION_ROWS = 256
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C after its state was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgress:
+    """What the loop reports after each iteration."""
+
+    iteration: int
+    metrics: dict[str, float]
+
+
+def run_config(ensemble: Ensemble, task: Task, config: PPOConfig) -> dict[str, Any]:
+    """The content of config.json: everything that the result of a run depends on."""
+    return {
+        "schema": 1,
+        "algorithm": "ppo",
+        "task": task.name,
+        "examples": {split: len(examples) for split, examples in task.splits.items()},
+        "members": [{"name": lm.name, "width": lm.config.width, "vocab": lm.config.vocab} for lm in ensemble.members],
+        "fusion": getattr(ensemble.fusion, "__name__", "custom"),
+        "spans": -(-config.max_new_tokens // config.span_length),
+        "settings": dataclasses.asdict(config),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back: tuples become lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted(ours.keys() | theirs.keys()):
+            yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else key)
+    elif ours != theirs:
+        yield f"{where} is {theirs!r} there and {ours!r} here"
+
+
+def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
+    """Makes sure that a run directory is new, or that it belongs to this very run and may be resumed.
+
+    A resumed run may have more iterations than it had.
+
+    Raises:
+      InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made.
+    """
+    path = out / CONFIG_FILE
+    files.require_writable_parent(out)
+    if path.is_file():
+        findings = [
+            ("settings differ", difference)
+            for difference in _differences(_plain(wanted), files.read_json(path))
+            if not difference.startswith(("settings.iterations ", "settings.preset "))
+        ]
+        if findings:
+            raise grouped_error(
+                f"{out} belongs to a run with another configuration", findings, "choose another directory for this run"
+            )
+        if not resume:
+            raise InputError(f"{out} holds this run already; resume it (--resume, resume=True) or choose another name")
+    elif out.is_dir() and any(out.glob("*.jsonl")):
+        raise InputError(f"{out} holds files of something else and no {CONFIG_FILE}; choose another directory")
+    files.write_json(path, wanted)
+
+
+def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray, "B"]:
+    """Which examples iteration `iteration` reads: passes over all n in a fresh order each, cut into batches. The rows
+    of a batch that reaches beyond a pass come from the next one."""
+    places = np.arange(iteration * batch, (iteration + 1) * batch)
+    rows = np.empty(batch, np.int64)
+    for epoch in np.unique(places // n):
+        order = np.random.default_rng((seed, int(epoch))).permutation(n)
+        here = places // n == epoch
+        rows[here] = order[places[here] % n]
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+    """A split, tokenised once."""
+
+    examples: Examples
+    ids: list[list[int]]
+    references: list[list[int]]  # empty lists where the reward is computed from text
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> ppo.Batch:
+        prompts = [self.ids[i] for i in rows]
+        references = [self.references[i] for i in rows]
+        ids, mask = pad_rows(prompts, bucket(max(map(len, prompts)), SMALLEST_PROMPT_BUCKET))
+        lengths = np.array([len(reference) for reference in references], np.int32)
+        padded = np.zeros((len(references), max(int(lengths.max()), 1)), np.int32)
+        for b, reference in enumerate(references):
+            padded[b, : len(reference)] = reference
+        return ppo.Batch(ids, mask, padded, lengths)
+
+
+def _prepare(ensemble: Ensemble, task: Task, split: str, limit: int | None, max_new_tokens: int) -> _Prompts:
+    examples = task.split(split)
+    if limit is not None:
+        examples = examples.take(limit)
+    ids = ensemble.encode(examples.prompts)
+    ensemble.check_lengths([len(row) for row in ids], max_new_tokens)
+    references: list[list[int]] = [[] for _ in ids]
+    if task.token_reward:
+        references = ensemble.tokenizer(list(examples.references), add_special_tokens=False)["input_ids"]
+    return _Prompts(examples, ids, references)
+
+
+def score_texts(task: Task, texts: Sequence[str], references: Sequence[str]) -> Float[np.ndarray, "B"]:
+    """The task's reward of each text."""
+    return np.array([task.reward(text, ref) for text, ref in zip(texts, references, strict=True)], np.float32)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into a request that is answered between iterations; a second one interrupts at once."""
+    requested = False
+
+    def request(signum: int, frame: Any) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield lambda: requested
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(
+    ensemble: Ensemble,
+    task: Task,
+    config: PPOConfig | None = None,
+    out: str | os.PathLike[str] = "runs/train",
+    *,
+    resume: bool = False,
+    on_progress: Callable[[TrainProgress], None] = lambda progress: None,
+) -> BoundPolicy:
+    """Trains a weight agent with PPO and returns the checkpoint that was best on dev.
+
+    Where the task's reward can be computed from tokens, an iteration is one XLA program; otherwise the reward is called
+    between two.
+
+    Args:
+      ensemble: members with a tokenizer.
+      config: settings; `span_length` and `max_new_tokens` default to the task's.
+      out: the run's directory.
+      resume: continue the run in `out` (or begin it, if there is none).
+      on_progress: called after every iteration.
+
+    Raises:
+      InputError: prompts that do not fit, a directory that belongs to another run. Told before any training.
+      Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it.
+    """
+    config = PPOConfig() if config is None else config
+    config = dataclasses.replace(
+        config,
+        span_length=config.span_length or task.span_length,
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+    )
+    out = Path(out)
+    spec = ensemble.spec(
+        policy=PPOAgent(config.agent),
+        span_length=config.span_length,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        sample_weights=True,
+        record=True,
+    )
+    prompts = _prepare(ensemble, task, "train", None, config.max_new_tokens)
+    dev = _prepare(ensemble, task, "dev", config.eval_prompts, config.max_new_tokens)
+    claim_directory(out, run_config(ensemble, task, config), resume=resume)
+
+    state = ppo.init_learner(jax.random.key(config.seed), spec.policy, spec.dims, config)
+    # What compiled programs depend on; the rest may change without compiling again.
+    static = dataclasses.replace(config, preset="", iterations=1, eval_every=1, eval_prompts=1, seed=0)
+    seed = np.uint32(config.seed)
+    checkpoints = Checkpoints(out)
+    newest = checkpoints.newest()
+    if newest is not None:
+        state = checkpoints.restore(newest, _abstract(state))
+    log = MetricsLog(out, int(state.iteration))
+
+    def save(iteration: int) -> float:
+        score = float(np.mean(_dev_scores(ensemble, task, dev, state.params, spec)))
+        checkpoints.save(iteration, state, score)
+        return score
+
+    try:
+        with _stop_requests() as stop_requested:
+            for iteration in range(int(state.iteration), config.iterations):
+                started = time.perf_counter()
+                rows = epoch_rows(len(prompts.ids), config.prompts, config.seed, iteration)
+                batch = prompts.batch(rows)
+                if task.token_reward:
+                    state, metrics = ppo.iterate(state, ensemble.params, batch, seed, spec, static)
+                else:
+                    experience = ppo.rollout_for_text(
+                        state.params, ensemble.params, batch, seed, np.int32(iteration), spec
+                    )
+                    texts = _texts(ensemble, [prompts.ids[i] for i in rows], experience)
+                    scores = score_texts(task, texts, [prompts.examples.references[i] for i in rows])
+                    state, metrics = ppo.learn_from_text(state, experience, scores, seed, spec, static)
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                values["seconds"] = time.perf_counter() - started
+                done = iteration + 1
+                stop = stop_requested()
+                if stop or done % config.eval_every == 0 or done == config.iterations:
+                    values["dev"] = save(done)
+                log.write(done, values)
+                on_progress(TrainProgress(done, values))
+                if stop and done < config.iterations:
+                    raise Interrupted(f"stopped after iteration {done} of {config.iterations}; saved in {out}")
+        best = checkpoints.best()
+        if best is not None and best != int(state.iteration):
+            state = checkpoints.restore(best, _abstract(state))
+    finally:
+        log.close()
+        checkpoints.close()
+    return BoundPolicy(spec.policy, state.params, spec.dims, config.span_length)
+
+
+def _abstract(state: ppo.LearnerState) -> ppo.LearnerState:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+
+def _texts(ensemble: Ensemble, prompts: Sequence[Sequence[int]], experience: ppo.Rollout) -> list[str]:
+    tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
+    written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
+    return decode_texts(ensemble.tokenizer, prompts, written)
+
+
+def _dev_scores(
+    ensemble: Ensemble, task: Task, dev: _Prompts, policy_params: Any, spec: DecodeSpec
+) -> Float[np.ndarray, "B"]:
+    """Rewards on dev of greedy answers under the policy's modes."""
+    greedy = ensemble.spec(policy=spec.policy, span_length=spec.span_length, max_new_tokens=spec.max_new_tokens)
+    scores = []
+    for start in range(0, len(dev.ids), _EVALUATION_ROWS):
+        rows = dev.ids[start : start + _EVALUATION_ROWS]
+        state = ensemble.run(rows, policy_params, 0, greedy)
+        texts = _texts(ensemble, rows, state)
+        scores.append(score_texts(task, texts, dev.examples.references[start : start + _EVALUATION_ROWS]))
+    return np.concatenate(scores)
+
+
+def load_policy(run: str | os.PathLike[str], *, newest: bool = False) -> BoundPolicy:
+    """The policy of a run directory: the checkpoint that was best on dev, or the newest.
+
+    Raises:
+      InputError: not a run directory, no checkpoint in it, or one that does not fit its configuration.
+    """
+    run = Path(run)
+    if not (run / CONFIG_FILE).is_file():
+        raise InputError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
+    raw = files.read_json(run / CONFIG_FILE)
+    try:
+        settings = dict(raw["settings"])
+        agent = AgentConfig(**{**settings.pop("agent"), "reads": tuple(raw["settings"]["agent"]["reads"])})
+        config = PPOConfig(**settings, agent=agent)
+        dims = Dims(tuple(member["width"] for member in raw["members"]), raw["spans"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG_FILE}: not the configuration of a training run ({error})") from error
+    policy = PPOAgent(config.agent)
+    abstract = jax.eval_shape(functools.partial(ppo.init_learner, policy=policy, dims=dims, config=config), _KEY)
+    checkpoints = Checkpoints(run)
+    try:
+        step = checkpoints.newest() if newest else checkpoints.best()
+        if step is None:
+            raise InputError(f"{run}: no checkpoint yet; resume the run")
+        params = checkpoints.restore(step, abstract).params
+    finally:
+        checkpoints.close()
+    return BoundPolicy(policy, jax.tree.map(jnp.asarray, params), dims, config.span_length)
+
+
+_KEY = jax.eval_shape(lambda: jax.random.key(0))
