@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, ModelConfig
@@ -31,6 +32,11 @@ ALLOWED_WARNINGS = (
     "ignore::FutureWarning:(?!rlae_jax)",
     "ignore:.*SwigPy.*:DeprecationWarning",
 )
+
+
+# The same examples in every run, and no limit on an example's time: the first one compiles.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:

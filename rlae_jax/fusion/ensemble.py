@@ -226,6 +226,27 @@ class Ensemble:
             raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
         return ids
 
+    def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
+        """Raises an `InputError` for ids that some member's embedding does not have: a lookup would clamp them."""
+        vocab = min(lm.config.vocab for lm in self.members)
+        outside = [
+            ("ids", f"prompt {b} has {i}")
+            for b, row in enumerate(rows)
+            if min(row) < 0 or max(row) >= vocab
+            for i in row
+            if not 0 <= i < vocab
+        ]
+        if outside:
+            raise grouped_error("prompts with ids outside the vocabulary", outside, f"ids from 0 to {vocab} - 1 exist")
+
+    def check_stop(self, stop: Sequence[str]) -> tuple[str, ...]:
+        """The stop strings; raises an `InputError` for a bare string, empty strings, or members without a tokenizer."""
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop must be a list of strings that are not empty, not {stop!r}")
+        if stop and self.members[0].tokenizer is None:
+            raise InputError(f"stop strings need a tokenizer, and {self.members[0].name} has none")
+        return tuple(stop)
+
     def check_lengths(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         """Raises an `InputError` for prompts that do not fit the context together with the answer."""
         long = [("prompts", f"prompt {b} has {n}") for b, n in enumerate(lengths) if n + max_new_tokens > self.context]
@@ -291,7 +312,9 @@ class Ensemble:
         """
         if (prompts is None) == (prompt_ids is None):
             raise InputError("give either prompts or prompt_ids")
+        stop = self.check_stop(stop)
         rows = _rows(prompt_ids, prompt_mask) if prompts is None else self.encode(prompts, chat=chat)
+        self.check_ids(rows)
         self.check_lengths([len(row) for row in rows], max_new_tokens)
         if isinstance(weights, BoundPolicy):
             span_length = span_length or weights.span_length
@@ -328,9 +351,7 @@ class Ensemble:
         ids, mask = pad_rows(rows, bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET))
         filling = bucket(batch) - batch
         ids, mask = (np.concatenate([array, np.repeat(array[:1], filling, axis=0)]) for array in (ids, mask))
-        seed = np.asarray(seed, np.uint32)
-        if seed.shape not in ((), (batch,)):
-            raise InputError(f"seed must be an integer or one per prompt ([{batch}]), not shape {list(seed.shape)}")
+        seed = _seeds(seed, batch)
         if seed.ndim:
             seed = np.concatenate([seed, np.zeros(filling, np.uint32)])
         if isinstance(spec.policy, Fixed) and policy_params.shape[0] == batch:
@@ -369,8 +390,6 @@ class Ensemble:
                     if cuts:
                         texts[b], reasons[b] = text[: min(cuts)], "stop"
                         tokens[b] = _cover(self.tokenizer, rows[b], tokens[b], texts[b])
-        elif stop:
-            raise InputError(f"stop strings need a tokenizer, and {self.members[0].name} has none")
         return Generation(texts, tokens, weights, reasons, state.steps.tolist())
 
 
@@ -388,6 +407,15 @@ def _rows(prompt_ids: Any, prompt_mask: Any) -> list[list[int]]:
     if empty:
         raise grouped_error("prompt_mask leaves rows without a single token", empty)
     return rows
+
+
+def _seeds(seed: Any, batch: int) -> np.ndarray:
+    seeds = np.asarray(seed)
+    if seeds.shape not in ((), (batch,)):
+        raise InputError(f"seed must be an integer or one per prompt ([{batch}]), not shape {list(seeds.shape)}")
+    if seeds.dtype.kind not in "iu" or np.any(seeds < 0) or np.any(seeds > np.iinfo(np.uint32).max):
+        raise InputError(f"seeds must be integers from 0 to 2^32 - 1, not {seed}")
+    return seeds.astype(np.uint32)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:

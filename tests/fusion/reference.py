@@ -1,0 +1,125 @@
+"""Ensemble decoding as one would write it first: one row at a time, a whole forward for every token, numpy in float64.
+
+Nothing here is shared with the program but the members' uncached forward pass (tested against Hugging Face) and the
+random bits: the noise of row b at step t is gumbel(fold_in(key_b, t)).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from rlae_jax.models import LM
+
+WIDTH = 48  # every forward is padded to this, so that a member compiles once
+
+
+@dataclasses.dataclass
+class Row:
+    """What one row wrote and what its policy saw and chose."""
+
+    tokens: list[int]  # end token included
+    ended: bool
+    weights: list[np.ndarray]  # [K] per span
+    hidden: list[list[np.ndarray]]  # [K][D] per span
+    stats: list[np.ndarray]  # [K, 4] per span
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = scores - scores.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def linear(log_probs: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(sum(w * np.exp(log_p) for w, log_p in zip(weights, log_probs, strict=True)))
+
+
+def loglinear(log_probs: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    return log_softmax(sum(w * log_p for w, log_p in zip(weights, log_probs, strict=True) if w > 0))
+
+
+FUSIONS = {"linear": linear, "loglinear": loglinear}
+
+
+def truncate(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Temperature is behind us; top-k, then top-p over what is left, token by token from the likeliest down."""
+    out = np.full_like(scaled, -np.inf)
+    order = list(np.argsort(-scaled, kind="stable"))
+    if top_k:
+        order = order[:top_k]
+    probs = np.exp(log_softmax(scaled[order]))
+    total = 0.0
+    for token, p in zip(order, probs, strict=True):
+        out[token] = scaled[token]
+        total += p
+        if top_p < 1 and total >= top_p:
+            break
+    return out
+
+
+def read(lm: LM, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(last hidden state, log-probabilities of the next token) after `ids`."""
+    padded = np.zeros((1, WIDTH), np.int32)
+    padded[0, : len(ids)] = ids
+    mask = (np.arange(WIDTH) < len(ids)).astype(np.int32)[None]
+    hidden = np.asarray(lm.hidden(padded, mask), np.float64)[0, len(ids) - 1]
+    logits = np.asarray(lm.logits(padded, mask), np.float64)[0, len(ids) - 1]
+    return hidden, log_softmax(logits)
+
+
+def describe(log_probs: list[np.ndarray], span_log_probs: np.ndarray, span_length: int) -> np.ndarray:
+    """Entropy, largest probability, mean log-probability of the last span's tokens, KL to the uniform mixture."""
+    mixture = np.mean([np.exp(log_p) for log_p in log_probs], axis=0)
+    rows = []
+    for log_p, summed in zip(log_probs, span_log_probs, strict=True):
+        p = np.exp(log_p)
+        kl = np.sum(p * (log_p - np.log(mixture)))
+        rows.append([-np.sum(p * log_p), p.max(), summed / span_length, kl])
+    return np.array(rows)
+
+
+def decode_row(
+    members: Sequence[LM],
+    prompt: Sequence[int],
+    key: jax.Array,
+    choose_weights: Callable[[int, list[np.ndarray], np.ndarray], np.ndarray],
+    *,
+    fusion: str = "linear",
+    span_length: int = 4,
+    max_new_tokens: int = 16,
+    min_new_tokens: int = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    end_ids: Sequence[int] = (),
+) -> Row:
+    """One row. `choose_weights(span, hidden, stats)` gives the span's weights."""
+    ids, row = list(prompt), Row([], False, [], [], [])
+    vocab = min(lm.config.vocab for lm in members)
+    span_log_probs = np.zeros(len(members))
+    for step in range(max_new_tokens):
+        hidden, log_probs = map(list, zip(*(read(lm, ids) for lm in members), strict=True))
+        log_probs = [log_softmax(log_p[:vocab]) for log_p in log_probs]
+        if step % span_length == 0:
+            stats = describe(log_probs, span_log_probs, span_length)
+            row.hidden.append(hidden)
+            row.stats.append(stats)
+            row.weights.append(np.asarray(choose_weights(step // span_length, hidden, stats), np.float64))
+            span_log_probs = np.zeros(len(members))
+        fused = FUSIONS[fusion](log_probs, row.weights[-1])
+        if step < min_new_tokens:
+            fused[list(end_ids)] = -np.inf
+        if temperature == 0:
+            token = int(np.argmax(fused))
+        else:
+            noise = np.asarray(jax.random.gumbel(jax.random.fold_in(key, step), (vocab,)), np.float64)
+            token = int(np.argmax(truncate(fused / temperature, top_k, top_p) + noise))
+        span_log_probs += [log_p[token] for log_p in log_probs]
+        ids.append(token)
+        row.tokens.append(token)
+        if token in end_ids:
+            row.ended = True
+            break
+    return row

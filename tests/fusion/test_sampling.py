@@ -1,0 +1,147 @@
+"""Choosing tokens: argmax, top-k and top-p against their definitions, draws against their distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from rlae_jax.fusion.operators import OPERATORS
+from rlae_jax.fusion.sampling import Sampling, argmax, choose_token, truncate
+from tests.fusion import reference
+
+# One shape, so that every example runs the same compiled program.
+SHAPE = (4, 9)
+WITH_TIES = hnp.arrays(np.float32, SHAPE, elements=st.sampled_from([-np.inf, -2.0, -1.0, 0.0, 0.5, 3.0]))
+DISTINCT = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).normal(0, 2, SHAPE).astype("f4"))
+FEW = settings(max_examples=60)
+
+jitted_argmax = jax.jit(argmax)
+jitted_truncate = jax.jit(truncate)
+
+
+@FEW
+@given(WITH_TIES)
+def test_argmax_is_the_first_index_of_the_maximum(scores):
+    np.testing.assert_array_equal(jitted_argmax(scores), np.argmax(scores, axis=-1))
+
+
+def test_argmax_stays_in_range_where_nothing_equals_the_maximum():
+    assert int(argmax(jnp.full((1, 5), jnp.nan))[0]) < 5
+
+
+@FEW
+@given(DISTINCT, st.sampled_from([1, 2, 5, 8, 9, 20]))
+def test_top_k_keeps_the_k_largest(scores, k):
+    kept = np.isfinite(jitted_truncate(scores, Sampling.create(1.0, top_k=k)))
+    for row, keep in zip(scores, kept, strict=True):
+        assert set(np.flatnonzero(keep)) == set(np.argsort(-row)[:k])
+
+
+@FEW
+@given(WITH_TIES)
+def test_top_k_keeps_ties_with_the_kth(scores):
+    kept = np.isfinite(jitted_truncate(scores, Sampling.create(1.0, top_k=3)))
+    for row, keep in zip(scores, kept, strict=True):
+        threshold = np.sort(row)[-3]
+        np.testing.assert_array_equal(keep, (row >= threshold) & np.isfinite(row))
+
+
+@FEW
+@given(DISTINCT, st.floats(0.01, 0.999))
+def test_top_p_keeps_the_fewest_likeliest_that_reach_p(scores, p):
+    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, top_p=p)))
+    for row, after in zip(scores, out, strict=True):
+        probs = np.exp(reference.log_softmax(row.astype(np.float64)))
+        order = np.argsort(-probs)
+        kept = np.isfinite(after)
+        n = kept.sum()
+        assert set(order[:n]) == set(np.flatnonzero(kept))
+        cumulated = np.cumsum(probs[order])
+        assert cumulated[n - 1] >= p - 1e-5
+        assert n == 1 or cumulated[n - 2] < p + 1e-5
+        np.testing.assert_array_equal(after[kept], row[kept])
+
+
+@FEW
+@given(DISTINCT, st.sampled_from([2, 4, 6]), st.floats(0.1, 0.95))
+def test_top_k_comes_before_top_p(scores, k, p):
+    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, top_k=k, top_p=p)))
+    for row, after in zip(scores, out, strict=True):
+        probs = np.exp(reference.log_softmax(np.sort(row.astype(np.float64))[::-1][:k]))
+        if np.abs(np.cumsum(probs) - p).min() > 1e-5:  # on the very edge rounding decides
+            np.testing.assert_array_equal(after, reference.truncate(row, k, p))
+
+
+def test_no_limits_change_nothing():
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
+    np.testing.assert_array_equal(truncate(scores, Sampling.create(1.0)), scores)
+    np.testing.assert_array_equal(truncate(scores, Sampling.create(1.0, top_k=9, top_p=1.0)), scores)
+
+
+def draws(fused, sampling, n, seed=0):
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+    return np.asarray(choose_token(jnp.tile(fused, (n, 1)), keys, jnp.int32(5), sampling))
+
+
+@pytest.mark.parametrize("fusion", OPERATORS)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 5, 1.0), (1.0, 6, 0.9), (1.3, 0, 0.7)]
+)
+def test_frequencies_match_the_fused_distribution(fusion, temperature, top_k, top_p):
+    rng = np.random.default_rng(3)
+    log_probs = [reference.log_softmax(rng.normal(0, 1.0, 8)) for _ in range(2)]
+    weights = np.array([0.3, 0.7])
+    fused = reference.FUSIONS[fusion](log_probs, weights)
+    expected = np.exp(reference.log_softmax(reference.truncate(fused / temperature, top_k, top_p)))
+
+    n = 4000
+    members = tuple(jnp.asarray(log_p, jnp.float32)[None] for log_p in log_probs)
+    ours = OPERATORS[fusion](members, jnp.asarray(weights, jnp.float32)[None])
+    counts = np.bincount(draws(ours, Sampling.create(temperature, top_k, top_p), n), minlength=8)
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    assert possible.sum() > 1
+    # The seed is fixed: this passes always or never, and a wrong distribution fails by orders of magnitude.
+    assert stats.chisquare(counts[possible], expected[possible] * n).pvalue > 1e-3
+
+
+def test_a_draw_depends_on_the_rows_key_and_the_step_alone():
+    rng = np.random.default_rng(1)
+    fused = jnp.asarray(rng.normal(size=(5, 30)), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 5)
+    sampling = Sampling.create(2.0)
+    whole = [np.asarray(choose_token(fused, keys, jnp.int32(step), sampling)) for step in range(8)]
+    for b in range(5):
+        row = fused[b : b + 1], keys[b : b + 1]
+        alone = [int(choose_token(*row, jnp.int32(step), sampling)[0]) for step in range(8)]
+        assert alone == [tokens[b] for tokens in whole]
+        assert len(set(alone)) > 1
+
+
+def test_greedy_ignores_the_limits():
+    greedy = Sampling.create(0.0, top_k=3, top_p=0.2)
+    assert greedy == Sampling.create()
+    fused = jnp.asarray([[0.0, 2.0, 1.0]])
+    assert int(choose_token(fused, jax.random.split(jax.random.key(0), 1), jnp.int32(0), greedy)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"temperature": -0.1}, ("temperature", "-0.1")),
+        ({"temperature": float("nan")}, ("temperature", "nan")),
+        ({"temperature": float("inf")}, ("temperature", "inf")),
+        ({"temperature": 1.0, "top_k": -1}, ("top_k", "-1")),
+        ({"temperature": 1.0, "top_p": 0.0}, ("top_p", "0.0", "(0, 1]")),
+        ({"temperature": 1.0, "top_p": 1.5}, ("top_p", "1.5")),
+        ({"temperature": 1.0, "top_p": float("nan")}, ("top_p", "nan")),
+        ({"top_p": -1.0}, ("top_p", "-1.0")),
+    ],
+    ids=str,
+)
+def test_unusable_options(raises_input_error, options, parts):
+    raises_input_error(lambda: Sampling.create(**options), *parts)

@@ -1,0 +1,64 @@
+"""Every compiled program lowers for cpu, cuda and tpu, from any machine."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+
+import rlae_jax as rj
+from rlae_jax.fusion.decode import decode_spans, prefill
+from rlae_jax.fusion.policy import Confidence, Dims, Fixed
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def assert_lowers(function, *args):
+    shapes = jax.eval_shape(lambda *args: args, *args)
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
+    assert exported.platforms == PLATFORMS
+    return exported
+
+
+@pytest.fixture(scope="module")
+def ensemble(make_lm):
+    return rj.Ensemble([make_lm(0), make_lm(1, width=12, layers=1, heads=2, kv_heads=1, head_width=6)], end_ids=(4,))
+
+
+def inputs(ensemble, batch=4, width=8):
+    ids = jnp.ones((batch, width), jnp.int32)
+    return ensemble.params, ids, jnp.ones_like(ids), jax.random.key(0)
+
+
+SAMPLED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("policy", "fusion", "options"),
+    [
+        (Fixed(), "linear", {}),
+        (Fixed(), "loglinear", SAMPLED),
+        (Confidence(), "loglinear", {}),
+        (Confidence(), "linear", SAMPLED),
+    ],
+    ids=["fixed-greedy", "fixed-sampled", "confidence-greedy", "confidence-sampled"],
+)
+def test_prefill_and_decode(ensemble, policy, fusion, options):
+    spec = rj.Ensemble(ensemble.members, fusion, end_ids=(4,)).spec(max_new_tokens=6, policy=policy, **options)
+    params, ids, mask, key = inputs(ensemble)
+    policy_params = policy.init(key, Dims(ensemble.widths, spec.spans))
+    if isinstance(policy, Fixed):
+        policy_params = jnp.tile(policy_params, (len(ids), 1))
+    exported = assert_lowers(lambda *args: rj.decode(*args, spec).tokens, params, ids, mask, policy_params, key)
+    assert exported.out_avals[0].shape == (4, 6)
+
+    state = jax.eval_shape(lambda *args: prefill(*args, spec), params, ids, mask, key)
+    assert_lowers(lambda *args: prefill(*args, spec).caches, params, ids, mask, key)
+    assert_lowers(lambda *args: decode_spans(*args, spec).tokens, params, state, policy_params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scoring(make_lm, dtype):
+    lm = make_lm(0, dtype=dtype)
+    params, ids = lm.params, jnp.ones((2, 5), jnp.int32)
+    exported = assert_lowers(lm.apply, params, ids, jnp.ones_like(ids))
+    assert exported.out_avals[0].shape == (2, 5, lm.config.vocab)
