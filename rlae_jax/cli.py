@@ -1,19 +1,20 @@
 """The commands: `rlae-jax demo | generate | train | evaluate`. Parses, calls the library, prints.
 
-Heavy imports happen inside the commands, so that `--help` answers at once.
+A command bears the name of the library function behind it, which it therefore imports inside.
 """
 
 import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import arg
 
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
     from rlae_jax.fusion.ensemble import Ensemble
@@ -28,7 +29,7 @@ def _turn_on_compilation_cache() -> None:
     import jax
 
     place = os.environ.get(CACHE_VARIABLE)
-    if place == "off" or jax.config.jax_compilation_cache_dir:
+    if place == "off" or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", place or str(base / "rlae_jax" / "xla"))
@@ -203,7 +204,7 @@ def train(
     from rlae_jax.config import PRESETS, AgentConfig
     from rlae_jax.evaluate import Method, evaluate
     from rlae_jax.metrics import read_metrics
-    from rlae_jax.ppo.train import Interrupted, TrainProgress
+    from rlae_jax.ppo.train import TrainProgress
     from rlae_jax.ppo.train import train as train_agent
 
     found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
@@ -273,7 +274,8 @@ def evaluate(
         reward: exact_match = the whole text, last_number = the last number written.
         split: which prompts. Choices are made on train and dev; read test once.
         policy: run directories of trained agents.
-        methods: of single:NAME, uniform, static (best fixed weights, searched on train), confidence. Default: all.
+        methods: of single:NAME, uniform, static (best fixed weights, searched on train), confidence (at each step the
+            most certain member) and schedule (best weights per span index, searched on train). Default: all.
         max_new_tokens: the longest answer. Default: the task's.
         limit: only the first so many prompts of the split.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
@@ -313,13 +315,11 @@ def evaluate(
     report.console.print(report.results_table(results))
 
 
-COMMANDS = {"demo": demo, "generate": generate, "train": train, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "train": train, "evaluate": evaluate}
 
 
 def main() -> None:
     """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
-    from rlae_jax.ppo.train import Interrupted
-
     _turn_on_compilation_cache()
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -4,6 +4,7 @@ A run writes its settings to `config.json`; `fingerprint` is what decides whethe
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from rlae_jax.errors import InputError
@@ -21,6 +22,7 @@ class AgentConfig:
       span_embedding: width of the span index's embedding.
       ffn_width: hidden width of the actor's and of the critic's MLP.
       concentration_floor: added to every softplus concentration of the Dirichlet.
+      initial_concentration: where every concentration starts: 1 draws all weights alike, more keeps near equal ones.
     """
 
     reads: tuple[str, ...] = OBSERVATION_PARTS
@@ -28,6 +30,7 @@ class AgentConfig:
     span_embedding: int = 64
     ffn_width: int = 256
     concentration_floor: float = 0.05
+    initial_concentration: float = 1.0
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.reads if part not in OBSERVATION_PARTS]
@@ -53,10 +56,10 @@ class PPOConfig:
     """
 
     preset: str = "demo"
-    iterations: int = 150
-    prompts: int = 256
+    iterations: int = 200
+    prompts: int = 512
     epochs: int = 4
-    minibatches: int = 2
+    minibatches: int = 4
     learning_rate: float = 1e-3
     discount: float = 1.0
     gae_lambda: float = 0.95
@@ -100,7 +103,7 @@ class PPOConfig:
             discount=0.99,
             entropy_weight=0.01,
             span_length=4,
-            agent=AgentConfig(concentration_floor=1e-4),
+            agent=AgentConfig(concentration_floor=1e-4, initial_concentration=math.log(2.0)),
         )
         return cls._changed(published, changes)
 

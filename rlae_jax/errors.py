@@ -12,6 +12,10 @@ class InputError(ValueError):
     """Unusable input. The commands print its message without a traceback and exit with status 2."""
 
 
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C after its state was saved. The commands exit with status 130."""
+
+
 def grouped_error(headline: str, findings: Iterable[tuple[str, str]], remedy: str = "") -> InputError:
     """An `InputError` that counts findings per kind and shows the first five of each.
 

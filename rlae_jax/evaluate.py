@@ -5,6 +5,7 @@ members, the ensemble of that member alone. Choices, such as the static weights,
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,13 @@ from jaxtyping import Float
 from rlae_jax import files, report
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights
-from rlae_jax.fusion.policy import Confidence
+from rlae_jax.fusion.policy import BoundPolicy, Confidence, Schedule
 from rlae_jax.tasks import Examples, Task
 
 STATIC_STEP = 0.05
-STATIC_PROMPTS = 1_024
-_ROWS = 256  # prompts per compiled call
+SEARCH_PROMPTS = 1_024
+_ROWS = 256  # prompts per timed call
+_SEARCH_ROWS = 1_024
 _Z95 = 1.959964
 
 
@@ -81,24 +83,22 @@ class _Answers:
         return self.seconds * 1e3 / max(self.tokens, 1)
 
 
-def _answer(
-    method: Method, task: Task, examples: Examples, on_progress: Callable[[int], None], weights: Any = None
-) -> _Answers:
-    """Greedy answers and their rewards. `weights`, one row per example, replaces the method's."""
+def _answer(method: Method, task: Task, examples: Examples, on_progress: Callable[[int], None]) -> _Answers:
+    """Greedy answers, their rewards, and how long decoding took."""
 
     def generate(start: int, stop: int) -> Generation:
-        chosen = method.weights if weights is None else weights[start:stop]
         return method.ensemble.generate(
             examples.prompts[start:stop],
-            chosen,
+            method.weights,
             span_length=method.span_length,
             max_new_tokens=task.max_new_tokens,
         )
 
-    starts = range(0, len(examples), _ROWS)
-    generations, rewards, seconds = [], [], 0.0
+    generations: list[Generation] = []
+    rewards: list[float] = []
+    seconds = 0.0
     compiled: set[int] = set()
-    for start in starts:
+    for start in range(0, len(examples), _ROWS):
         stop = min(start + _ROWS, len(examples))
         if stop - start not in compiled:  # the first call of a size compiles, and is not timed
             compiled.add(stop - start)
@@ -107,37 +107,74 @@ def _answer(
         generation = generate(start, stop)
         seconds += time.perf_counter() - began
         generations.append(generation)
-        for text, reference in zip(generation.texts or [], examples.references[start:stop], strict=True):
-            rewards.append(task.reward(text, reference))
+        rewards += map(task.reward, generation.texts or [], examples.references[start:stop])
         on_progress(stop)
     tokens = sum(sum(generation.steps) for generation in generations)
     return _Answers(generations, np.array(rewards), seconds, tokens)
 
 
-def static_weights(
-    ensemble: Ensemble,
-    task: Task,
-    span_length: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Float[np.ndarray, "K"]:
-    """The best fixed weights: the simplex grid of step 0.05 with the one-hots, on (at least 1,000) training prompts.
+def _mean_reward(ensemble: Ensemble, task: Task, examples: Examples, weights: Weights) -> float:
+    """Mean reward of greedy answers, `_SEARCH_ROWS` prompts at a time."""
+    rewards: list[float] = []
+    for start in range(0, len(examples), _SEARCH_ROWS):
+        part = slice(start, start + _SEARCH_ROWS)
+        generation = ensemble.generate(
+            examples.prompts[part], weights, span_length=task.span_length, max_new_tokens=task.max_new_tokens
+        )
+        rewards += map(task.reward, generation.texts or [], examples.references[part])
+    return float(np.mean(rewards))
 
-    Of equally good points the one nearest to uniform weights is taken.
-    """
-    examples = task.split("train").take(STATIC_PROMPTS)
+
+def _best(grid: Float[np.ndarray, "W K"], scores: Sequence[float]) -> Float[np.ndarray, "K"]:
+    """The best point; of equally good ones the nearest to uniform weights."""
+    distances = np.sum((grid - 1 / grid.shape[1]) ** 2, axis=1)
+    return grid[min(range(len(grid)), key=lambda i: (-scores[i], distances[i]))]
+
+
+def static_weights(
+    ensemble: Ensemble, task: Task, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Float[np.ndarray, "K"]:
+    """The best fixed weights: the simplex grid of step 0.05 with the one-hots, on (at least 1,000) training prompts."""
+    examples = task.split("train").take(SEARCH_PROMPTS)
     grid = simplex_grid(len(ensemble.members), STATIC_STEP)
     scores = []
     for i, point in enumerate(grid):
-        rows = np.broadcast_to(point, (len(examples), len(point)))
-        answers = _answer(Method(ensemble, None, span_length), task, examples, lambda done: None, rows)
-        scores.append(float(np.mean(answers.rewards)))
+        scores.append(_mean_reward(ensemble, task, examples, point))
         on_progress(i + 1, len(grid))
-    distances = np.sum((grid - 1 / grid.shape[1]) ** 2, axis=1)
-    best = min(range(len(grid)), key=lambda i: (-scores[i], distances[i]))
-    return grid[best]
+    return _best(grid, scores)
 
 
-BASELINES = ("uniform", "static", "confidence")
+def schedule_weights(
+    ensemble: Ensemble,
+    task: Task,
+    start: Float[np.ndarray, "K"],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BoundPolicy:
+    """The best weights per span index, which see no state: one pass of coordinate search over the spans.
+
+    Each span in turn takes the best point of the static grid while the others keep theirs; all begin at `start`. On the
+    training prompts the result is never worse than `start` in every span.
+    """
+    examples = task.split("train").take(SEARCH_PROMPTS)
+    grid = simplex_grid(len(ensemble.members), STATIC_STEP)
+    dims = ensemble.spec(span_length=task.span_length, max_new_tokens=task.max_new_tokens).dims
+    weights = np.tile(start, (dims.spans, 1)).astype(np.float32)
+
+    def bound(params: Float[np.ndarray, "P K"]) -> BoundPolicy:
+        return BoundPolicy(Schedule(), params, dims, task.span_length)
+
+    for p in range(dims.spans):
+        scores = []
+        for i, point in enumerate(grid):
+            candidate = weights.copy()
+            candidate[p] = point
+            scores.append(_mean_reward(ensemble, task, examples, bound(candidate)))
+            on_progress(p * len(grid) + i + 1, dims.spans * len(grid))
+        weights[p] = _best(grid, scores)
+    return bound(weights)
+
+
+BASELINES = ("uniform", "static", "confidence", "schedule")
 
 
 def baseline_methods(ensemble: Ensemble, task: Task, names: Sequence[str] | None = None) -> dict[str, Method]:
@@ -148,11 +185,16 @@ def baseline_methods(ensemble: Ensemble, task: Task, names: Sequence[str] | None
     """
     singles = dict(zip(member_names(ensemble), ensemble.members, strict=True))
     known = [*singles, *BASELINES]
-    unknown = [name for name in names or () if name not in known]
+    names = known if names is None else names
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(f"methods {', '.join(unknown)} are unknown; known: {', '.join(known)} (agents: --policy RUN)")
+    static = np.full(len(singles), 1 / len(singles), np.float32)
+    if "static" in names or "schedule" in names:
+        with report.progress("search for static", len(simplex_grid(len(singles), STATIC_STEP)), "points") as update:
+            static = static_weights(ensemble, task, lambda done, total: update(done, ""))
     methods: dict[str, Method] = {}
-    for name in known if names is None else names:
+    for name in names:
         if name in singles:
             alone = Ensemble([singles[name]], ensemble.fusion, end_ids=ensemble.end_ids)
             methods[name] = Method(alone, None, task.span_length)
@@ -160,12 +202,14 @@ def baseline_methods(ensemble: Ensemble, task: Task, names: Sequence[str] | None
             methods[name] = Method(ensemble, None, task.span_length)
         elif name == "confidence":
             methods[name] = Method(ensemble, Confidence(), 1)
+        elif name == "static":
+            methods[name] = Method(ensemble, static, task.span_length)
         else:
-            with report.progress(
-                "static weights", len(simplex_grid(len(ensemble.members), STATIC_STEP)), "points"
-            ) as p:
-                weights = static_weights(ensemble, task, task.span_length, lambda done, total, p=p: p(done, ""))
-            methods[name] = Method(ensemble, weights, task.span_length)
+            spans = -(-task.max_new_tokens // task.span_length)
+            points = spans * len(simplex_grid(len(singles), STATIC_STEP))
+            with report.progress("search for schedule", points, "points") as update:
+                policy = schedule_weights(ensemble, task, static, lambda done, total: update(done, ""))
+            methods[name] = Method(ensemble, policy)
     return methods
 
 
@@ -190,9 +234,8 @@ def evaluate(
     predictions: list[dict[str, Any]] = []
     with report.progress("evaluation", len(methods) * len(examples), "answers") as update:
         for i, (name, method) in enumerate(methods.items()):
-            answers = _answer(
-                method, task, examples, lambda done, i=i, name=name: update(i * len(examples) + done, name)
-            )
+            before = i * len(examples)
+            answers = _answer(method, task, examples, functools.partial(_shift, update, before, name))
             score = float(np.mean(answers.rewards))
             binary = bool(np.all((answers.rewards == 0) | (answers.rewards == 1)))
             table[name] = {
@@ -204,8 +247,9 @@ def evaluate(
                 "scores": {"reward": score},
                 "ms_per_token": answers.ms_per_token,
             }
-            if isinstance(method.weights, np.ndarray):
-                table[name]["weights"] = method.weights.tolist()
+            searched = method.weights.params if isinstance(method.weights, BoundPolicy) else method.weights
+            if isinstance(searched, np.ndarray):
+                table[name]["weights"] = np.round(searched, 4).tolist()
             predictions += _predictions(name, examples, answers)
     results = {
         "schema": 1,
@@ -219,6 +263,10 @@ def evaluate(
         files.write_json_lines(out / "predictions.jsonl", predictions)
         files.write_json(out / "results.json", results)
     return results
+
+
+def _shift(update: report.Update, before: int, note: str, done: int) -> None:
+    update(before + done, note)
 
 
 def _predictions(name: str, examples: Examples, answers: _Answers) -> list[dict[str, Any]]:

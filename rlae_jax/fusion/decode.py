@@ -72,7 +72,7 @@ class DecodeSpec:
 class Span(NamedTuple):
     """One decision for every row. In a trajectory each field has a leading P axis."""
 
-    observation: Observation | tuple[()]
+    observation: Any  # an Observation, or () where observations are not recorded
     weights: Float[Array, "B K"]
     log_prob: Float[Array, "B"]
     value: Float[Array, "B"]
@@ -90,9 +90,10 @@ class DecodeState(NamedTuple):
     ended: Bool[Array, "B"]  # by an end token rather than by the length
     steps: Int[Array, "B"]  # fused steps of each row, the one that chose its end token included
     tokens: Int[Array, "B N"]  # chosen tokens; zeros from steps[b] on
-    row_keys: Key[Array, "B"]
+    row_keys: Any  # Key[B], or () where a result has left the device
     span: Span  # the decision in force
-    span_log_probs: Float[Array, "B K"] | tuple[()]  # each member's summed log-probability of this span's tokens
+    # Each member's summed log-probability of this span's tokens, Float[B, K]; () where the policy does not read it.
+    span_log_probs: Any
     trajectory: Span  # all decisions, [P, B, ...]; spans after a row's end hold no information
 
     def span_mask(self, span_length: int) -> Bool[Array, "P B"]:
@@ -101,7 +102,7 @@ class DecodeState(NamedTuple):
         return first_steps[:, None] < self.steps[None]
 
 
-def left_align_padding(ids_bt: Int[Array, "B T"], mask_bt: Array) -> tuple[Array, Array]:
+def left_align_padding(ids_bt: Int[Array | np.ndarray, "B T"], mask_bt: Array | np.ndarray) -> tuple[Array, Array]:
     """Moves every row's padding to its left, keeping the order of its tokens."""
     real = mask_bt.astype(bool)
     order = jnp.argsort(real, axis=1, stable=True)
@@ -130,8 +131,8 @@ def _prompt_cache(config: ModelConfig, params: transformer.Params, ids: Array, r
 
 def prefill(
     params: tuple[transformer.Params, ...],
-    prompt_ids: Int[Array, "B T"],
-    prompt_mask: Array,
+    prompt_ids: Int[Array | np.ndarray, "B T"],
+    prompt_mask: Array | np.ndarray,
     key: Key[Array, ""] | Key[Array, "B"],
     spec: DecodeSpec,
     active: Bool[Array, "B"] | None = None,
@@ -283,8 +284,8 @@ def decode_spans(
 
 def decode(
     params: tuple[transformer.Params, ...],
-    prompt_ids: Int[Array, "B T"],
-    prompt_mask: Array,
+    prompt_ids: Int[Array | np.ndarray, "B T"],
+    prompt_mask: Array | np.ndarray,
     policy_params: Any,
     key: Key[Array, ""] | Key[Array, "B"],
     spec: DecodeSpec,

@@ -272,7 +272,7 @@ class Ensemble:
             return weights.policy, weights.params, weights.sample
         if weights is None:
             return Fixed(), np.full((batch, len(self.members)), 1 / len(self.members), np.float32), False
-        if hasattr(weights, "apply") and hasattr(weights, "init"):
+        if isinstance(weights, Policy):
             return weights, weights.init(jax.random.key(0), Dims(self.widths, spans)), False
         return Fixed(), normalise_weights(weights, batch, len(self.members)), False
 

@@ -11,11 +11,11 @@ a policy too, so decoding has one path. Trained policies live in `rlae_jax.ppo`.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 OBSERVATION_PARTS = ("hidden", "stats", "span")
 # The columns of Observation.stats.
@@ -26,8 +26,8 @@ class Observation(NamedTuple):
     """What a policy sees at a span boundary; a part that it does not read is an empty tuple."""
 
     hidden: tuple[Float[Array, "B D"], ...]  # each member's last hidden state, which predicts the span's first token
-    stats: Float[Array, "B K 4"] | tuple[()]  # per member, see STATS
-    span: Int[Array, "B"] | tuple[()]  # the span's index p
+    stats: Any  # Float[B, K, 4]: per member, see STATS
+    span: Any  # Int[B]: the span's index p
 
 
 class Dims(NamedTuple):
@@ -50,6 +50,7 @@ class WeightDistribution(Protocol):
     def entropy(self) -> Float[Array, "B"]: ...
 
 
+@runtime_checkable
 class Policy(Protocol):
     """See the module's text. Implementations are hashable: equal policies share compiled programs."""
 
@@ -92,6 +93,22 @@ class Fixed:
     def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
         del observation
         return Deterministic(params), jnp.zeros(params.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Weights per span index that see no state. Its parameters are Float[P, K]; later spans take the last row."""
+
+    reads: tuple[str, ...] = ("span",)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "P K"]:
+        """Uniform weights in every span."""
+        del key
+        return jnp.full((dims.spans, dims.members), 1.0 / dims.members)
+
+    def apply(self, params: Float[Array, "P K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+        weights = params[jnp.minimum(observation.span, params.shape[0] - 1)]
+        return Deterministic(weights), jnp.zeros(weights.shape[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -73,8 +74,8 @@ def _run_steps(
 
 def pretrain(
     config: ModelConfig,
-    ids: Int[Array, "R T"],
-    predicted: Bool[Array, "R T"],
+    ids: Int[Array | np.ndarray, "R T"],
+    predicted: Bool[Array | np.ndarray, "R T"],
     train: PretrainConfig,
     *,
     seed: int,

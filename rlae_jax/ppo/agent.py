@@ -6,6 +6,7 @@ span   [B]        -> embedding -----------------------------+-> critic MLP -> va
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -63,6 +64,8 @@ class PPOAgent:
             params["span_embedding"] = jax.random.normal(keys[0], (dims.spans, config.span_embedding)) * 0.1
             inputs += config.span_embedding
         params["actor"] = init_mlp(keys[1], inputs, config.ffn_width, dims.members)
+        # softplus^-1: every weight starts with this concentration.
+        params["actor"]["b2"] += math.log(math.expm1(config.initial_concentration))
         params["critic"] = init_mlp(keys[2], inputs, config.ffn_width, 1)
         return params
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.config import PPOConfig
 from rlae_jax.fusion.decode import DecodeSpec, decode
 from rlae_jax.fusion.policy import Dims, Observation, Policy
-from rlae_jax.ppo.objective import masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
+from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
 
 
 class LearnerState(NamedTuple):
@@ -41,13 +42,25 @@ class Rollout(NamedTuple):
     ended: Bool[Array, "B"]
 
 
+class _Samples(NamedTuple):
+    """What the losses read of a rollout, each leaf [P * B, ...] once flattened."""
+
+    observation: Observation
+    weights: Float[Array, "M K"]
+    log_prob: Float[Array, "M"]
+    value: Float[Array, "M"]
+    mask: Bool[Array, "M"]
+    advantage: Float[Array, "M"]
+    target: Float[Array, "M"]
+
+
 class Batch(NamedTuple):
     """Prompts and reference tokens of one iteration."""
 
-    ids: Int[Array, "B T"]
-    mask: Int[Array, "B T"]
-    references: Int[Array, "B R"]
-    reference_lengths: Int[Array, "B"]
+    ids: Int[Array | np.ndarray, "B T"]
+    mask: Int[Array | np.ndarray, "B T"]
+    references: Int[Array | np.ndarray, "B R"]
+    reference_lengths: Int[Array | np.ndarray, "B"]
 
 
 def make_optimiser(config: PPOConfig) -> optax.GradientTransformation:
@@ -103,21 +116,28 @@ def learn(
     mask = experience.mask
     rewards = terminal_rewards(score, mask)
     advantages, targets = masked_gae(rewards, experience.value, mask, config.discount, config.gae_lambda)
-    samples = (experience._replace(tokens=(), steps=(), ended=()), normalise(advantages, mask), targets)
+    samples = _Samples(
+        experience.observation,
+        experience.weights,
+        experience.log_prob,
+        experience.value,
+        mask,
+        normalise(advantages, mask),
+        targets,
+    )
     p, b = mask.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(p * b, *leaf.shape[2:]), samples)
     optimiser = make_optimiser(config)
 
-    def loss_of(params: Any, minibatch: Any) -> tuple[Array, Any]:
-        taken, advantage, target = minibatch
+    def loss_of(params: Any, taken: _Samples) -> tuple[Array, PPOLoss]:
         distribution, value = spec.policy.apply(params, taken.observation)
         loss = ppo_loss(
             distribution.log_prob(taken.weights),
             taken.log_prob,
-            advantage,
+            taken.advantage,
             value,
             taken.value,
-            target,
+            taken.target,
             distribution.entropy(),
             taken.mask,
             clip=config.clip,

@@ -27,8 +27,8 @@ from jaxtyping import Float, Int
 from rlae_jax import files
 from rlae_jax.checkpoint import Checkpoints
 from rlae_jax.config import AgentConfig, PPOConfig
-from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.fusion.decode import DecodeSpec
+from rlae_jax.errors import InputError, Interrupted, grouped_error
+from rlae_jax.fusion.decode import DecodeSpec, DecodeState
 from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, decode_texts, pad_rows
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.metrics import MetricsLog
@@ -40,10 +40,6 @@ CONFIG_FILE = "config.json"
 _EVALUATION_ROWS = 256
 
 
-class Interrupted(Exception):
-    """Training was stopped by Ctrl-C after its state was saved."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainProgress:
     """What the loop reports after each iteration."""
@@ -52,7 +48,7 @@ class TrainProgress:
     metrics: dict[str, float]
 
 
-def run_config(ensemble: Ensemble, task: Task, config: PPOConfig) -> dict[str, Any]:
+def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec) -> dict[str, Any]:
     """The content of config.json: everything that the result of a run depends on."""
     return {
         "schema": 1,
@@ -61,7 +57,7 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig) -> dict[str, A
         "examples": {split: len(examples) for split, examples in task.splits.items()},
         "members": [{"name": lm.name, "width": lm.config.width, "vocab": lm.config.vocab} for lm in ensemble.members],
         "fusion": getattr(ensemble.fusion, "__name__", "custom"),
-        "spans": -(-config.max_new_tokens // config.span_length),
+        "spans": spec.spans,
         "settings": dataclasses.asdict(config),
     }
 
@@ -203,23 +199,21 @@ def train(
       Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it.
     """
     config = PPOConfig() if config is None else config
-    config = dataclasses.replace(
-        config,
-        span_length=config.span_length or task.span_length,
-        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
-    )
+    span_length = config.span_length or task.span_length
+    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
     out = Path(out)
     spec = ensemble.spec(
         policy=PPOAgent(config.agent),
-        span_length=config.span_length,
-        max_new_tokens=config.max_new_tokens,
+        span_length=span_length,
+        max_new_tokens=max_new_tokens,
         temperature=config.temperature,
         sample_weights=True,
         record=True,
     )
-    prompts = _prepare(ensemble, task, "train", None, config.max_new_tokens)
-    dev = _prepare(ensemble, task, "dev", config.eval_prompts, config.max_new_tokens)
-    claim_directory(out, run_config(ensemble, task, config), resume=resume)
+    prompts = _prepare(ensemble, task, "train", None, max_new_tokens)
+    dev = _prepare(ensemble, task, "dev", config.eval_prompts, max_new_tokens)
+    claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
 
     state = ppo.init_learner(jax.random.key(config.seed), spec.policy, spec.dims, config)
     # What compiled programs depend on; the rest may change without compiling again.
@@ -267,14 +261,14 @@ def train(
     finally:
         log.close()
         checkpoints.close()
-    return BoundPolicy(spec.policy, state.params, spec.dims, config.span_length)
+    return BoundPolicy(spec.policy, state.params, spec.dims, span_length)
 
 
 def _abstract(state: ppo.LearnerState) -> ppo.LearnerState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
 
-def _texts(ensemble: Ensemble, prompts: Sequence[Sequence[int]], experience: ppo.Rollout) -> list[str]:
+def _texts(ensemble: Ensemble, prompts: Sequence[Sequence[int]], experience: ppo.Rollout | DecodeState) -> list[str]:
     tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
     written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
     return decode_texts(ensemble.tokenizer, prompts, written)
@@ -309,7 +303,8 @@ def load_policy(run: str | os.PathLike[str], *, newest: bool = False) -> BoundPo
         agent = AgentConfig(**{**settings.pop("agent"), "reads": tuple(raw["settings"]["agent"]["reads"])})
         config = PPOConfig(**settings, agent=agent)
         dims = Dims(tuple(member["width"] for member in raw["members"]), raw["spans"])
-    except (KeyError, TypeError) as error:
+        span_length = int(raw["settings"]["span_length"])
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run / CONFIG_FILE}: not the configuration of a training run ({error})") from error
     policy = PPOAgent(config.agent)
     abstract = jax.eval_shape(functools.partial(ppo.init_learner, policy=policy, dims=dims, config=config), _KEY)
@@ -321,7 +316,7 @@ def load_policy(run: str | os.PathLike[str], *, newest: bool = False) -> BoundPo
         params = checkpoints.restore(step, abstract).params
     finally:
         checkpoints.close()
-    return BoundPolicy(policy, jax.tree.map(jnp.asarray, params), dims, config.span_length)
+    return BoundPolicy(policy, jax.tree.map(jnp.asarray, params), dims, span_length)
 
 
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
