@@ -140,7 +140,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     names = ", ".join(lm.name for lm in ensemble.members)
-    for b, text in enumerate(generation.texts or []):
+    for b, text in enumerate(generation.texts):
         print(f"{prompt[b]}{text}")
         if show_weights:
             print(f"  weights of {names}:")
@@ -320,6 +320,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "
 
 def main() -> None:
     """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
+    # Nothing here needs torch, so its absence is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _turn_on_compilation_cache()
     try:
         tyro.extras.subcommand_cli_from_dict(

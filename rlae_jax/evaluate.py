@@ -107,7 +107,7 @@ def _answer(method: Method, task: Task, examples: Examples, on_progress: Callabl
         generation = generate(start, stop)
         seconds += time.perf_counter() - began
         generations.append(generation)
-        rewards += map(task.reward, generation.texts or [], examples.references[start:stop])
+        rewards += map(task.reward, generation.texts, examples.references[start:stop])
         on_progress(stop)
     tokens = sum(sum(generation.steps) for generation in generations)
     return _Answers(generations, np.array(rewards), seconds, tokens)
@@ -121,7 +121,7 @@ def _mean_reward(ensemble: Ensemble, task: Task, examples: Examples, weights: We
         generation = ensemble.generate(
             examples.prompts[part], weights, span_length=task.span_length, max_new_tokens=task.max_new_tokens
         )
-        rewards += map(task.reward, generation.texts or [], examples.references[part])
+        rewards += map(task.reward, generation.texts, examples.references[part])
     return float(np.mean(rewards))
 
 
@@ -273,7 +273,7 @@ def _predictions(name: str, examples: Examples, answers: _Answers) -> list[dict[
     rows = []
     index = 0
     for generation in answers.generations:
-        for b, text in enumerate(generation.texts or []):
+        for b, text in enumerate(generation.texts):
             used = generation.weights[b][~np.isnan(generation.weights[b, :, 0])]
             rows.append(
                 {

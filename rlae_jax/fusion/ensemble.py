@@ -29,11 +29,22 @@ Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | Pol
 class Generation:
     """What `Ensemble.generate` returns, one entry per prompt."""
 
-    texts: list[str] | None  # None without a tokenizer
+    decoded: list[str] | None  # None without a tokenizer; read `texts`
     tokens: list[list[int]]  # the first member's ids, end token excluded
     weights: Float[np.ndarray, "B P K"]  # used in each span; NaN after a row's end
     finish_reasons: list[str]  # "stop" | "length"
     steps: list[int]  # fused steps, the one that chose the end token included
+
+    @property
+    def texts(self) -> list[str]:
+        """Each prompt's answer: prompt + text is what decoding the whole sequence gives.
+
+        Raises:
+          InputError: the members have no tokenizer.
+        """
+        if self.decoded is None:
+            raise InputError("the members have no tokenizer, so there are no texts; read tokens")
+        return self.decoded
 
 
 def bucket(n: int, smallest: int = 1) -> int:

@@ -119,7 +119,8 @@ class TestWhatComesBack:
 
     def test_ids_without_a_tokenizer(self, pair):
         out = generate_ids(pair, PROMPTS)
-        assert out.texts is None
+        with pytest.raises(rj.InputError, match="no tokenizer"):
+            _ = out.texts
         assert all(0 <= i < V for row in out.tokens for i in row)
         no_mask = pair.generate(prompt_ids=[PROMPTS[0]] * 5, max_new_tokens=10)
         assert no_mask.tokens == out.tokens[:1] * 5
