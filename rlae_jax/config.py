@@ -42,10 +42,9 @@ class AgentConfig:
 class PPOConfig:
     """Training of a weight agent with PPO (Schulman et al., 2017) on the span MDP.
 
-    The default is the `demo` preset's; `PPOConfig.paper()` has the published figures.
+    The defaults are the `demo` preset; `PPOConfig.paper()` has the published figures. A run records which it used.
 
     Attributes:
-      preset: recorded with the run; "custom" once a setting differs from the preset's.
       iterations: rollouts, each followed by `epochs` passes over it in `minibatches`.
       prompts: prompts per rollout.
       discount, gae_lambda: gamma and lambda of the advantage estimate.
@@ -55,7 +54,6 @@ class PPOConfig:
       eval_every, eval_prompts: the dev split is scored, and a checkpoint written, every so many iterations.
     """
 
-    preset: str = "demo"
     iterations: int = 200
     prompts: int = 512
     epochs: int = 4
@@ -88,36 +86,33 @@ class PPOConfig:
     @classmethod
     def demo(cls, **changes: Any) -> "PPOConfig":
         """Settings for small members and short answers: fast steps, undiscounted."""
-        return cls._changed(cls(), changes)
+        return cls(**changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> "PPOConfig":
         """RLAE's published figures (arXiv 2506.00439, appendix, and its released code)."""
-        published = cls(
-            preset="paper",
-            iterations=116,  # two passes over GSM8K's 7,473 training prompts
-            prompts=128,
-            epochs=3,
-            minibatches=1,
-            learning_rate=1e-4,
-            discount=0.99,
-            entropy_weight=0.01,
-            span_length=4,
-            agent=AgentConfig(concentration_floor=1e-4, initial_concentration=math.log(2.0)),
-        )
-        return cls._changed(published, changes)
+        published: dict[str, Any] = {
+            "iterations": 116,  # two passes over GSM8K's 7,473 training prompts
+            "prompts": 128,
+            "epochs": 3,
+            "minibatches": 1,
+            "learning_rate": 1e-4,
+            "discount": 0.99,
+            "entropy_weight": 0.01,
+            "span_length": 4,
+            "agent": AgentConfig(concentration_floor=1e-4, initial_concentration=math.log(2.0)),
+        }
+        return cls(**(published | changes))
 
-    @staticmethod
-    def _changed(preset: "PPOConfig", changes: dict[str, Any]) -> "PPOConfig":
-        changed = dataclasses.replace(preset, **changes)
-        # How long, from which seed and for which answers a preset runs does not make it another one.
-        neutral = {"preset", "iterations", "seed", "span_length", "max_new_tokens", "eval_every", "eval_prompts"}
-        same = all(
-            getattr(changed, field.name) == getattr(preset, field.name)
-            for field in dataclasses.fields(preset)
-            if field.name not in neutral
-        )
-        return changed if same else dataclasses.replace(changed, preset=f"custom ({preset.preset})")
+    @property
+    def preset(self) -> str:
+        """The preset that these settings are, or "custom". How long, from which seed and for which answers a preset
+        runs does not make it another one."""
+        neutral = ("iterations", "seed", "span_length", "max_new_tokens", "eval_every", "eval_prompts")
+        for name, preset in PRESETS.items():
+            if self == preset(**{field: getattr(self, field) for field in neutral}):
+                return name
+        return "custom"
 
 
 PRESETS = {"demo": PPOConfig.demo, "paper": PPOConfig.paper}

@@ -89,6 +89,9 @@ def agent_settings(settings: DemoSettings, seed: int) -> dict[str, PPOConfig]:
 
 def train_agent(name: str, ensemble: Ensemble, task: Task, config: PPOConfig, out: Path) -> BoundPolicy:
     """Trains, or takes up where an earlier call stopped."""
+    if any(row["iteration"] == config.iterations for row in read_metrics(out)):
+        report.console.print(f"agent {name}: reusing {out}")
+        return train(ensemble, task, config, out, resume=True)
     with report.progress(f"training {name}", config.iterations, "iterations") as update:
         last_dev = float("nan")
 

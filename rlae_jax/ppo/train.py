@@ -58,6 +58,7 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         "members": [{"name": lm.name, "width": lm.config.width, "vocab": lm.config.vocab} for lm in ensemble.members],
         "fusion": getattr(ensemble.fusion, "__name__", "custom"),
         "spans": spec.spans,
+        "preset": config.preset,
         "settings": dataclasses.asdict(config),
     }
 
@@ -91,7 +92,7 @@ def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
         findings = [
             ("settings differ", difference)
             for difference in _differences(_plain(wanted), files.read_json(path))
-            if not difference.startswith(("settings.iterations ", "settings.preset "))
+            if not difference.startswith("settings.iterations ")
         ]
         if findings:
             raise grouped_error(
@@ -217,7 +218,7 @@ def train(
 
     state = ppo.init_learner(jax.random.key(config.seed), spec.policy, spec.dims, config)
     # What compiled programs depend on; the rest may change without compiling again.
-    static = dataclasses.replace(config, preset="", iterations=1, eval_every=1, eval_prompts=1, seed=0)
+    static = dataclasses.replace(config, iterations=1, eval_every=1, eval_prompts=1, seed=0)
     seed = np.uint32(config.seed)
     checkpoints = Checkpoints(out)
     newest = checkpoints.newest()

@@ -41,7 +41,8 @@ def jsonl(
     path = Path(path)
     reward_function = get_reward(reward)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: within a JSON string other line separators, such as U+2028, end no line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     examples: dict[str, tuple[list[str], list[str]]] = {split: ([], []) for split in SPLITS}
@@ -51,8 +52,9 @@ def jsonl(
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            findings.append(("lines that are not JSON", f"line {number} ({error.msg})"))
+        except (ValueError, RecursionError) as error:  # also an integer too long for Python, or too deep nesting
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
+            findings.append(("lines that are not JSON", f"line {number} ({reason})"))
             continue
         if not isinstance(row, dict):
             findings.append(("lines that are not JSON objects", f"line {number}"))
