@@ -1,0 +1,174 @@
+"""A user's own file as a task: splits by content, fields, and what is said about unusable files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlae_jax.tasks import jsonl
+from rlae_jax.tasks.base import SPLITS
+from rlae_jax.tasks.jsonl import split_of
+
+# Of the prompts "question 0" to "question 39".
+DEV, TEST = [12], [1, 3, 21, 38]
+ROWS = [{"prompt": f"question {i}", "answer": f"answer {i}"} for i in range(400)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(rows or text) -> a path."""
+
+    def write(content, name="data.jsonl"):
+        path = tmp_path / name
+        if not isinstance(content, str | bytes):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+def prompts(task):
+    return {split: set(examples.prompts) for split, examples in task.splits.items()}
+
+
+class TestSplits:
+    def test_each_prompt_falls_into_one_split_with_its_own_answer(self, write):
+        task = jsonl(write(ROWS))
+        assert list(task.splits) == list(SPLITS)
+        pairs = [pair for e in task.splits.values() for pair in zip(e.prompts, e.references, strict=True)]
+        assert sorted(pairs) == sorted((row["prompt"], row["answer"]) for row in ROWS)
+
+    def test_shares(self):
+        counts = [0, 0, 0]
+        for i in range(20_000):
+            counts[SPLITS.index(split_of(f"prompt {i}"))] += 1
+        assert counts[0] / 20_000 == pytest.approx(0.8, abs=0.01)
+        assert counts[1] / 20_000 == pytest.approx(0.1, abs=0.01)
+
+    def test_they_depend_neither_on_the_order_nor_on_the_rest_of_the_file(self, write):
+        whole = prompts(jsonl(write(ROWS)))
+        assert prompts(jsonl(write(ROWS[::-1], "reversed.jsonl"))) == whole
+        part = prompts(jsonl(write(ROWS[50:90], "part.jsonl")))
+        assert all(part[split] <= whole[split] for split in SPLITS)
+
+    def test_they_are_the_same_in_every_version(self):
+        """A change here would move yesterday's test prompts into today's training."""
+        found = [split_of(f"question {i}") for i in range(40)]
+        assert [i for i, split in enumerate(found) if split == "dev"] == DEV
+        assert [i for i, split in enumerate(found) if split == "test"] == TEST
+
+    def test_a_prompt_never_lies_in_two_splits(self, write):
+        """Whatever its answers, its case or its white space."""
+        rows = [
+            {"prompt": variant, "answer": str(n)}
+            for i in range(200)
+            for n, variant in enumerate((f"What is {i}?", f"what is  {i}?", f" WHAT\tis {i}? "))
+        ]
+        task = jsonl(write(rows))
+        words = {split: {" ".join(p.lower().split()) for p in part} for split, part in prompts(task).items()}
+        assert not words["train"] & (words["dev"] | words["test"])
+        assert not words["dev"] & words["test"]
+        assert sum(map(len, task.splits.values())) == 600
+
+    def test_order_within_a_split_is_the_files(self, write):
+        train = jsonl(write(ROWS)).split("train").prompts
+        assert list(train) == sorted(train, key=lambda prompt: int(prompt.split()[1]))
+
+
+class TestFields:
+    def test_names_and_reward(self, write):
+        rows = [{"q": row["prompt"], "a": "7", "prompt": "x"} for row in ROWS]
+        task = jsonl(write(rows, "mine.jsonl"), prompt_field="q", answer_field="a", reward="last_number")
+        assert task.name == "mine"
+        assert task.reward("it is 7.0", "7") == 1.0
+        assert not task.token_reward
+        assert task.split("train").prompts[0].startswith("question")
+
+    def test_numbers_are_answers_too(self, write):
+        rows = [{"prompt": row["prompt"], "answer": i if i % 2 else i / 4} for i, row in enumerate(ROWS)]
+        train = jsonl(write(rows), reward="last_number").split("train")
+        by_prompt = dict(zip(train.prompts, train.references, strict=True))
+        for i, row in enumerate(ROWS):
+            if row["prompt"] in by_prompt:
+                assert by_prompt[row["prompt"]] == str(i if i % 2 else i / 4)
+
+    def test_blank_lines_and_windows_line_ends(self, write):
+        text = "".join(json.dumps(row) + "\r\n\r\n" for row in ROWS)
+        assert prompts(jsonl(write(text))) == prompts(jsonl(write(ROWS, "plain.jsonl")))
+
+    def test_line_separators_within_a_string_end_no_line(self, write):
+        """U+2028, U+0085 and a form feed are line ends to str.splitlines, but not to JSON lines."""
+        odd = ["one\u2028two", "three\u0085four"]
+        text = "".join(json.dumps({"prompt": prompt, "answer": "x"}, ensure_ascii=False) + "\n" for prompt in odd)
+        task = jsonl(write(text))
+        assert sorted(p for part in prompts(task).values() for p in part) == sorted(odd)
+
+    def test_a_byte_order_mark(self, write):
+        task = jsonl(write(b"\xef\xbb\xbf" + b'{"prompt": "a", "answer": "b"}\n'))
+        assert sum(map(len, task.splits.values())) == 1
+
+
+class TestBadFiles:
+    def test_missing(self, tmp_path, raises_input_error):
+        raises_input_error(lambda: jsonl(tmp_path / "none.jsonl"), "none.jsonl", "No such file")
+
+    def test_a_directory(self, tmp_path, raises_input_error):
+        raises_input_error(lambda: jsonl(tmp_path), str(tmp_path), "cannot be read")
+
+    @pytest.mark.parametrize("content", ["", "\n\n  \n"], ids=["no-bytes", "blank-lines"])
+    def test_empty(self, write, raises_input_error, content):
+        raises_input_error(lambda: jsonl(write(content)), "data.jsonl", "empty")
+
+    def test_not_text(self, write, raises_input_error):
+        raises_input_error(lambda: jsonl(write(b"\xff\xfe\x00\x01")), "data.jsonl", "cannot be read")
+
+    def test_lines_that_are_not_json(self, write, raises_input_error):
+        text = '{"prompt": "a", "answer": "b"}\n\n{"prompt": "a"\nhello\n'
+        raises_input_error(lambda: jsonl(write(text)), "2 lines that are not JSON:", "line 3 (", "line 4 (")
+
+    def test_one_array_instead_of_lines(self, write, raises_input_error):
+        raises_input_error(lambda: jsonl(write(json.dumps(ROWS))), "1 lines that are not JSON objects: line 1")
+
+    def test_lacking_fields(self, write, raises_input_error):
+        rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a"}, {"answer": "b"}, {}]
+        raises_input_error(
+            lambda: jsonl(write(rows)),
+            "3 lines that lack a field",
+            "line 2 has no 'answer'",
+            "line 3 has no 'prompt'",
+            "line 4 has no 'prompt' and no 'answer'",
+            '{"prompt": "...", "answer": "..."}',
+        )
+
+    def test_fields_by_another_name(self, write, raises_input_error):
+        message = raises_input_error(lambda: jsonl(write(ROWS), prompt_field="question"), "400 lines", "'question'")
+        assert len(re.findall(r"line \d+ ", message)) == 5
+        listing = Path(re.search(r"full list is in (\S+)", message)[1])
+        assert len(listing.read_text().splitlines()) == 400
+
+    @pytest.mark.parametrize("value", [None, True, ["b"], {"a": "b"}], ids=str)
+    def test_values_that_are_neither_text_nor_numbers(self, write, raises_input_error, value):
+        rows = [ROWS[0], {"prompt": "a", "answer": value}]
+        raises_input_error(lambda: jsonl(write(rows)), "1 lines whose fields are neither text nor numbers: line 2")
+
+    def test_empty_prompts(self, write, raises_input_error):
+        raises_input_error(lambda: jsonl(write([{"prompt": " ", "answer": "b"}])), "1 lines with an empty prompt")
+
+    def test_numbers_beyond_what_python_reads(self, write, raises_input_error):
+        text = '{"prompt": "a", "answer": ' + "9" * 5_000 + "}\n"
+        raises_input_error(lambda: jsonl(write(text)), "not JSON", "line 1")
+
+    def test_every_kind_at_once_is_still_short(self, write, raises_input_error):
+        lines = ['{"prompt": 1}', "[1]", "{", '{"prompt": "", "answer": ""}', '{"prompt": null, "answer": null}'] * 40
+        raises_input_error(lambda: jsonl(write("\n".join(lines))), "40 lines", "full list")
+
+    def test_an_unknown_reward(self, write, raises_input_error):
+        raises_input_error(lambda: jsonl(write(ROWS), reward="bleu"), "'bleu'", "exact_match")
+
+    def test_a_split_without_examples(self, write, raises_input_error):
+        task = jsonl(write([{"prompt": "question 0", "answer": "x"}]))
+        empty = next(split for split, examples in task.splits.items() if not len(examples))
+        raises_input_error(lambda: task.split(empty), repr(empty), "empty")
+        raises_input_error(lambda: task.split("validation"), "'validation'", "train, dev, test")
