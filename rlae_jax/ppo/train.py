@@ -54,7 +54,9 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         "schema": 1,
         "algorithm": "ppo",
         "task": task.name,
-        "examples": {split: len(examples) for split, examples in task.splits.items()},
+        "examples": {
+            split: {"n": len(examples), "sha256": examples.digest()} for split, examples in task.splits.items()
+        },
         "members": [{"name": lm.name, "width": lm.config.width, "vocab": lm.config.vocab} for lm in ensemble.members],
         "fusion": getattr(ensemble.fusion, "__name__", "custom"),
         "spans": spec.spans,
@@ -200,8 +202,8 @@ def train(
       Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it.
     """
     config = PPOConfig() if config is None else config
-    span_length = config.span_length or task.span_length
-    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    span_length = task.span_length if config.span_length is None else config.span_length
+    max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
     out = Path(out)
     spec = ensemble.spec(
@@ -226,11 +228,6 @@ def train(
         state = checkpoints.restore(newest, _abstract(state))
     log = MetricsLog(out, int(state.iteration))
 
-    def save(iteration: int) -> float:
-        score = float(np.mean(_dev_scores(ensemble, task, dev, state.params, spec)))
-        checkpoints.save(iteration, state, score)
-        return score
-
     try:
         with _stop_requests() as stop_requested:
             for iteration in range(int(state.iteration), config.iterations):
@@ -250,9 +247,14 @@ def train(
                 values["seconds"] = time.perf_counter() - started
                 done = iteration + 1
                 stop = stop_requested()
-                if stop or done % config.eval_every == 0 or done == config.iterations:
-                    values["dev"] = save(done)
+                scored = stop or done % config.eval_every == 0 or done == config.iterations
+                if scored:
+                    values["dev"] = float(np.mean(_dev_scores(ensemble, task, dev, state.params, spec)))
+                # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
+                # forgotten on resuming, but one before it would never be written again.
                 log.write(done, values)
+                if scored:
+                    checkpoints.save(done, state, values["dev"])
                 on_progress(TrainProgress(done, values))
                 if stop and done < config.iterations:
                     raise Interrupted(f"stopped after iteration {done} of {config.iterations}; saved in {out}")

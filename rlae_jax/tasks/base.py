@@ -1,6 +1,8 @@
 """What a task is: prompts with references in three splits, and a reward. Knows nothing of models."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 from rlae_jax.errors import InputError
@@ -18,6 +20,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def digest(self) -> str:
+        """A hash of the content, by which a run knows its data again."""
+        content = json.dumps([list(self.prompts), list(self.references)]).encode()
+        return hashlib.sha256(content).hexdigest()
 
     def take(self, n: int) -> "Examples":
         """The first n, or all of them."""
