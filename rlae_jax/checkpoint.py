@@ -24,14 +24,15 @@ class Checkpoints:
         # Orbax reports every step of every save; a failure still raises.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.path = (run / DIRECTORY_NAME).resolve()
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy([LatestN(n=1), BestN(get_metric_fn=_score, n=1)]),
-                best_fn=_score,
-                enable_async_checkpointing=False,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(n=1), BestN(get_metric_fn=_score, n=1)]),
+            best_fn=_score,
+            enable_async_checkpointing=False,
         )
+        try:
+            self._manager = ocp.CheckpointManager(self.path, options=options)
+        except (ValueError, OSError, KeyError, TypeError) as error:  # a damaged file of scores
+            raise InputError(f"{self.path}: the checkpoints cannot be read ({error})") from error
 
     def newest(self) -> int | None:
         """The iteration of the newest complete checkpoint."""

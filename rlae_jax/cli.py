@@ -293,6 +293,9 @@ def evaluate(
         raise InputError(f"--limit must be at least 1, not {limit}")
     found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
     ensemble = _load_ensemble(models, fusion, dtype)
+    examples = found.split(split)  # told now, not after a search
+    examples = examples if limit is None else examples.take(limit)
+    ensemble.check_lengths([len(row) for row in ensemble.encode(examples.prompts)], found.max_new_tokens)
     agents = [load_policy(run) for run in policy]
     for agent in agents:
         ensemble.bind(agent, 1, 1)  # tells now if an agent was trained for other members

@@ -77,8 +77,10 @@ class Asked(dict):
 def task(*, token_reward=True):
     pairs = ["".join(pair) for pair in itertools.product(LETTERS, repeat=2)]
     splits = Asked(
-        train=examples(pairs),
-        dev=examples([f"ab{pair}" for pair in pairs[::2]]),
-        test=examples([f"cd{pair}" for pair in pairs]),
+        {
+            "train": examples(pairs),
+            "dev": examples([f"ab{pair}" for pair in pairs[::2]]),
+            "test": examples([f"cd{pair}" for pair in pairs]),
+        }
     )
     return Task("toy", splits, exact_match, token_reward=token_reward, max_new_tokens=2, span_length=1)

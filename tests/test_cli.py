@@ -1,0 +1,342 @@
+"""The commands: help, what they leave behind, and one clear line for everything that can be wrong with a call."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from rlae_jax import cli
+from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
+from rlae_jax.tasks import skills
+
+TRAIN = ["--iterations", "2", "--prompts", "8", "--eval-every", "1"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(*arguments) -> (exit status, standard output, standard error)."""
+    monkeypatch.setenv(cli.CACHE_VARIABLE, "off")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlae-jax", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as ending:
+            status = ending.code or 0
+        else:
+            status = 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, make_lm):
+    """Two untrained members in directories of their own."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = make_skills_tokenizer()
+    for k, name in enumerate(("alpha", "beta")):
+        make_lm(k, vocab=len(skills.TOKENS), layers=1, context=40, end_ids=(1,), tokenizer=tokenizer).save(root / name)
+    return [root / "alpha", root / "beta"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A user's own file: 60 prompts whose answer is their second digit."""
+    path = tmp_path_factory.mktemp("data") / "mine.jsonl"
+    path.write_text("".join(json.dumps({"q": f"r{i:04d}=", "a": i % 10}) + "\n" for i in range(60)))
+    return path
+
+
+@pytest.fixture
+def data_options(data):
+    return ["--data", data, "--prompt-field", "q", "--answer-field", "a", "--max-new-tokens", "5"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, models, data):
+    """A run directory of two iterations."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    arguments = ["train", "--models", *models, "--data", data, "--prompt-field", "q", "--answer-field", "a"]
+    arguments += ["--max-new-tokens", "5", "--reward", "last_number", "--out", out, *TRAIN]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cli.CACHE_VARIABLE, "off")
+        patch.setattr(sys, "argv", ["rlae-jax", *map(str, arguments)])
+        cli.main()
+    return out
+
+
+def listing(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()
+    }
+
+
+class TestHelp:
+    def test_of_the_program(self, call):
+        status, out, _ = call("--help")
+        assert status == 0
+        for command in ("demo", "generate", "train", "evaluate"):
+            assert command in out
+        assert cli.CACHE_VARIABLE in out
+
+    @pytest.mark.parametrize(
+        ("command", "options"),
+        [
+            ("demo", "--seed --out --quick"),
+            ("generate", "--models --prompt --weights --policy --max-new-tokens --span-length --temperature --seed"),
+            ("train", "--models --task --data --out --algo --iterations --seed --resume"),
+            ("evaluate", "--models --task --split --policy --methods --out --limit"),
+        ],
+    )
+    def test_of_a_command(self, call, command, options):
+        status, out, _ = call(command, "--help")
+        assert status == 0
+        assert [option for option in options.split() if option not in out] == []
+
+    def test_an_unknown_command_or_option(self, call):
+        assert call("generat")[0] == 2
+        status, _, errors = call("generate", "--modles", "x", "--prompt", "y")
+        assert status == 2
+        assert "--models" in errors
+
+    def test_as_a_module_in_a_process_of_its_own(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "rlae_jax", "generate", "--models", "nowhere", "--prompt", "x"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {cli.CACHE_VARIABLE: "off"},
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: nowhere")
+        assert done.stdout == ""
+
+
+class TestGenerate:
+    def test_answers_follow_their_prompts(self, call, models):
+        prompts = ["rs4821=", "ic0990="]
+        status, out, _ = call("generate", "--models", *models, "--prompt", *prompts, "--max-new-tokens", 6)
+        assert status == 0
+        lines = out.splitlines()
+        assert [line[:7] for line in lines] == prompts
+        again = call("generate", "--models", *models, "--prompt", *prompts, "--max-new-tokens", 6, "--weights", 2, 2)
+        assert again[1].splitlines() == lines
+        other = call("generate", "--models", *models, "--prompt", *prompts, "--max-new-tokens", 6, "--weights", 1, 0)
+        assert other[1].splitlines() != lines
+
+    def test_a_trained_policy_and_its_weights(self, call, models, trained):
+        arguments = ["generate", "--models", *models, "--policy", trained, "--prompt", "rs4821=", "--max-new-tokens", 6]
+        status, out, _ = call(*arguments, "--ignore-eos", "--show-weights")
+        assert status == 0
+        assert "weights of alpha, beta" in out
+        rows = [list(map(float, line.split(":")[1].split())) for line in out.splitlines() if "span " in line]
+        assert len(rows) == 2  # the task's span length is 4
+        for row in rows:
+            assert sum(row) == pytest.approx(1.0, abs=2e-3)
+
+
+class TestTrainAndEvaluate:
+    def test_what_a_run_leaves(self, trained):
+        names = {path.name for path in trained.iterdir()}
+        expected = {"config.json", "metrics.jsonl", "results.json", "predictions.jsonl", "checkpoints", "curve.png"}
+        assert expected <= names
+        results = json.loads((trained / "results.json").read_text())
+        assert list(results["methods"]) == ["uniform", "rlae_ppo"]
+        assert (results["task"], results["split"]) == ("mine", "dev")
+        assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
+        assert not [name for name in listing(trained) if "partial" in name]
+
+    def test_resume(self, call, models, data_options, trained, tmp_path):
+        out = Path(shutil.copytree(trained, tmp_path / "run"))
+        arguments = ["train", "--models", *models, *data_options, "--reward", "last_number", "--out", out, *TRAIN]
+        status, _, errors = call(*arguments)
+        assert (status, "--resume" in errors) == (2, True)
+        status, _, errors = call(*arguments, "--iterations", 3, "--resume")
+        assert status == 0, errors
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+    def test_evaluate(self, call, models, data_options, trained, tmp_path):
+        out = tmp_path / "evaluated"
+        arguments = ["evaluate", "--models", *models, *data_options, "--split", "train", "--limit", 6, "--out", out]
+        methods = ["--methods", "single:beta", "uniform"]
+        status, printed, errors = call(*arguments, *methods, "--policy", trained, trained)
+        assert status == 0, errors
+        results = json.loads((out / "results.json").read_text())
+        assert list(results["methods"]) == ["single:beta", "uniform", "rlae_ppo", "rlae_ppo#2"]
+        assert {method["n"] for method in results["methods"].values()} == {6}
+        assert all(name in printed for name in results["methods"])
+        assert len((out / "predictions.jsonl").read_text().splitlines()) == 4 * 6
+        config = json.loads((out / "config.json").read_text())
+        assert config["policies"] == {"rlae_ppo": str(trained), "rlae_ppo#2": str(trained)}
+        before = listing(out)
+        status, _, errors = call(*arguments, *methods)
+        assert (status, errors.startswith(f"error: {out} holds a run already")) == (2, True)
+        assert listing(out) == before
+
+    def test_the_embedded_task(self, call, models, tmp_path):
+        arguments = ["evaluate", "--models", *models, "--task", "skills", "--limit", 6, "--out", tmp_path / "out"]
+        assert call(*arguments, "--methods", "uniform")[0] == 0
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["task"] == "skills"
+
+
+class TestBadInput:
+    """Status 2, nothing on standard output, `error: ...` of at most ten lines on standard error, nothing written."""
+
+    @pytest.fixture
+    def refused(self, call, tmp_path):
+        def check(*arguments, parts):
+            before = listing(tmp_path)
+            status, out, errors = call(*arguments)
+            assert status == 2, errors
+            assert out == ""
+            assert errors.startswith("error: ")
+            assert "Traceback" not in errors
+            assert len(errors.splitlines()) <= 10
+            assert [part for part in parts if part not in errors] == []
+            now = listing(tmp_path)
+            assert {name: now.get(name) for name in before} == before
+            assert [name for name in now if name not in before and not name.startswith("rlae_jax-")] == []
+
+        return check
+
+    @pytest.mark.parametrize(
+        ("options", "parts"),
+        [
+            (["--weights", "1", "2", "3"], ("[3]", "[2]")),
+            (["--weights", "1", "-2"], ("1 negative", "-2.0")),
+            (["--weights", "0", "0"], ("all zero",)),
+            (["--weights", "nan", "1"], ("not finite",)),
+            (["--temperature", "-1"], ("temperature",)),
+            (["--max-new-tokens", "0"], ("max_new_tokens",)),
+            (["--top-p", "0"], ("top_p",)),
+            (["--span-length", "0"], ("span_length",)),
+            (["--seed", "-1"], ("seed",)),
+            (["--chat"], ("chat template",)),
+            (["--policy", "nowhere"], ("nowhere is not a run directory",)),
+            (["--policy", "nowhere", "--weights", "1", "1"], ("either --weights or --policy",)),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_generate(self, refused, models, options, parts):
+        base = ["generate", "--models", *models, "--prompt", "rs4821=", "--max-new-tokens", "6"]
+        refused(*base, *options, parts=parts)
+
+    def test_prompts(self, refused, models):
+        refused("generate", "--models", *models, "--prompt", "", parts=["1 empty prompts"])
+        long = ["generate", "--models", *models, "--max-new-tokens", "9", "--prompt", "rs4821=", "1" * 32]
+        refused(*long, parts=["context is 40", "prompt 1 has 32", "at most 31"])
+
+    def test_models(self, refused, models, tmp_path):
+        refused("generate", "--models", models[0], tmp_path / "gone", "--prompt", "r", parts=["gone"])
+        pickled = tmp_path / "pickled"
+        shutil.copytree(models[0], pickled)
+        (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+        refused("generate", "--models", pickled, "--prompt", "r", parts=["pickle", "safetensors"])
+        cut = tmp_path / "cut"
+        shutil.copytree(models[0], cut)
+        whole = (cut / "model.safetensors").read_bytes()
+        (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        refused("generate", "--models", cut, "--prompt", "r", parts=["model.safetensors"])
+
+    @pytest.mark.parametrize("command", ["train", "evaluate"])
+    def test_tasks(self, refused, models, data, tmp_path, command):
+        base = [command, "--models", *models, "--out", tmp_path / "out"]
+        refused(*base, parts=["either --task", "--data"])
+        refused(*base, "--task", "skills", "--data", data, parts=["either --task", "--data"])
+        refused(*base, "--task", "skils", parts=["'skils'", "skills"])
+        refused(*base, "--data", tmp_path / "gone.jsonl", parts=["gone.jsonl"])
+        refused(*base, "--data", data, parts=["60 lines that lack a field", "line 1 has no 'prompt' and no 'answer'"])
+        (tmp_path / "broken.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
+        refused(*base, "--data", tmp_path / "broken.jsonl", parts=["line 2", "not JSON"])
+        (tmp_path / "empty.jsonl").write_text("")
+        refused(*base, "--data", tmp_path / "empty.jsonl", parts=["empty"])
+
+    def test_train(self, refused, models, data_options, trained, tmp_path):
+        run = Path(shutil.copytree(trained, tmp_path / "run"))
+        base = ["train", "--models", *models, *data_options, *TRAIN]
+        for resume in ([], ["--resume"]):
+            other = [*base, "--reward", "last_number", "--learning-rate", "0.5", "--out", run, *resume]
+            refused(*other, parts=["another configuration", "settings.learning_rate"])
+        refused(*base, "--out", tmp_path / "new", "--iterations", "0", parts=["iterations must be at least 1"])
+        refused(*base, "--out", run / "config.json" / "x", parts=["is a file"])
+
+    def test_train_on_prompts_that_do_not_fit(self, refused, models, tmp_path):
+        path = tmp_path / "long.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"{i}" * 30, "answer": "1"}) + "\n" for i in range(40)))
+        base = ["--models", *models, "--data", path, "--out", tmp_path / "out"]
+        refused("train", *base, *TRAIN, parts=["context is 40", "too long"])
+        refused("evaluate", *base, parts=["context is 40", "too long"])
+
+    def test_evaluate(self, refused, models, data_options, trained, tmp_path):
+        base = ["evaluate", "--models", *models, *data_options, "--out", tmp_path / "out"]
+        refused(*base, "--methods", "uniform", "best", parts=["best", "static", "single:alpha"])
+        refused(*base, "--policy", tmp_path / "gone", parts=["gone is not a run directory"])
+        refused(*base, "--limit", "0", parts=["--limit", "0"])
+        alone = ["evaluate", "--models", models[0], *data_options, "--out", tmp_path / "out", "--methods", "uniform"]
+        refused(*alone, "--policy", trained, parts=["[16, 16]", "[16]"])
+
+    def test_an_evaluation_that_cannot_work_is_told_before_any_search(self, refused, models, tmp_path, monkeypatch):
+        import rlae_jax.evaluate
+
+        def search(*args, **kwargs):
+            raise AssertionError("a search began before the prompts were checked")
+
+        monkeypatch.setattr(rlae_jax.evaluate, "static_weights", search)
+        path = tmp_path / "one.jsonl"
+        path.write_text('{"prompt": "question 0", "answer": "1"}\n')
+        base = ["evaluate", "--models", *models, "--data", path, "--out", tmp_path / "out"]
+        refused(*base, "--split", "test", parts=["'test'", "empty"])
+        path.write_text(json.dumps({"prompt": "1" * 39, "answer": "1"}) + "\n")
+        from rlae_jax.tasks.jsonl import split_of
+
+        refused(*base, "--split", split_of("1" * 39), parts=["context is 40", "prompt 0 has 39"])
+
+
+class TestSettings:
+    def test_the_import_changes_no_setting_of_jax(self):
+        code = (
+            "import jax; before = dict(jax.config.values); import rlae_jax, rlae_jax.cli, rlae_jax.evaluate, "
+            "rlae_jax.demo; after = dict(jax.config.values); assert before == after, (before, after)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    @pytest.fixture
+    def cache(self, monkeypatch):
+        """cache(**environment) -> the directory that the commands choose."""
+        names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+        before = {name: getattr(jax.config, name) for name in names}
+        jax.config.update("jax_compilation_cache_dir", None)
+
+        def choose(**environment):
+            for name in (cli.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+                monkeypatch.delenv(name, raising=False)
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            cli._turn_on_compilation_cache()
+            return jax.config.jax_compilation_cache_dir
+
+        yield choose
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+    def test_the_cache_lies_in_the_users_cache_directory(self, cache, tmp_path):
+        assert cache(HOME=str(tmp_path)) == str(tmp_path / ".cache" / "rlae_jax" / "xla")
+
+    def test_it_follows_the_desktops_convention(self, cache, tmp_path):
+        assert cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "rlae_jax" / "xla")
+
+    def test_it_can_be_moved(self, cache, tmp_path):
+        assert cache(**{cli.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "mine")
+
+    def test_it_can_be_switched_off(self, cache):
+        assert cache(**{cli.CACHE_VARIABLE: "off"}) is None
+
+    def test_a_users_own_setting_stays(self, cache, tmp_path):
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+        assert cache(**{cli.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "own")
