@@ -108,8 +108,10 @@ def _take_directory(out: Path, seed: int) -> None:
     other = out / CONFIG_FILE
     if not other.is_file():
         return
+    if not (out / "specialists").is_dir():
+        raise InputError(f"{out} holds a run that is no demo; choose another --out")
     found = files.read_json(other).get("settings", {}).get("seed")
-    if found == seed or not (out / "specialists").is_dir():
+    if found == seed:
         return
     kept, mine = (out.with_name(f"{out.name}-seed{n}") for n in (found, seed))
     if kept.exists():
@@ -130,16 +132,15 @@ def skill_weights(task: Task, weights: Sequence[np.ndarray]) -> list[dict[str, l
     needed = task.skills["test"][: len(weights)]
     spans = len(needed[0])
     names = list(skills.OPERATION_NAMES.values())
-    return [
-        {
-            name: np.mean(
-                [used[p] for used, skill in zip(weights, needed, strict=True) if skill[p] == name and len(used) > p],
-                axis=0,
-            ).tolist()
+    means = []
+    for p in range(spans):
+        taken = {
+            name: [used[p] for used, skill in zip(weights, needed, strict=True) if skill[p] == name and len(used) > p]
             for name in names
         }
-        for p in range(spans)
-    ]
+        # An answer may end before a span; a skill that no answer reached has no mean.
+        means.append({name: np.mean(rows, axis=0).tolist() for name, rows in taken.items() if rows})
+    return means
 
 
 def verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,8 +6,11 @@ import jax.numpy as jnp
 import pytest
 
 import rlae_jax as rj
+from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
+from rlae_jax.ppo import iteration as ppo
+from rlae_jax.ppo.agent import PPOAgent
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -62,3 +65,27 @@ def test_scoring(make_lm, dtype):
     params, ids = lm.params, jnp.ones((2, 5), jnp.int32)
     exported = assert_lowers(lm.apply, params, ids, jnp.ones_like(ids))
     assert exported.out_avals[0].shape == (2, 5, lm.config.vocab)
+
+
+def test_ppo_programs(ensemble):
+    """The iteration as one program, and the two on either side of a reward in Python."""
+    agent = PPOAgent(AgentConfig(projection=4, span_embedding=4, ffn_width=8))
+    config = PPOConfig(epochs=2, minibatches=2, agent=agent.config)
+    spec = ensemble.spec(policy=agent, span_length=2, max_new_tokens=4, sample_weights=True, record=True)
+    params, ids, mask, key = inputs(ensemble)
+    state = ppo.init_learner(key, agent, spec.dims, config)
+    batch = ppo.Batch(ids, mask, jnp.ones((4, 3), jnp.int32), jnp.full(4, 3))
+    seed, iteration = jnp.uint32(0), jnp.int32(0)
+    assert_lowers(lambda *args: ppo.iterate(*args, spec, config), state, params, batch, seed)
+
+    def roll(*args):
+        return ppo.rollout_for_text(*args, spec)
+
+    assert_lowers(roll, state.params, params, batch, seed, iteration)
+    experience = jax.eval_shape(roll, state.params, params, batch, seed, iteration)
+    exported = assert_lowers(
+        lambda *args: ppo.learn_from_text(*args, spec, config), state, experience, jnp.ones(4), seed
+    )
+    # The state that comes out fits the next iteration.
+    before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+    assert [(leaf.shape, leaf.dtype) for leaf in exported.out_avals][: len(before)] == before

@@ -171,6 +171,7 @@ class TestIndependence:
             out = pair.generate(prompt_ids=ids, prompt_mask=mask, seed=4, max_new_tokens=10, **options)
             assert out.tokens == expected
 
+    @pytest.mark.slow
     def test_of_a_longer_neighbour(self, pair):
         """A prompt of 40 tokens puts everybody into a wider bucket."""
         alone = generate_ids(pair, PROMPTS, seed=4, **SAMPLED)
