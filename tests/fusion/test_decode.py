@@ -86,7 +86,11 @@ def expected_rows(pair):
 
 @pytest.mark.parametrize(
     ("fusion", "name"),
-    [("linear", name) for name in OPTIONS] + [("loglinear", name) for name in ("greedy", "temperature", "everything")],
+    [("linear", name) for name in OPTIONS]
+    + [
+        pytest.param("loglinear", name, marks=[] if name == "greedy" else pytest.mark.slow)
+        for name in ("greedy", "temperature", "everything")
+    ],
 )
 def test_the_loop_equals_the_reference(pair, expected_rows, fusion, name):
     weights, rows = expected_rows(fusion, name)
