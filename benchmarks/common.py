@@ -91,18 +91,15 @@ def time_alternating(
     budget_seconds: float = float("inf"),
     least_rounds: int = 3,
 ) -> dict[str, Timing]:
-    """Times every callable once per round, in an order that turns with the round.
+    """Times every callable once per round, in an order that turns with the round. Call each once before: it compiles.
 
-    A sample is as many calls as fill about `sample_seconds`, so that a call of milliseconds is not timed against the
-    clock's and the scheduler's noise. Entry i of all timings belongs to the same round: ratios are taken pairwise, so
-    that what slows the whole machine down for a while cancels. After `least_rounds`, a round begins only within the
-    budget: on a busy machine the run gets fewer rounds rather than longer.
+    A sample is as many calls as fill about `sample_seconds` (one in the first round, which finds out how many), so that
+    a call of milliseconds is not timed against the clock's and the scheduler's noise. Entry i of all timings belongs to
+    the same round: ratios are taken pairwise, so that what slows the whole machine down for a while cancels. After
+    `least_rounds`, a round begins only within the budget: on a busy machine the run gets fewer rounds, not longer.
     """
     names = list(callables)
-    calls = {}
-    for name, call in callables.items():
-        call()  # compiles, and fills caches
-        calls[name] = max(1, round(sample_seconds / seconds_of(call)))
+    calls = dict.fromkeys(names, 1)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for i in range(rounds):
@@ -111,7 +108,9 @@ def time_alternating(
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
             time.sleep(SETTLE_SECONDS)
-            seconds[name].append(seconds_of(callables[name], calls[name]))
+            took = seconds_of(callables[name], calls[name])
+            seconds[name].append(took)
+            calls[name] = calls[name] if i else max(1, round(sample_seconds / took))
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

@@ -80,10 +80,12 @@ def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
 # --- the transformers loop ---
 
 
-def loop_peer(directories: Sequence[Path], prompt_ids: np.ndarray, new_tokens: int) -> Peer:
+def loop_peer(
+    directories: Sequence[Path], prompt_ids: np.ndarray, new_tokens: int, *, attentions: Sequence[str]
+) -> Peer:
     """transformers models, their own `DynamicCache`, batched, last position's logits only."""
     variants = {}
-    for attention in ("sdpa", "eager"):
+    for attention in attentions:
         models = [
             transformers.LlamaForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, attn_implementation=attention
