@@ -301,7 +301,7 @@ class BestPeer:
 def best_peer(
     directories: Sequence[Path], prompt_ids: np.ndarray, new_tokens: int, *, compiled: Sequence[str | None]
 ) -> Peer:
-    """The fastest `BestPeer`. `compiled` lists what to try: a whole step of 60 layers takes minutes to compile."""
+    """The fastest `BestPeer`. `compiled` lists what to try, as in `BestPeer`."""
     # Compiled code of earlier cases counts towards a limit beyond which torch silently stops compiling.
     torch.compiler.reset()
     members = [read_member(directory) for directory in directories]
