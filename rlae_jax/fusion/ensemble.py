@@ -328,9 +328,9 @@ class Ensemble:
         self.check_ids(rows)
         self.check_lengths([len(row) for row in rows], max_new_tokens)
         if isinstance(weights, BoundPolicy):
-            span_length = span_length or weights.span_length
+            span_length = weights.span_length if span_length is None else span_length
         elif isinstance(weights, Confidence):
-            span_length = span_length or 1
+            span_length = 1 if span_length is None else span_length
         span_length = DEFAULT_SPAN_LENGTH if span_length is None else span_length
 
         batch = len(rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ class LM:
         """Last hidden states after the final norm: what the output head reads."""
         ids = jnp.asarray(ids)
         return _hidden(self.config, self.params, ids, jnp.ones_like(ids) if mask is None else jnp.asarray(mask))
+
+    def fingerprint(self) -> str:
+        """A hash by which a run knows its members again: the configuration and the start of every tensor."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for leaf in jax.device_get([leaf.reshape(-1)[:16] for leaf in jax.tree.leaves(self.params)]):
+            digest.update(leaf.tobytes())
+        return digest.hexdigest()
 
     def require_tokenizer(self) -> Any:
         """The tokenizer, or an `InputError` that says where one was looked for."""

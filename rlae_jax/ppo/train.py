@@ -57,7 +57,7 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         "examples": {
             split: {"n": len(examples), "sha256": examples.digest()} for split, examples in task.splits.items()
         },
-        "members": [{"name": lm.name, "width": lm.config.width, "vocab": lm.config.vocab} for lm in ensemble.members],
+        "members": [{"name": lm.name, "width": lm.config.width, "sha256": lm.fingerprint()} for lm in ensemble.members],
         "fusion": getattr(ensemble.fusion, "__name__", "custom"),
         "spans": spec.spans,
         "preset": config.preset,
