@@ -32,7 +32,7 @@ SPECIALIST = ModelConfig(
     kv_heads=4,
     head_width=16,
     ffn_width=192,
-    context=64,
+    context=256,
     end_ids=(skills.TOKENS.index(skills.END),),
 )
 
