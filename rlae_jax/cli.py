@@ -200,7 +200,7 @@ def train(
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         dtype: of the members' parameters.
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.config import PRESETS, AgentConfig
     from rlae_jax.evaluate import Method, evaluate
     from rlae_jax.metrics import read_metrics
@@ -239,6 +239,7 @@ def train(
     methods = {"uniform": Method(ensemble, None, span), "rlae_ppo": Method(ensemble, policy)}
     results = evaluate(methods, found, "dev", out=out)
     results["seconds"]["total"] = time.perf_counter() - began
+    files.write_json(out / "results.json", results)
     references = {"uniform (dev)": results["methods"]["uniform"]["score"]}
     report.learning_curve(out / "curve.png", {"rlae_ppo": read_metrics(out)}, references, f"{found.name}, PPO")
     report.console.print(report.results_table(results))
