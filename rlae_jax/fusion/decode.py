@@ -61,12 +61,12 @@ class DecodeSpec:
 
     @property
     def vocab(self) -> int:
-        """V: the rows that all output heads have. Heads padded beyond the shared tokenizer lose the rest."""
-        return min(member.vocab for member in self.members)
+        """V: the ids that all members have. Rows of a head beyond its tokenizer never win."""
+        return min(member.usable_vocab for member in self.members)
 
     @property
     def dims(self) -> Dims:
-        return Dims(tuple(member.width for member in self.members), self.spans)
+        return Dims(tuple(member.hidden_width for member in self.members), self.spans)
 
 
 class Span(NamedTuple):
@@ -115,10 +115,10 @@ def row_keys(key: Key[Array, ""] | Key[Array, "B"], batch: int) -> Key[Array, "B
 
 
 def _prompt_cache(config: ModelConfig, params: transformer.Params, ids: Array, real: Array) -> transformer.Cache:
-    """Keys and values [B, G, H, T] of whole prompts."""
+    """What decoding keeps of whole prompts."""
 
     def read(group: tuple[Array, Array]) -> transformer.Cache:
-        return transformer.forward(config, params, *group)[1]
+        return transformer.read_prompt(config, params, *group)
 
     b, t = ids.shape
     rows = max(_PREFILL_TOKENS // t, 1)
@@ -137,7 +137,7 @@ def prefill(
     spec: DecodeSpec,
     active: Bool[Array, "B"] | None = None,
 ) -> DecodeState:
-    """Runs the members over all but the last token of each prompt.
+    """Runs the members over all but the last token of each prompt, an encoder over all of it.
 
     Args:
       prompt_ids, prompt_mask: at least one token in every row; padding on either side.
@@ -148,14 +148,17 @@ def prefill(
         ids, real = (jnp.pad(array, ((0, 0), (1, 0))) for array in (ids, real))
     b, t = ids.shape
     k = len(spec.members)
-    slots = t + spec.max_new_tokens
-    caches = tuple(
-        transformer.extend_cache(_prompt_cache(config, p, ids[:, :-1], real[:, :-1]), slots)
-        for config, p in zip(spec.members, params, strict=True)
-    )
+    caches = []
+    for config, p in zip(spec.members, params, strict=True):
+        # An encoder reads the whole prompt, and its decoder starts from a token of its own.
+        read = slice(None) if config.encoder is not None else slice(-1)
+        cache = _prompt_cache(config, p, ids[:, read], real[:, read])
+        caches.append(transformer.extend_cache(cache, (1 if config.encoder else t) + spec.max_new_tokens))
     counts = jnp.sum(real, axis=1, dtype=jnp.int32)
     observation = Observation(
-        hidden=tuple(jnp.zeros((b, config.width)) for config in spec.members) if "hidden" in spec.policy.reads else (),
+        hidden=tuple(jnp.zeros((b, config.hidden_width)) for config in spec.members)
+        if "hidden" in spec.policy.reads
+        else (),
         stats=jnp.zeros((b, k, len(STATS))) if "stats" in spec.policy.reads else (),
         span=jnp.zeros((b,), jnp.int32) if "span" in spec.policy.reads else (),
     )
@@ -165,7 +168,7 @@ def prefill(
         pending=ids[:, -1],
         lengths=counts - 1,
         starts=t - counts,
-        caches=caches,
+        caches=tuple(caches),
         done=jnp.zeros((b,), bool) if active is None else ~active,
         ended=jnp.zeros((b,), bool),
         steps=jnp.zeros((b,), jnp.int32),
@@ -222,14 +225,16 @@ def _take_decision(
 def _step(
     params: tuple[transformer.Params, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState
 ) -> DecodeState:
-    slots = state.caches[0][0][0].shape[3]
-    slot = slots - spec.max_new_tokens - 1 + state.step
-    indices = jnp.arange(slots)
-    visible = (indices >= state.starts[:, None]) & (indices <= slot)
-
     caches, hidden, log_probs = [], [], []
     for config, p, cache in zip(spec.members, params, state.caches, strict=True):
-        h, cache = transformer.decode_step(config, p, state.pending, state.lengths, cache, slot, visible)
+        pending, position, starts = state.pending, state.lengths, state.starts
+        if config.encoder is not None:  # its slots hold no prompt, and it starts from a token of its own
+            pending = jnp.where(state.step == 0, config.start_id or 0, pending)
+            position, starts = jnp.full_like(position, state.step), jnp.zeros_like(starts)
+        slot = cache.slots - spec.max_new_tokens - 1 + state.step
+        indices = jnp.arange(cache.slots)
+        visible = (indices >= starts[:, None]) & (indices <= slot)
+        h, cache = transformer.decode_step(config, p, pending, position, cache, slot, visible)
         caches.append(cache)
         hidden.append(h)
         log_probs.append(jax.nn.log_softmax(transformer.output_head(config, p, h)[:, : spec.vocab], axis=-1))

@@ -145,7 +145,7 @@ class Ensemble:
         self.fusion = get_operator(fusion)
         ids = [i for lm in members for i in lm.config.end_ids] if end_ids is None else end_ids
         self.end_ids = tuple(sorted(set(ids)))
-        vocab = min(lm.config.vocab for lm in members)
+        vocab = min(lm.config.usable_vocab for lm in members)
         outside = [i for i in self.end_ids if not 0 <= i < vocab]
         if outside and end_ids is not None:
             raise InputError(f"end_ids {outside} lie outside the vocabulary of {vocab}")
@@ -172,7 +172,7 @@ class Ensemble:
     @property
     def widths(self) -> tuple[int, ...]:
         """D of each member."""
-        return tuple(lm.config.width for lm in self.members)
+        return tuple(lm.config.hidden_width for lm in self.members)
 
     def spec(
         self,

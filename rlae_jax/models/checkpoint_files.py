@@ -4,7 +4,8 @@ In: a directory with `config.json` and `model.safetensors` (or shards with an in
 dictionary of arrays, each tensor read, transformed and placed on the device alone. `write_model` is the inverse.
 Everything that can be known from the files' headers is checked before the first tensor is read.
 
-Only safetensors are read: pickled weights can run code.
+Which tensor goes where is a family's table (`families/`); what this file does is the same for all. Only safetensors are
+read: pickled weights can run code.
 """
 
 import dataclasses
@@ -13,9 +14,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -26,57 +27,87 @@ from safetensors.numpy import save_file
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.transformer import Params, abstract_params
+from rlae_jax.models.families import FAMILIES, Family, llama
+from rlae_jax.models.transformer import Params, abstract_params, linears
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-DTYPES = ("float32", "bfloat16")
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """Where a model came from: what `write_model` needs to write it back."""
+
+    family: Family
+    config: Mapping[str, Any]  # config.json as it was
+    generation: Mapping[str, Any]  # generation_config.json as it was
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorRule:
-    """Where one checkpoint tensor lives in the parameter tree.
+class StoredTensor:
+    """One checkpoint tensor and the leaves of the parameter tree that it holds."""
 
-    A Hugging Face linear weight is [outputs, inputs]; our kernel is [inputs..., outputs...] with `input_axes` leading
-    axes. `input_axes` 0 means the tensor is stored as it is.
-    """
+    key: str
+    paths: tuple[tuple[Any, ...], ...]  # several: a fused tensor, split along its outputs
+    shapes: tuple[tuple[int, ...], ...]  # of the leaves
+    kind: Literal["kernel", "bias", "plain"] = "plain"  # of a linear layer, or stored as it is
+    inputs: int = 0  # leading axes of a kernel that are inputs
+    inputs_first: bool = False  # a kernel stored as [inputs, outputs]
+    by_head: bool = False  # a fused tensor that holds the parts of one head after another
 
-    name: str  # checkpoint key, {i} for the layer's number
-    path: tuple[str, ...]  # below the layer if the name has {i}
-    input_axes: int = 0
+    def _parts(self) -> list[tuple[int, ...]]:
+        """The leaves' shapes as [inputs, outputs...]."""
+        return [(math.prod(shape[: self.inputs]), *shape[self.inputs :]) for shape in self.shapes]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        if self.kind == "plain":
+            return self.shapes[0]
+        parts = self._parts()
+        outputs = sum(math.prod(part[1:]) for part in parts)
+        if self.kind == "bias":
+            return (outputs,)
+        return (parts[0][0], outputs) if self.inputs_first else (outputs, parts[0][0])
+
+    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """The leaves that the stored tensor holds."""
+        if self.kind == "plain":
+            return [tensor]
+        parts = self._parts()
+        rows = tensor.reshape(1, -1) if self.kind == "bias" else tensor if self.inputs_first else tensor.T
+        if self.by_head:
+            heads, width = parts[0][1:]
+            split = list(np.moveaxis(rows.reshape(rows.shape[0], heads, len(parts), width), 2, 0))
+        else:
+            edges = np.cumsum([math.prod(part[1:]) for part in parts])[:-1]
+            split = np.split(rows, edges, axis=1)
+        return [part.reshape(shape) for part, shape in zip(split, self.shapes, strict=True)]
+
+    def join(self, leaves: list[np.ndarray]) -> np.ndarray:
+        """The stored tensor that holds the leaves."""
+        if self.kind == "plain":
+            return leaves[0]
+        parts = [leaf.reshape(shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
+        if self.by_head:
+            tensor = np.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
+        else:
+            tensor = np.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
+        if self.kind == "bias":
+            return tensor[0]
+        return tensor if self.inputs_first else tensor.T
 
 
-LLAMA_RULES = (
-    TensorRule("model.embed_tokens.weight", ("embedding",)),
-    TensorRule("model.layers.{i}.input_layernorm.weight", ("attention_norm", "scale")),
-    TensorRule("model.layers.{i}.self_attn.q_proj.weight", ("attention", "q", "kernel"), 1),
-    TensorRule("model.layers.{i}.self_attn.k_proj.weight", ("attention", "k", "kernel"), 1),
-    TensorRule("model.layers.{i}.self_attn.v_proj.weight", ("attention", "v", "kernel"), 1),
-    TensorRule("model.layers.{i}.self_attn.o_proj.weight", ("attention", "o", "kernel"), 2),
-    TensorRule("model.layers.{i}.post_attention_layernorm.weight", ("ffn_norm", "scale")),
-    TensorRule("model.layers.{i}.mlp.gate_proj.weight", ("ffn", "gate", "kernel"), 1),
-    TensorRule("model.layers.{i}.mlp.up_proj.weight", ("ffn", "up", "kernel"), 1),
-    TensorRule("model.layers.{i}.mlp.down_proj.weight", ("ffn", "down", "kernel"), 1),
-    TensorRule("model.norm.weight", ("norm", "scale")),
-    TensorRule("lm_head.weight", ("head", "kernel"), 1),
-)
-# Buffers that old checkpoints carry and no computation needs.
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+def split_path(path: str) -> tuple[Any, ...]:
+    """("layers", 0, "attention") of "layers.0.attention": keys of the parameter tree."""
+    return tuple(int(name) if name.isdigit() else name for name in path.split("."))
 
 
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...], TensorRule]]:
-    """(checkpoint key, path in the parameter tree, rule) of every tensor of a model."""
-    for rule in LLAMA_RULES:
-        if rule.path[0] == "head" and config.tied_head:
-            continue
-        if "{i}" not in rule.name:
-            yield rule.name, rule.path, rule
-            continue
-        for i in range(config.layers):
-            yield rule.name.format(i=i), ("layers", i, *rule.path), rule
-
-
-def _get(tree: Params, path: tuple[Any, ...]) -> Any:
+def get_leaf(tree: Params, path: tuple[Any, ...]) -> Any:
+    """What stands at a path of the tree, or None."""
     for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return None
         tree = tree[key]
     return tree
 
@@ -87,20 +118,56 @@ def _put(tree: Params, path: tuple[Any, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def _stored_shape(shape: tuple[int, ...], rule: TensorRule) -> tuple[int, ...]:
-    if not rule.input_axes:
-        return shape
-    return math.prod(shape[rule.input_axes :]), math.prod(shape[: rule.input_axes])
+def modules(family: Family, config: ModelConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(the family's name of a module, the same with its layer's number, our dotted paths) of every module that the
+    model has."""
+    table = family.modules(config) if callable(family.modules) else family.modules
+    tree = abstract_params(config)
+    for name, ours in table.items():
+        ours = (ours,) if isinstance(ours, str) else ours
+        stack = config.encoder if ours[0].startswith("encoder.") and config.encoder else config
+        for i in range(stack.layers if "{i}" in name + ours[0] else 1):
+            paths = tuple(path.format(i=i) for path in ours)
+            if get_leaf(tree, split_path(paths[0])) is not None:
+                yield name, name.format(i=i), paths
 
 
-def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelConfig:
-    """The `ModelConfig` of a Hugging Face directory.
+def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, ...]:
+    """Every tensor of a model's checkpoint."""
+    tree, specs = abstract_params(config), linears(config)
+    found = []
+    for name, key, paths in modules(family, config):
+        first = get_leaf(tree, split_path(paths[0]))
+        if not isinstance(first, dict):
+            found.append(StoredTensor(f"{key}.weight", (split_path(paths[0]),), (first.shape,)))
+            continue
+        for leaf in first:
+            leaf_paths = tuple((*split_path(path), leaf) for path in paths)
+            found.append(
+                StoredTensor(
+                    f"{key}.bias" if leaf == "bias" else f"{key}.weight",
+                    leaf_paths,
+                    tuple(get_leaf(tree, path).shape for path in leaf_paths),
+                    kind=leaf if paths[0] in specs and leaf in ("kernel", "bias") else "plain",
+                    inputs=specs[paths[0]].inputs if leaf == "kernel" else 0,
+                    inputs_first=name in family.inputs_first,
+                    by_head=name in family.fused_by_head,
+                )
+            )
+    return tuple(found)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def read_source(directory: Path) -> Source:
+    """What a Hugging Face directory says of its model.
 
     Raises:
-      InputError: no such directory, no readable config.json, an architecture or a setting that is not supported.
+      InputError: no such directory, no readable config.json, a family that is not supported, a quantised checkpoint, or
+        one whose code would have to be downloaded.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise InputError(f"{directory} {what}; expected a Hugging Face directory with config.json and safetensors")
@@ -109,179 +176,293 @@ def read_config(directory: Path, *, dtype: str, precision: str | None) -> ModelC
         raise InputError(f"{path}: missing; expected a Hugging Face directory with config.json and safetensors")
     raw = read_json(path)
     names = raw.get("architectures") or [raw.get("model_type", "unnamed")]
-    if names[0] not in ARCHITECTURES:
-        raise InputError(f"{path}: architecture {names[0]} is not supported; supported: {', '.join(ARCHITECTURES)}")
-
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: a field has an unusable value (rope parameters {rope!r} are no JSON object)")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = {
-        "rope_type": kind if kind != "default" else None,
-        "hidden_act": raw.get("hidden_act", "silu") if raw.get("hidden_act", "silu") != "silu" else None,
-        "attention_bias": raw.get("attention_bias") or None,
-        "mlp_bias": raw.get("mlp_bias") or None,
-        "quantization_config": "present" if raw.get("quantization_config") else None,
-    }
-    if any(unsupported.values()):
-        found = ", ".join(f"{key} = {value}" for key, value in unsupported.items() if value)
+    by_architecture = {name: family for family in FAMILIES.values() for name in family.architectures}
+    family = by_architecture.get(names[0]) if isinstance(names, list) else None
+    if family is None or raw.get("model_type", family.model_type) != family.model_type:
+        if raw.get("auto_map"):
+            raise InputError(
+                f"{path}: {names[0]} needs code from its own repository, which is never run; supported families: "
+                f"{', '.join(FAMILIES)}"
+            )
         raise InputError(
-            f"{path}: {found} is not supported; supported: default rope, silu, no biases, unquantised weights"
+            f"{path}: architecture {names[0]} is not supported (model_type {raw.get('model_type')}); supported: "
+            f"{', '.join(by_architecture)}"
         )
-    generation = directory / "generation_config.json"
-    ends = raw.get("eos_token_id")
-    if generation.is_file():
-        ends = read_json(generation).get("eos_token_id", ends)
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
+        raise InputError(
+            f"{path}: quantised weights (quantization_config, {method}) are not supported; "
+            f"supported: {', '.join(DTYPES)}"
+        )
+    return Source(family, raw, _read_optional(directory / "generation_config.json"))
+
+
+def import_transformers() -> Any:
+    """The transformers package: its import takes seconds, and advises to install torch unless told not to."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
+def _fields(source: Source, path: Path, context: int | None) -> dict[str, Any]:
+    """The family's reading of config.json, after transformers has filled in its defaults."""
+    name = source.family.model_type
     try:
-        heads = int(raw["num_attention_heads"])
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        config = ModelConfig(
-            vocab=int(raw["vocab_size"]),
-            width=int(raw["hidden_size"]),
-            layers=int(raw["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_width=int(raw.get("head_dim") or raw["hidden_size"] // max(heads, 1)),
-            ffn_width=int(raw["intermediate_size"]),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_base=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            tied_head=bool(raw.get("tie_word_embeddings", False)),
-            context=int(raw.get("max_position_embeddings", 2048)),
-            bos_id=raw.get("bos_token_id"),
-            end_ids=tuple(int(end) for end in ends),
-            dtype=dtype,
-            precision=precision,
-        )
+        hf = import_transformers().AutoConfig.for_model(**{"model_type": name, **source.config})
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a usable {name} configuration ({reason[:300]})") from error
+    if context is not None:
+        hf.used_context = context
+    try:
+        return source.family.read(hf)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except KeyError as error:
         raise InputError(f"{path}: the field {error} is missing") from error
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{path}: a field has an unusable value ({error})") from error
+
+
+def read_config(
+    source: Source, directory: Path, *, dtype: str, precision: str | None, context: int | None = None
+) -> ModelConfig:
+    """The `ModelConfig` of a directory's model.
+
+    Raises:
+      InputError: a setting that is missing, unusable or not supported.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    path = directory / "config.json"
+    fields = _fields(source, path, context)
+    of_text = {**source.config, **source.generation}
+    ends = of_text.get("eos_token_id")
+    if fields.get("encoder") is not None:
+        fields["encoder"] = dataclasses.replace(fields["encoder"], dtype=dtype, precision=precision)
+    try:
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        config = ModelConfig(
+            **{
+                **fields,
+                "context": fields["context"] if context is None else context,
+                "bos_id": of_text.get("bos_token_id"),
+                "pad_id": of_text.get("pad_token_id"),
+                "end_ids": tuple(int(end) for end in ends),
+                "dtype": dtype,
+                "precision": precision,
+            }
+        )
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: a field has an unusable value ({error})") from error
-    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "context")
-    if any(getattr(config, size) < 1 for size in sizes):
-        found = ", ".join(f"{size} = {getattr(config, size)}" for size in sizes if getattr(config, size) < 1)
-        raise InputError(f"{path}: every size must be at least 1, not {found}")
-    if config.heads % config.kv_heads or config.head_width % 2:
-        raise InputError(f"{path}: needs num_key_value_heads to divide num_attention_heads, and an even head_dim")
+    _check_sizes(config, path)
+    if context is not None and config.learned_positions and context > fields["context"]:
+        raise InputError(f"context {context} is more than the {fields['context']} positions that {path} has")
+    if source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
+        config = dataclasses.replace(config, tied_head=True)
     return config
 
 
-def _shards(directory: Path) -> dict[str, Path]:
-    """Checkpoint key -> the file that holds it."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+def _check_sizes(config: ModelConfig, path: Path) -> None:
+    sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "context")
+    wrong = [f"{size} = {getattr(config, size)}" for size in sizes if not _is_size(getattr(config, size))]
+    if wrong:
+        raise InputError(f"{path}: every size must be a whole number and at least 1, not {', '.join(wrong)}")
+    if config.heads % config.kv_heads:
+        raise InputError(
+            f"{path}: num_key_value_heads ({config.kv_heads}) must divide num_attention_heads ({config.heads})"
+        )
+    for rope in (config.rope, config.local_rope):
+        if rope is not None and int(config.head_width * rope.fraction) % 2:
+            raise InputError(f"{path}: rotary positions need an even number of a head's {config.head_width} entries")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def tensor_files(directory: Path, name: str = "model") -> dict[str, Path]:
+    """Tensor name -> the file that holds it, of `name`.safetensors or its shards.
+
+    Raises:
+      InputError: no such files, only pickled ones, shards that are not there, files that are corrupt.
+    """
+    index, single = directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
-        absent = sorted({name for name in weight_map.values() if not (directory / name).is_file()})
+        absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
         if absent:
             raise grouped_error(
-                f"{directory}: the index names files that are not there", [("files", a) for a in absent]
+                f"{directory}: the index names files that are not there", [("files", file) for file in absent]
             )
-        return {key: directory / name for key, name in weight_map.items()}
+        return {key: directory / file for key, file in weight_map.items()}
     if not single.is_file():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
         if pickled:
             raise InputError(
                 f"{directory}: only pickled weights ({', '.join(pickled[:5])}); pickles can run code and are never "
-                "read. Save the model with safe_serialization=True to get model.safetensors"
+                f"read. Save the model with safe_serialization=True to get {name}.safetensors"
             )
-        raise InputError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
-    return dict.fromkeys(_open(single).keys(), single)
+        raise InputError(f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json")
+    return dict.fromkeys(tensor_shapes(single), single)
 
 
-def _open(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
+    """A safetensors file.
+
+    Raises:
+      InputError: it is truncated or corrupt.
+    """
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: truncated or corrupt safetensors file ({error})") from error
 
 
-def read_params(directory: Path, config: ModelConfig) -> Params:
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a file, from its header."""
+    reader = open_tensors(path)
+    return {key: tuple(reader.get_slice(key).get_shape()) for key in list(reader.keys())}
+
+
+def read_tensor(path: Path, key: str) -> np.ndarray:
+    """One tensor. The file is opened for it alone: pages of an open mapping that were read stay resident."""
+    try:
+        return open_tensors(path).get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot read {key} ({error})") from error
+
+
+def _modern(key: str) -> str:
+    """Names of the first BERT checkpoints."""
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
+
+
+def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
     """Reads every tensor of the model, one at a time, in `config.dtype`, onto the default device.
 
     Raises:
       InputError: pickled weights only, corrupt files, tensors missing, unexpected or of another shape.
     """
-    files = _shards(directory)
-    readers = {path: _open(path) for path in sorted(set(files.values()))}
-    held = {path: set(reader.keys()) for path, reader in readers.items()}
-    abstract = abstract_params(config)
-    wanted = list(_tensors(config))
+    family = source.family
+    files = tensor_files(directory)
+    names = {_modern(key): key for key in files}  # what the table calls a tensor -> what the file calls it
+    wanted = stored_tensors(family, config)
+    if not any(name.startswith(family.prefix) for name in names):  # a checkpoint of the bare model
+        names = {family.prefix + name: key for name, key in names.items()}
 
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(set(files.values())):
+        shapes |= {key: shape for key, shape in tensor_shapes(path).items() if files.get(key) == path}
+    expected = {tensor.key for tensor in wanted}
     # A tied checkpoint may carry the head a second time.
-    unexpected = set(files) - {key for key, _, _ in wanted} - ({"lm_head.weight"} if config.tied_head else set())
-    findings = [("unexpected", key) for key in sorted(unexpected) if not IGNORED.search(key)]
-    for key, path, rule in wanted:
-        if key not in files or key not in held[files[key]]:
-            findings.append(("missing", key))
-            continue
-        stored = tuple(readers[files[key]].get_slice(key).get_shape())
-        expected = _stored_shape(_get(abstract, path).shape, rule)
-        if stored != expected:
-            findings.append(("mis-shaped", f"{key} is {list(stored)}, expected {list(expected)}"))
+    ignored = [
+        r"\.rotary_emb\.inv_freq$",
+        *family.ignored,
+        *((r"^(lm_head|embed_out)\.weight$",) if config.tied_head else ()),
+    ]
+    findings = [
+        ("unexpected", name)
+        for name in sorted(names.keys() - expected)
+        if not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    for tensor in wanted:
+        stored = shapes.get(names.get(tensor.key, ""))
+        if stored is None:
+            findings.append(("missing", tensor.key))
+        elif stored != tensor.shape:
+            findings.append(("mis-shaped", f"{tensor.key} is {list(stored)}, expected {list(tensor.shape)}"))
     if findings:
         raise grouped_error(
             f"{directory}: the tensors do not fit config.json", findings, "config.json and weights must belong together"
         )
 
     params: Params = {}
-    dtype = ml_dtypes.bfloat16 if config.dtype == "bfloat16" else np.dtype(config.dtype)
-    for key, path, rule in wanted:
-        try:
-            tensor = readers[files[key]].get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{files[key]}: cannot read {key} ({error})") from error
-        if rule.input_axes:
-            tensor = tensor.T.reshape(_get(abstract, path).shape)
-        # Waiting for each tensor keeps one host copy alive at a time instead of the whole checkpoint.
-        _put(params, path, jax.block_until_ready(jax.device_put(np.ascontiguousarray(tensor, dtype=dtype))))
+    for tensor in wanted:
+        key = names[tensor.key]
+        stored_array = read_tensor(files[key], key)
+        for leaf, part in zip(tensor.paths, tensor.split(stored_array), strict=True):
+            placed = jax.device_put(np.ascontiguousarray(part, dtype=DTYPES[config.dtype]))
+            # Waiting for each tensor keeps one host copy alive at a time instead of the whole checkpoint.
+            _put(params, leaf, jax.block_until_ready(placed))
     return params
 
 
-def write_model(directory: Path, config: ModelConfig, params: Params, tokenizer: Any = None) -> None:
-    """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files.
+def llama_source(config: ModelConfig) -> Source:
+    """The `Source` of a model that was made here and not loaded: Llama's layout.
+
+    Raises:
+      InputError: the model is made of more than Llama's layout can say.
+    """
+    family = FAMILIES["llama"]
+    source = Source(family, llama.write(config), {})
+    made = dataclasses.replace(config, pad_id=None, tokens=None)
+    read = read_config(source, Path("config.json"), dtype=config.dtype, precision=config.precision)
+    if dataclasses.replace(read, bos_id=made.bos_id, end_ids=made.end_ids, pad_id=None) != made:
+        raise InputError("only models loaded from a checkpoint, or of Llama's architecture, can be saved")
+    return source
+
+
+def write_model(
+    directory: Path, config: ModelConfig, params: Params, source: Source | None = None, tokenizer: Any = None
+) -> None:
+    """Writes config.json, generation_config.json, safetensors and the tokenizer's files.
 
     The directory appears under its name only when it is complete.
 
     Raises:
-      InputError: the directory exists already.
+      InputError: the directory exists already; a model made here that is not of Llama's architecture.
     """
     if directory.exists():
         raise InputError(f"{directory} exists already; choose another name or remove it")
-    tensors = {}
-    for key, path, rule in _tensors(config):
-        array = np.asarray(_get(params, path))
-        if rule.input_axes:
-            array = array.reshape(_stored_shape(array.shape, rule)[::-1]).T
-        tensors[key] = np.ascontiguousarray(array)
+    source = llama_source(config) if source is None else source
     ends = config.end_ids[0] if len(config.end_ids) == 1 else list(config.end_ids) or None
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "intermediate_size": config.ffn_width,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
-        "tie_word_embeddings": config.tied_head,
-        "max_position_embeddings": config.context,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": ends,
-        "torch_dtype": config.dtype,
-    }
+    of_text = {"bos_token_id": config.bos_id, "eos_token_id": ends, "pad_token_id": config.pad_id}
+    raw = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    raw |= {"architectures": [source.family.architectures[0]], "model_type": source.family.model_type}
+    raw |= {"dtype": config.dtype} | of_text
+    generation = dict(source.generation) | of_text
+    if config.start_id is not None:
+        raw["decoder_start_token_id"] = generation["decoder_start_token_id"] = config.start_id
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    (partial / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": config.bos_id, "eos_token_id": ends}, indent=2) + "\n", encoding="utf-8"
-    )
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    partial.rename(directory)
+    try:
+        _write_tensors(partial, stored_tensors(source.family, config), params)
+        for name, content in (("config.json", raw), ("generation_config.json", generation)):
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: Params) -> None:
+    """One file, or shards with an index, each at most SHARD_BYTES; one shard in memory at a time."""
+    shards: list[list[StoredTensor]] = [[]]
+    size = total = 0
+    for tensor in tensors:
+        held = sum(get_leaf(params, path).nbytes for path in tensor.paths)
+        if shards[-1] and size + held > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size, total = size + held, total + held
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {t.key: t.join([np.asarray(get_leaf(params, path)) for path in t.paths]) for t in shard}
+        save_file(
+            {key: np.ascontiguousarray(array) for key, array in arrays.items()},
+            directory / name,
+            metadata={"format": "pt"},
+        )
+        weight_map |= dict.fromkeys(arrays, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,55 @@
 """What a language model is made of, as one frozen (hashable) record: the static half of every model.
 
 The other half, its arrays, is a plain nested dictionary (see `transformer.py`). Two models with equal configurations
-share every compiled program.
+share every compiled program. What differs between families of models is data in these records, read from a checkpoint's
+own configuration by `families/`.
 """
 
 import dataclasses
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al., 2021). What turns by how much is worked out in `rope.py`."""
+
+    base: float = 10_000.0
+    fraction: float = 1.0  # of a head's entries that turn, from the first on
+    # "linear", "llama3", "yarn" or "longrope" with its numbers, as (name, value) pairs.
+    kind: str = "default"
+    numbers: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+    """T5's learned scores per head and bucket of distances (Raffel et al., 2020, section 2.1)."""
+
+    buckets: int
+    max_distance: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Disentangled:
+    """DeBERTa's attention to content and to relative positions (He et al., 2021; v3: He et al., 2023)."""
+
+    span: int  # relative positions are clipped to -span..span - 1
+    buckets: int  # positions beyond buckets / 2 share logarithmic buckets; 0: every position has its own
+    max_position: int
+    content_to_position: bool
+    position_to_content: bool
+    shared_projections: bool  # positions use the content's query and key matrices
+    norm_embeddings: bool  # a layer norm over the relative positions' embeddings
+    convolution: int = 0  # kernel width of the convolution beside the first layer; 0: none
+    convolution_activation: str = "tanh"
+    convolution_groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer. The letters are the axis names used in shapes and einsum strings."""
+    """A transformer. The letters are the axis names used in shapes and einsum strings.
+
+    The defaults are Llama's. A model with an `encoder` is an encoder-decoder, and these are its decoder's sizes.
+    """
 
     vocab: int  # V: rows of the output head
     width: int  # D
@@ -18,12 +58,71 @@ class ModelConfig:
     kv_heads: int  # G: key/value heads, a divisor of N
     head_width: int  # H
     ffn_width: int  # F
+
+    # Norms: where they stand around a branch (attention or feed-forward) and its sum with the residual stream,
+    # "before" f(norm(x)), "branch" norm(f(x)), "sum" norm(x + f(x)).
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
-    rope_base: float = 10_000.0
+    norm_places: tuple[Literal["before", "branch", "sum"], ...] = ("before",)
+    norm_offset: float = 0.0  # added to the stored scale (Gemma stores scale - 1)
+    norm_affine: bool = True
+    final_norm: bool = True
+    query_key_norm: Literal["head", "all"] | None = None  # RMS over each head's entries, or over all heads' at once
+    parallel_branches: bool = False  # x + attention(norm(x)) + ffn(norm(x))
+
+    # Positions: any of rotary, learned and relative.
+    rope: Rope | None = Rope()
+    learned_positions: int = 0  # rows of the table
+    position_offset: int = 0  # row of the first position (OPT, RoBERTa)
+    relative_bias: RelativeBias | None = None
+    disentangled: Disentangled | None = None
+
+    # Attention.
+    causal: bool = True
+    attention_scale: float | None = None  # None: H^-1/2
+    scale_by_depth: bool = False  # divide it by the layer's number, from 1
+    attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    local_layers: tuple[int, ...] = ()  # these attend to the last `window` tokens only, their own included
+    window: int = 0
+    local_rope: Rope | None = None  # of the local layers; None: the same as everywhere
+
+    # Feed-forward.
+    activation: str = "silu"
+    gated: bool = True  # down(act(gate(x)) * up(x)), or down(act(up(x)))
+    ffn_bias: bool = False
+
+    # Embedding and head.
+    embedding_width: int | None = None  # None: D; else projected to D, and back before the head
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    token_types: int = 0  # rows of the segment table (BERT)
     tied_head: bool = False  # the output head reads the embedding table
+    has_head: bool = True  # False for encoders
+    head_scale: float = 1.0  # of the hidden states before the head (T5)
+    logit_cap: float | None = None
+
+    encoder: "ModelConfig | None" = None
+    start_id: int | None = None  # an encoder-decoder's decoder starts from it
+
+    # Of the text.
     context: int = 2048  # positions the model was made for
+    tokens: int | None = None  # ids that the tokenizer has; head rows beyond never win. None: all
     bos_id: int | None = None
+    pad_id: int | None = None
     end_ids: tuple[int, ...] = ()  # any of these ends a text
+
     dtype: str = "float32"  # of parameters and activations; norms, rotary angles and softmax are float32 always
     # TPUs (and TF32 GPUs) round float32 operands of a product unless told otherwise. Without effect on bfloat16.
     precision: str | None = "highest"
+
+    @property
+    def hidden_width(self) -> int:
+        """The width of what the output head reads."""
+        return self.width if self.embedding_width is None else self.embedding_width
+
+    @property
+    def usable_vocab(self) -> int:
+        """The ids that may be chosen: those that the head and the tokenizer both have."""
+        return self.vocab if self.tokens is None else min(self.vocab, self.tokens)

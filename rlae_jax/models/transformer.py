@@ -1,217 +1,260 @@
-"""The decoder-only transformer as Flax NNX modules, and pure functions over (ModelConfig, dict of arrays).
+"""The transformer as Flax NNX modules, and pure functions over (ModelConfig, dict of arrays).
 
 In: token ids [B, T] with a mask (1 where there is a token; positions follow the mask) or, while decoding, one token
 per row and the key/value cache. Out: last hidden states [B, T, D] after the final norm (what the output head reads)
-and the keys and values to cache.
+and the keys and values to cache. One class serves decoders, encoders and encoder-decoders of every family; a
+`ModelConfig` says what it is made of.
 
 The modules declare parameters and hold no state: `split` gives the static graph once per configuration, `_merge` puts
 arrays into it while a program is traced, and what runs is a function of plain arrays. Calling a module through
 `nnx.jit` walks its whole graph at every call, which costs more than decoding a token on a small model.
 
-The cache is one pair of arrays per layer, unrolled: keys and values as [B, G, H, S], slots innermost, which is the
-layout in which the batched products of a decoding step are fastest on the CPU (14 ms a step against 20 to 30 for
-[B, S, G, H] and [B, G, S, H] at batch 256). Rows are padded on the left, so that all rows write the same slot:
+The cache is one pair of arrays per layer, unrolled. Rows are padded on the left, so that all rows write the same slot:
 
     slot      0 1 2 3 4 5 6 7 ...
     row 0     . . a b c|d e        start = 2      . never attended to
     row 1     p q r s t|u v        start = 0      | end of the prompt
+
+An encoder-decoder's prompt goes through the encoder once. Its cache also holds, per decoder layer, the keys and values
+of the encoder's states, which no step changes; its own slots begin with the decoder's start token.
 """
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from rlae_jax.models.attention import (
+    Angles,
+    Attention,
+    LayerCache,
+    RelativeBiasTable,
+    cache_layout,
+)
 from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.layers import FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
+from rlae_jax.models.lora import Adapters, attach
+from rlae_jax.models.rope import frequencies
 
 Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
-LayerCache = tuple[Float[Array, "B G H S"], Float[Array, "B G H S"]]
-Cache = tuple[LayerCache, ...]
 
 
-class Linear(nnx.Module):
-    """A linear map written as an einsum over named axes; adapters derive their two factors from the same string.
+class Cache(NamedTuple):
+    """What decoding reads again: keys and values of every layer."""
 
-    Args:
-      einsum: activations,kernel->output, e.g. "btd,dnh->btnh".
-      shape, axes: of the kernel; `axes` are the logical names that sharding rules are written for.
-    """
+    layers: tuple[LayerCache, ...]  # [B, G, H, S], written at one slot per step
+    source: tuple[LayerCache, ...] = ()  # of an encoder's states, [B, G, H, T]; constant
+    source_mask: Any = ()  # Bool[B, T], True where the encoder had a token
 
-    def __init__(self, einsum: str, shape: Sequence[int], axes: Sequence[str], config: ModelConfig, rngs: nnx.Rngs):
-        self.einsum = einsum
-        self.precision = config.precision
-        inputs, kernel = einsum.split("->")[0].split(",")
-        fan_in = math.prod(n for letter, n in zip(kernel, shape, strict=True) if letter in inputs)
-        values = jax.random.normal(rngs.params(), shape) * fan_in**-0.5
-        self.kernel = nnx.Param(values.astype(config.dtype), axes=tuple(axes))
-
-    def __call__(self, x: Array) -> Array:
-        return jnp.einsum(self.einsum, x, self.kernel[...], precision=self.precision)
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, in float32 whatever the activations are (Zhang and Sennrich, 2019)."""
-
-    def __init__(self, width: int, config: ModelConfig):
-        self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((width,), config.dtype), axes=("embed",))
-
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...] * normed.astype(x.dtype)
-
-
-def rotary_angles(positions_bt: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T half"]:
-    """position * base^(-2i/H) for i < H/2 (Su et al., 2021, eq. 15)."""
-    exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
-    return positions_bt[..., None].astype(jnp.float32) * (config.rope_base**-exponents)
-
-
-def rotate(x_btnh: Array, angles: Float[Array, "B T half"]) -> Array:
-    """Rotates the pairs (x_i, x_{i + H/2}), the pairing of the Hugging Face checkpoints."""
-    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
-
-
-def attend_cached(
-    q_bnh: Array, k_bghs: Array, v_bghs: Array, visible_bs: Bool[Array, "B S"], precision: str | None
-) -> Array:
-    """One query per row against the cache, softmax in float32. Returns [B, N, H]."""
-    b, n, h = q_bnh.shape
-    g = k_bghs.shape[1]
-    q_bgmh = (q_bnh * h**-0.5).reshape(b, g, n // g, h)
-    scores_bgms = jnp.einsum("bgmh,bghs->bgms", q_bgmh, k_bghs, precision=precision).astype(jnp.float32)
-    masked = jnp.where(visible_bs[:, None, None], scores_bgms, jnp.finfo(jnp.float32).min)
-    weights_bgms = jax.nn.softmax(masked, axis=-1).astype(v_bghs.dtype)
-
-    def per_head(weights: Array, v: Array) -> Array:
-        # The CPU compiler vectorises a batched matrix-vector product over the innermost slots, but not a batched
-        # product of small matrices: one per query head of the group takes 5.5 instead of 13 ms at batch 256.
-        heads = [jnp.einsum("bgs,bghs->bgh", weights[:, :, m], v, precision=precision) for m in range(weights.shape[2])]
-        return jnp.stack(heads, axis=2)
-
-    def together(weights: Array, v: Array) -> Array:
-        return jnp.einsum("bgms,bghs->bgmh", weights, v, precision=precision)
-
-    return lax.platform_dependent(weights_bgms, v_bghs, cpu=per_head, default=together).reshape(b, n, h)
-
-
-class Attention(nnx.Module):
-    """Grouped-query causal attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, n, g, h = config.width, config.heads, config.kv_heads, config.head_width
-        self.q = Linear("btd,dnh->btnh", (d, n, h), ("embed", "heads", "head"), config, rngs)
-        self.k = Linear("btd,dgh->btgh", (d, g, h), ("embed", "kv_heads", "head"), config, rngs)
-        self.v = Linear("btd,dgh->btgh", (d, g, h), ("embed", "kv_heads", "head"), config, rngs)
-        self.o = Linear("btnh,nhd->btd", (n, h, d), ("heads", "head", "embed"), config, rngs)
-        self.precision = config.precision
-
-    def _project(self, x_btd: Array, angles: Array) -> tuple[Array, Array, Array]:
-        return rotate(self.q(x_btd), angles), rotate(self.k(x_btd), angles), self.v(x_btd)
-
-    def sequence(self, x_btd: Array, angles: Array, mask_bts: Bool[Array, "B T T"]) -> tuple[Array, LayerCache]:
-        """Whole sequences. Returns the output [B, T, D] and the keys and values [B, G, H, T]."""
-        q, k, v = self._project(x_btd, angles)
-        with jax.default_matmul_precision(self.precision):
-            out = jax.nn.dot_product_attention(q, k, v, mask=mask_bts[:, None])
-        return self.o(out), (jnp.einsum("btgh->bght", k), jnp.einsum("btgh->bght", v))
-
-    def step(
-        self, x_btd: Array, angles: Array, cache: LayerCache, slot: Int[Array, ""], visible_bs: Bool[Array, "B S"]
-    ) -> tuple[Array, LayerCache]:
-        """One token per row, written to `slot` of the cache and attending to the visible slots."""
-        q, k, v = self._project(x_btd, angles)
-        keys, values = (
-            lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3)
-            for cached, new in zip(cache, (k, v), strict=True)
-        )
-        out = attend_cached(q[:, 0], keys, values, visible_bs, self.precision)
-        return self.o(out[:, None]), (keys, values)
-
-
-class FeedForward(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, 2020, SwiGLU)."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, f = config.width, config.ffn_width
-        self.gate = Linear("btd,df->btf", (d, f), ("embed", "mlp"), config, rngs)
-        self.up = Linear("btd,df->btf", (d, f), ("embed", "mlp"), config, rngs)
-        self.down = Linear("btf,fd->btd", (f, d), ("mlp", "embed"), config, rngs)
-
-    def __call__(self, x_btd: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x_btd)) * self.up(x_btd))
+    @property
+    def slots(self) -> int:
+        """S."""
+        return self.layers[0][0].shape[3]
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.width, config)
-        self.attention = Attention(config, rngs)
-        self.ffn_norm = RMSNorm(config.width, config)
-        self.ffn = FeedForward(config, rngs)
+    """Attention, attention to an encoder's states if there are any, and the feed-forward block, each a branch of the
+    residual stream. Norms are named by their branch and place: `attention_norm`, `attention_branch_norm`, ..."""
 
-    def sequence(self, x_btd: Array, angles: Array, mask_bts: Array) -> tuple[Array, LayerCache]:
-        out, kv = self.attention.sequence(self.attention_norm(x_btd), angles, mask_bts)
-        x_btd = x_btd + out
-        return x_btd + self.ffn(self.ffn_norm(x_btd)), kv
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int):
+        self.config = config
+        self.attention = Attention(config, rngs, layer)
+        self.cross = None if config.encoder is None else Attention(config, rngs, layer, cross=config.encoder.width)
+        self.ffn = FeedForward(config, rngs)
+        for branch in ("attention", "cross", "ffn"):
+            for place in ("before", "branch", "sum"):
+                present = place in config.norm_places and getattr(self, branch) is not None
+                name = f"{branch}_norm" if place == "before" else f"{branch}_{place}_norm"
+                setattr(self, name, make_norm(config.width, config) if present else None)
+
+    def _enter(self, branch: str, x: Array) -> Array:
+        norm = getattr(self, f"{branch}_norm")
+        return x if norm is None else norm(x)
+
+    def _leave(self, branch: str, x: Array, out: Array) -> Array:
+        branch_norm, sum_norm = getattr(self, f"{branch}_branch_norm"), getattr(self, f"{branch}_sum_norm")
+        total = x + (out if branch_norm is None else branch_norm(out))
+        return total if sum_norm is None else sum_norm(total)
+
+    def sequence(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Angles,
+        mask_bts: Array,
+        bias: Array | None,
+        source: tuple[Array, Array] | None = None,
+    ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array] | None]:
+        """Whole sequences. `source` is the encoder's states and mask. Returns the activations, the keys and values and
+        those of the source."""
+        out, keys_values = self.attention.sequence(self._enter("attention", x), angles, mask_bts, bias)
+        if self.config.parallel_branches:
+            return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x)), keys_values, None
+        x = self._leave("attention", x, out)
+        source_kv = None
+        if self.cross is not None and source is not None:
+            states, mask = source
+            source_kv = self.cross.keys_values(states, angles)
+            mask_bts = jnp.broadcast_to(mask[:, None, :], (*x.shape[:2], mask.shape[1]))
+            out, _ = self.cross.sequence(self._enter("cross", x), angles, mask_bts, keys_values=source_kv)
+            x = self._leave("cross", x, out)
+        return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), keys_values, source_kv
 
     def step(
-        self, x_btd: Array, angles: Array, cache: LayerCache, slot: Array, visible_bs: Array
+        self,
+        x: Float[Array, "B 1 D"],
+        angles: Angles,
+        cache: LayerCache,
+        slot: Array,
+        visible_bs: Array,
+        bias: Array | None,
+        source: tuple[LayerCache, Array] | None = None,
     ) -> tuple[Array, LayerCache]:
-        out, cache = self.attention.step(self.attention_norm(x_btd), angles, cache, slot, visible_bs)
-        x_btd = x_btd + out
-        return x_btd + self.ffn(self.ffn_norm(x_btd)), cache
+        """One token per row, written to `slot`. `source` is the cache of the encoder's states and their mask."""
+        out, cache = self.attention.step(self._enter("attention", x), angles, cache, slot, visible_bs, bias)
+        if self.config.parallel_branches:
+            return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x)), cache
+        x = self._leave("attention", x, out)
+        if self.cross is not None and source is not None:
+            x = self._leave("cross", x, self.cross.read(self._enter("cross", x), angles, *source))
+        return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), cache
 
 
 class Transformer(nnx.Module):
-    """Embedding, layers, final norm and output head."""
+    """Embedding, layers, final norm and output head; an encoder-decoder holds its encoder as a second transformer.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    Args:
+      embedded: the encoder of an encoder-decoder reads its decoder's embedding table.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, embedded: bool = False):
         self.config = config
-        table = jax.random.normal(rngs.params(), (config.vocab, config.width)) * config.width**-0.5
-        self.embedding = nnx.Param(table.astype(config.dtype), axes=("vocab", "embed"))
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.width, config)
-        if not config.tied_head:
-            self.head = Linear("btd,dv->btv", (config.width, config.vocab), ("embed", "vocab"), config, rngs)
+        d, narrow = config.width, config.hidden_width
 
-    def sequence(self, ids_bt: Int[Array, "B T"], mask_bt: Array) -> tuple[Float[Array, "B T D"], Cache]:
+        def table(rows: int, width: int, axis: str) -> nnx.Param[Array]:
+            values = jax.random.normal(rngs.params(), (rows, width)) * width**-0.5
+            return nnx.Param(values.astype(config.dtype), axes=(axis, "embed"))
+
+        def projection(einsum: str, shape: tuple[int, int]) -> Linear | None:
+            return Linear(einsum, shape, ("embed", "embed"), config, rngs) if narrow != d else None
+
+        self.embedding = None if embedded else table(config.vocab, narrow, "vocab")
+        self.positions = table(config.learned_positions, d, "positions") if config.learned_positions else None
+        self.token_types = table(config.token_types, d, "types") if config.token_types else None
+        self.embedding_norm = make_norm(d, config) if config.embedding_norm else None
+        self.project_in = projection("btc,cd->btd", (narrow, d))
+        self.project_out = projection("btd,dc->btc", (d, narrow))
+        self.relative_bias = RelativeBiasTable(config, rngs) if config.relative_bias else None
+        self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
+        self.norm = make_norm(d, config) if config.final_norm else None
+        own_head = config.has_head and not config.tied_head
+        head_axes = ("embed", "vocab")
+        self.head = Linear("btd,dv->btv", (narrow, config.vocab), head_axes, config, rngs) if own_head else None
+        self.encoder = None if config.encoder is None else Transformer(config.encoder, rngs, embedded=True)
+
+    def _embed(self, table: Array, ids_bt: Array, positions_bt: Array, types_bt: Array | None = None) -> Array:
+        config = self.config
+        x = table[ids_bt]
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, as Gemma's is
+        if self.positions is not None:
+            x = x + self.positions[...][positions_bt + config.position_offset]
+        if self.token_types is not None:
+            x = x + self.token_types[...][jnp.zeros_like(ids_bt) if types_bt is None else types_bt]
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    @property
+    def _table(self) -> Array:
+        assert self.embedding is not None  # None only inside an encoder-decoder, whose own table is passed along
+        return self.embedding[...]
+
+    def _angles(self, positions_bt: Array) -> Angles:
+        ropes = {rope for rope in (self.config.rope, self.config.local_rope) if rope is not None}
+        return {rope: rotary_angles(positions_bt, frequencies(rope, self.config.head_width)[0]) for rope in ropes}
+
+    def _finish(self, x: Array) -> Array:
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def encode(self, ids_bt: Array, mask_bt: Array, *, remat: bool = False) -> Float[Array, "B T D"]:
+        """The encoder's last hidden states."""
+        assert self.encoder is not None
+        return self.encoder.sequence(ids_bt, mask_bt, table=self._table, remat=remat)[0]
+
+    def sequence(
+        self,
+        ids_bt: Int[Array, "B T"],
+        mask_bt: Array,
+        *,
+        types_bt: Array | None = None,
+        source: tuple[Array, Array] | None = None,
+        table: Array | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Whole sequences: last hidden states, and the keys and values of every layer."""
         t = ids_bt.shape[1]
         real = mask_bt.astype(bool)
-        mask_bts = jnp.tri(t, dtype=bool) & real[:, None, :]
-        angles = rotary_angles(positions(mask_bt), self.config)
-        x_btd = self.embedding[...][ids_bt]
-        keys_values = []
+        mask_bts = jnp.broadcast_to(real[:, None, :], (len(ids_bt), t, t))
+        if self.config.causal:
+            mask_bts = mask_bts & jnp.tri(t, dtype=bool)
+        positions_bt = positions(mask_bt)
+        angles = self._angles(positions_bt)
+        bias = None if self.relative_bias is None else self.relative_bias.sequence(t)
+        x = self._embed(self._table if table is None else table, ids_bt, positions_bt, types_bt)
+        kept: list[LayerCache] = []
+        kept_source: list[LayerCache] = []
         for layer in self.layers:
-            x_btd, kv = layer.sequence(x_btd, angles, mask_bts)
-            keys_values.append(kv)
-        return self.norm(x_btd), tuple(keys_values)
+            run = functools.partial(layer.sequence, angles=angles, mask_bts=mask_bts, bias=bias, source=source)
+            # With `remat` a layer's activations are computed again for its gradient instead of being kept.
+            x, keys_values, source_kv = (jax.checkpoint(run) if remat else run)(x)
+            kept.append(cache_layout(*keys_values))
+            if source_kv is not None:
+                kept_source.append(cache_layout(*source_kv))
+        if source is None:
+            return self._finish(x), Cache(tuple(kept))
+        return self._finish(x), Cache(tuple(kept), tuple(kept_source), source[1])
+
+    def read_source(self, ids_bt: Array, mask_bt: Array) -> Cache:
+        """Runs the encoder. The cache that a decoder without any token yet starts from: S is 0."""
+        states = self.encode(ids_bt, mask_bt)
+        source = tuple(cache_layout(*layer.cross.keys_values(states, {})) for layer in self.layers if layer.cross)
+        c = self.config
+        empty = jnp.zeros((len(ids_bt), c.kv_heads, c.head_width, 0), states.dtype)
+        return Cache(((empty, empty),) * c.layers, source, mask_bt.astype(bool))
 
     def step(
         self, ids_b: Int[Array, "B"], position_b: Int[Array, "B"], cache: Cache, slot: Array, visible_bs: Array
     ) -> tuple[Float[Array, "B D"], Cache]:
-        angles = rotary_angles(position_b[:, None], self.config)
-        x_btd = self.embedding[...][ids_b[:, None]]
-        new_cache = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_btd, layer_cache = layer.step(x_btd, angles, layer_cache, slot, visible_bs)
-            new_cache.append(layer_cache)
-        return self.norm(x_btd)[:, 0], tuple(new_cache)
+        """One token per row."""
+        positions_bt = position_b[:, None]
+        angles = self._angles(positions_bt)
+        bias = None if self.relative_bias is None else self.relative_bias.step(slot, visible_bs.shape[1])
+        x = self._embed(self._table, ids_b[:, None], positions_bt)
+        new = []
+        for i, layer in enumerate(self.layers):
+            source = (cache.source[i], cache.source_mask) if cache.source else None
+            x, layer_cache = layer.step(x, angles, cache.layers[i], slot, visible_bs, bias, source)
+            new.append(layer_cache)
+        return self._finish(x)[:, 0], cache._replace(layers=tuple(new))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        if self.config.tied_head:
-            kernel, einsum = self.embedding[...], "...d,vd->...v"
+        """The output head, float32."""
+        if self.head is None:
+            kernel, einsum = self._table, "...d,vd->...v"
         else:
             kernel, einsum = self.head.kernel[...], "...d,dv->...v"
-        return jnp.einsum(einsum, hidden, kernel, precision=self.config.precision, preferred_element_type=jnp.float32)
+        if self.config.head_scale != 1.0:
+            hidden = hidden * jnp.asarray(self.config.head_scale, hidden.dtype)
+        out = jnp.einsum(einsum, hidden, kernel, precision=self.config.precision, preferred_element_type=jnp.float32)
+        if self.head is not None and self.head.delta is not None:
+            out = out + self.head.delta(hidden).astype(jnp.float32)
+        cap = self.config.logit_cap
+        return out if cap is None else cap * jnp.tanh(out / cap)
 
 
 def positions(mask_bt: Array) -> Int[Array, "B T"]:
@@ -219,15 +262,42 @@ def positions(mask_bt: Array) -> Int[Array, "B T"]:
     return jnp.maximum(jnp.cumsum(mask_bt.astype(jnp.int32), axis=1) - 1, 0)
 
 
+class Spec(NamedTuple):
+    """A linear layer, as adapters and checkpoint tables see it."""
+
+    einsum: str
+    shape: tuple[int, ...]  # of the kernel: inputs, then outputs
+
+    @property
+    def inputs(self) -> int:
+        """How many leading axes of the kernel are inputs."""
+        return kernel_inputs(self.einsum)
+
+
 @functools.cache
-def _split(config: ModelConfig) -> tuple[Any, Params]:
+def _split(config: ModelConfig) -> tuple[Any, Params, dict[str, Spec]]:
     abstract = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
-    return graph, nnx.to_pure_dict(state)
+    linears = {
+        ".".join(map(str, path)): Spec(module.einsum, module.kernel.shape)
+        for path, module in nnx.iter_modules(abstract)
+        if isinstance(module, Linear)
+    }
+    return graph, nnx.to_pure_dict(state), linears
 
 
-def _merge(config: ModelConfig, params: Params) -> Transformer:
-    return nnx.merge(_split(config)[0], params)
+def _merge(config: ModelConfig, params: Params, adapters: Adapters | None = None) -> Any:
+    graph, _, linears = _split(config)
+    module = nnx.merge(graph, params)
+    if adapters is not None:
+        for path in adapters.a:
+            target = functools.reduce(_child, path.split("."), module)
+            target.delta = attach(adapters, path, linears[path].einsum, config.precision)
+    return module
+
+
+def _child(module: Any, name: str) -> Any:
+    return module[int(name)] if name.isdigit() else getattr(module, name)
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -235,17 +305,52 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _split(config)[1])
 
 
+def linears(config: ModelConfig) -> dict[str, Spec]:
+    """Every linear layer by its dotted path, e.g. "layers.0.attention.q"."""
+    return _split(config)[2]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Fresh random parameters: normal with standard deviation fan_in^-1/2, norms at 1."""
+    """Fresh random parameters: normal with standard deviation fan_in^-1/2, norms at 1, biases at 0."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
 
 
 def forward(
-    config: ModelConfig, params: Params, ids_bt: Int[Array, "B T"], mask_bt: Array
+    config: ModelConfig,
+    params: Params,
+    ids_bt: Int[Array, "B T"],
+    mask_bt: Array,
+    adapters: Adapters | None = None,
+    *,
+    decoder_ids: Int[Array, "B T"] | None = None,
+    types_bt: Int[Array, "B T"] | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Last hidden states [B, T, D] (after the final norm) and, per layer, keys and values [B, G, H, T]."""
-    return _merge(config, params).sequence(ids_bt, mask_bt)
+    """Last hidden states [B, T, D] (after the final norm) and every layer's keys and values.
+
+    Args:
+      mask_bt: 1 where there is a token, 0 for padding on either side; positions follow the mask.
+      adapters: LoRA adapters in use, see `lora.use`.
+      decoder_ids: of an encoder-decoder, whose `ids_bt` go to the encoder; the first is the start token.
+      types_bt: segment ids, for encoders that have them.
+      remat: for training, compute each layer's activations again instead of keeping them for its gradient.
+    """
+    model = _merge(config, params, adapters)
+    if config.encoder is None:
+        return model.sequence(ids_bt, mask_bt, types_bt=types_bt, remat=remat)
+    assert decoder_ids is not None
+    source = model.encode(ids_bt, mask_bt, remat=remat), mask_bt.astype(bool)
+    return model.sequence(decoder_ids, jnp.ones_like(decoder_ids), source=source, remat=remat)
+
+
+def read_prompt(
+    config: ModelConfig, params: Params, ids_bt: Int[Array, "B T"], mask_bt: Array, adapters: Adapters | None = None
+) -> Cache:
+    """The cache of whole prompts: T slots, or for an encoder-decoder none but what its encoder read."""
+    if config.encoder is None:
+        return forward(config, params, ids_bt, mask_bt, adapters)[1]
+    return _merge(config, params, adapters).read_source(ids_bt, mask_bt)
 
 
 def decode_step(
@@ -256,17 +361,51 @@ def decode_step(
     cache: Cache,
     slot: Int[Array, ""],
     visible_bs: Bool[Array, "B S"],
+    adapters: Adapters | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """Feeds one token per row: writes `slot` of every layer's cache, attends to `visible_bs` (which includes it)."""
-    return _merge(config, params).step(ids_b, position_b, cache, slot, visible_bs)
+    return _merge(config, params, adapters).step(ids_b, position_b, cache, slot, visible_bs)
 
 
-def output_head(config: ModelConfig, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Float32 logits of hidden states; any leading axes."""
-    return _merge(config, params).logits(hidden)
+def output_head(
+    config: ModelConfig, params: Params, hidden: Float[Array, "*B D"], adapters: Adapters | None = None
+) -> Float[Array, "*B V"]:
+    """Float32 logits of hidden states; any leading axes ([B, T] where an adapter changes the head)."""
+    return _merge(config, params, adapters).logits(hidden)
 
 
-def extend_cache(keys_values: Cache, slots: int) -> Cache:
-    """The cache of `slots` slots whose first T hold the given keys and values [B, G, H, T]."""
-    grow = slots - keys_values[0][0].shape[3]
-    return jax.tree.map(lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, grow))), keys_values)
+def target_log_probs(
+    config: ModelConfig,
+    params: Params,
+    hidden_btd: Float[Array, "B T D"],
+    targets_bt: Int[Array, "B T"],
+    adapters: Adapters | None = None,
+    *,
+    chunk: int = 64,
+) -> Float[Array, "B T"]:
+    """log p(targets[b, t] | hidden[b, t]), with logits of only `chunk` tokens of each row alive at a time.
+
+    Their gradient computes each chunk's logits again, so that training needs no [B, T, V] array either.
+    """
+    b, t, d = hidden_btd.shape
+    chunk = min(chunk, t)
+    chunks = -(-t // chunk)
+    pad = chunks * chunk - t
+    hidden = jnp.pad(hidden_btd, ((0, 0), (0, pad), (0, 0))).reshape(b, chunks, chunk, d)
+    targets = jnp.pad(targets_bt, ((0, 0), (0, pad))).reshape(b, chunks, chunk)
+
+    @jax.checkpoint
+    def of_chunk(hidden_bcd: Array, targets_bc: Array) -> Array:
+        logits = output_head(config, params, hidden_bcd, adapters)
+        chosen = jnp.take_along_axis(logits, targets_bc[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    log_probs = jax.lax.map(lambda one: of_chunk(*one), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    return jnp.moveaxis(log_probs, 0, 1).reshape(b, chunks * chunk)[:, :t]
+
+
+def extend_cache(cache: Cache, slots: int) -> Cache:
+    """The cache of `slots` slots whose first hold what `cache` holds."""
+    grow = slots - cache.slots
+    pad = ((0, 0), (0, 0), (0, 0), (0, grow))
+    return cache._replace(layers=jax.tree.map(lambda array: jnp.pad(array, pad), cache.layers))

@@ -10,11 +10,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
 from rlae_jax.models import checkpoint_files, load, transformer
+from rlae_jax.models.config import Rope
+from rlae_jax.models.families import FAMILIES
 from tests.data.make_reference import REFERENCE
 
 
@@ -66,7 +67,7 @@ def test_config_fields():
         "head_width": 10,
         "ffn_width": 20,
         "norm_eps": 1e-6,
-        "rope_base": 10_000.0,
+        "rope": Rope(10_000.0),
         "tied_head": False,
         "context": 64,
         "bos_id": 1,
@@ -74,7 +75,7 @@ def test_config_fields():
         "dtype": "float32",
     }
     assert {name: getattr(config, name) for name in expected} == expected
-    assert load(REFERENCE / "rope_base").config.rope_base == 500_000.0
+    assert load(REFERENCE / "rope_base").config.rope.base == 500_000.0
     assert load(REFERENCE / "tied_head").config.tied_head
 
 
@@ -88,7 +89,7 @@ def test_config_fields():
 )
 def test_rope_base_is_looked_for_in_rope_parameters_first(checkpoint, fields, expected):
     edit_config(checkpoint, **fields)
-    assert load(checkpoint).config.rope_base == expected
+    assert load(checkpoint).config.rope.base == expected
 
 
 def test_generation_config_names_the_end_tokens(checkpoint):
@@ -169,7 +170,7 @@ def test_save_keeps_the_tokenizer_and_several_end_tokens(tmp_path, make_lm, make
     lm = make_lm(0, vocab=5, end_ids=(4, 2), bos_id=1, tokenizer=make_tokenizer("abcd"))
     lm.save(tmp_path / "saved")
     again = load(tmp_path / "saved")
-    assert again.config == lm.config
+    assert again.config == dataclasses.replace(lm.config, tokens=5)
     assert again.tokenizer.get_vocab() == lm.tokenizer.get_vocab()
     assert again.tokenizer("dab")["input_ids"] == [3, 0, 1]
     assert again.tokenizer.decode([3, 0, 1]) == "dab"
@@ -187,16 +188,11 @@ def test_tensors_are_streamed_one_at_a_time(checkpoint, monkeypatch):
     events = []
     device_put, block = jax.device_put, jax.block_until_ready
 
-    class Reader:
-        def __init__(self, path, **options):
-            self._file = safe_open(path, **options)
+    read_tensor = checkpoint_files.read_tensor
 
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
-        def get_tensor(self, key):
-            events.append("read")
-            return self._file.get_tensor(key)
+    def read(*args):
+        events.append("read")
+        return read_tensor(*args)
 
     def place(*args, **kwargs):
         events.append("place")
@@ -206,7 +202,7 @@ def test_tensors_are_streamed_one_at_a_time(checkpoint, monkeypatch):
         events.append("wait")
         return block(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint_files, "safe_open", Reader)
+    monkeypatch.setattr(checkpoint_files, "read_tensor", read)
     monkeypatch.setattr(jax, "device_put", place)
     monkeypatch.setattr(jax, "block_until_ready", wait)
     params = load(checkpoint).params
@@ -348,17 +344,27 @@ class TestBadDirectories:
     @pytest.mark.parametrize(
         ("fields", "part"),
         [
-            ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type = llama3"),
-            ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type = linear"),
-            ({"hidden_act": "gelu"}, "hidden_act = gelu"),
-            ({"attention_bias": True}, "attention_bias"),
-            ({"mlp_bias": True}, "mlp_bias"),
-            ({"quantization_config": {"bits": 4}}, "quantization_config"),
+            ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+            ({"hidden_act": "mish"}, "activation mish"),
+            ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "gptq"),
         ],
     )
     def test_unsupported_settings(self, checkpoint, raises_input_error, fields, part):
         edit_config(checkpoint, **fields)
         raises_input_error(lambda: load(checkpoint), str(checkpoint / "config.json"), part, "supported: ")
+
+    @pytest.mark.parametrize("kind", ["llama3", "linear"])
+    def test_rope_scaling_without_its_numbers(self, checkpoint, raises_input_error, kind):
+        edit_config(checkpoint, rope_parameters={"rope_type": kind})
+        raises_input_error(lambda: load(checkpoint), str(checkpoint / "config.json"), "factor")
+
+    def test_code_from_the_repository_is_refused_by_name(self, checkpoint, raises_input_error):
+        edit_config(checkpoint, architectures=["OwnForCausalLM"], model_type="own", auto_map={"AutoModel": "own.Model"})
+        raises_input_error(lambda: load(checkpoint), "OwnForCausalLM", "code", "llama")
+
+    def test_a_tokenizer_of_another_model(self, checkpoint, raises_input_error, make_tokenizer):
+        make_tokenizer([chr(65 + i) for i in range(50)]).save_pretrained(checkpoint)
+        raises_input_error(lambda: load(checkpoint), "ids up to 50", "vocab_size = 41")
 
     @pytest.mark.parametrize(
         "fields",
@@ -383,16 +389,16 @@ class TestBadDirectories:
     def test_missing_field(self, checkpoint, raises_input_error):
         path = checkpoint / "config.json"
         raw = json.loads(path.read_text())
-        del raw["intermediate_size"]
+        del raw["intermediate_size"]  # transformers fills in its default, so that the tensors do not fit
         path.write_text(json.dumps(raw))
-        raises_input_error(lambda: load(checkpoint), str(path), "intermediate_size", "missing")
+        raises_input_error(lambda: load(checkpoint), str(checkpoint), "mlp.up_proj.weight is [20, 16], expected [11008")
 
     def test_unknown_dtype(self, checkpoint, raises_input_error):
-        raises_input_error(lambda: load(checkpoint, dtype="float16"), "'float16'", "float32, bfloat16")
+        raises_input_error(lambda: load(checkpoint, dtype="float64"), "'float64'", "float32, bfloat16, float16")
 
     def test_broken_tokenizer(self, checkpoint, raises_input_error):
         (checkpoint / "tokenizer.json").write_text("{}")
-        raises_input_error(lambda: load(checkpoint), str(checkpoint / "tokenizer.json"), "not a readable tokenizer")
+        raises_input_error(lambda: load(checkpoint), str(checkpoint), "no readable tokenizer")
 
 
 def test_write_model_leaves_nothing_half_written(tmp_path, make_lm, monkeypatch):
@@ -411,6 +417,7 @@ def test_every_parameter_has_a_tensor_and_every_tensor_a_parameter(make_lm):
     """The table of tensor names covers the tree exactly, tied or not."""
     for tied in (False, True):
         config = dataclasses.replace(make_lm(0).config, tied_head=tied, layers=3)
-        named = {path for _, path, _ in checkpoint_files._tensors(config)}
+        tensors = checkpoint_files.stored_tensors(FAMILIES["llama"], config)
+        named = {path for tensor in tensors for path in tensor.paths}
         leaves, _ = jax.tree_util.tree_flatten_with_path(transformer.abstract_params(config))
         assert named == {tuple(key.key for key in path) for path, _ in leaves}

@@ -1,13 +1,12 @@
 """The transformer against Hugging Face's, and decoding with a cache against the whole sequence at once."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlae_jax.models import load, transformer
+from rlae_jax.models import layers, load, rope, transformer
+from rlae_jax.models.config import Rope
 from tests.data.make_reference import CASES, REFERENCE, compute_logits, make_inputs, make_model
 
 # Largest absolute difference over the reference's largest logit.
@@ -61,7 +60,7 @@ def test_logits_equal_transformers_live(torch, tmp_path, fields):
 def test_transformers_reads_what_save_writes(torch, tmp_path, make_lm):
     from transformers import LlamaForCausalLM
 
-    lm = make_lm(3, rope_base=777.0, head_width=6)
+    lm = make_lm(3, rope=Rope(777.0), head_width=6)
     lm.save(tmp_path / "saved")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "saved", attn_implementation="eager", dtype="float32").eval()
     inputs = make_inputs(3, lm.config.vocab)
@@ -134,9 +133,8 @@ def test_positions_count_the_tokens_before():
 
 def test_rotation_by_hand():
     """Head width 2 has one frequency, 1: position p turns (1, 0) by p radians."""
-    config = dataclasses.replace(load(REFERENCE / "grouped_keys").config, head_width=2)
-    angles = transformer.rotary_angles(jnp.array([[0, 1, 5]]), config)
-    turned = transformer.rotate(jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 1, 1)), angles)[0, :, 0]
+    angles = layers.rotary_angles(jnp.array([[0, 1, 5]]), rope.frequencies(Rope(), head_width=2)[0])
+    turned = layers.rotate(jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 1, 1)), angles)[0, :, 0]
     expected = [[np.cos(p), np.sin(p)] for p in (0, 1, 5)]
     np.testing.assert_allclose(turned, expected, rtol=0, atol=1e-6)
 

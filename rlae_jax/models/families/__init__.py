@@ -1,0 +1,22 @@
+"""The families of models that can be loaded: one small file each, data only."""
+
+from rlae_jax.models.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    t5,
+)
+from rlae_jax.models.families.base import Family as Family
+
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt2, gpt_neox, opt, t5)
+}

@@ -1,0 +1,73 @@
+"""T5, T5 1.1 and Flan-T5 (Raffel et al., 2020; Chung et al., 2022): encoder and decoder with relative positions."""
+
+from typing import Any
+
+from rlae_jax.models.config import ModelConfig, RelativeBias
+from rlae_jax.models.families.base import Family, activation
+
+
+def _stack(theirs: str, ours: str, ffn: int, gated: bool) -> dict[str, str]:
+    """One of the two stacks; `ffn` is the feed-forward's number among a layer's branches."""
+    block, layer = f"{theirs}.block.{{i}}.layer", f"{ours}layers.{{i}}"
+    up = {"wi_0": "gate", "wi_1": "up"} if gated else {"wi": "up"}
+    return {
+        f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias": f"{ours}relative_bias.table",
+        f"{block}.0.layer_norm": f"{layer}.attention_norm",
+        **{f"{block}.0.SelfAttention.{name}": f"{layer}.attention.{name}" for name in "qkvo"},
+        f"{block}.{ffn}.layer_norm": f"{layer}.ffn_norm",
+        **{f"{block}.{ffn}.DenseReluDense.{name}": f"{layer}.ffn.{path}" for name, path in up.items()},
+        f"{block}.{ffn}.DenseReluDense.wo": f"{layer}.ffn.down",
+        f"{theirs}.final_layer_norm": f"{ours}norm",
+    }
+
+
+def modules(config: ModelConfig) -> dict[str, str]:
+    """T5's table of names."""
+    return {
+        "shared": "embedding",
+        **_stack("encoder", "encoder.", 1, config.gated),
+        **_stack("decoder", "", 2, config.gated),
+        "decoder.block.{i}.layer.1.layer_norm": "layers.{i}.cross_norm",
+        **{f"decoder.block.{{i}}.layer.1.EncDecAttention.{name}": f"layers.{{i}}.cross.{name}" for name in "qkvo"},
+        "lm_head": "head",
+    }
+
+
+def read(hf: Any) -> dict[str, Any]:
+    """T5's configuration. Whether the head is tied is told by the checkpoint's tensors alone: transformers sets
+    `tie_word_embeddings` for all, and what the file said about it decides the scale of the hidden states."""
+    start = getattr(hf, "decoder_start_token_id", None)
+    decoder: dict[str, Any] = {
+        "vocab": hf.vocab_size,
+        "width": hf.d_model,
+        "layers": hf.num_decoder_layers,
+        "heads": hf.num_heads,
+        "kv_heads": hf.num_heads,
+        "head_width": hf.d_kv,
+        "ffn_width": hf.d_ff,
+        "norm_eps": hf.layer_norm_epsilon,
+        "attention_scale": 1.0,
+        "rope": None,
+        "relative_bias": RelativeBias(hf.relative_attention_num_buckets, hf.relative_attention_max_distance),
+        "gated": hf.is_gated_act,
+        "activation": activation(hf.dense_act_fn),
+        "context": 1 << 20,  # relative positions have no end
+    }
+    encoder = ModelConfig(**{**decoder, "layers": hf.num_layers, "causal": False, "has_head": False})
+    return {
+        **decoder,
+        "encoder": encoder,
+        "head_scale": hf.d_model**-0.5 if hf.scale_decoder_outputs else 1.0,
+        "start_id": (hf.pad_token_id or 0) if start is None else start,
+    }
+
+
+FAMILY = Family(
+    model_type="t5",
+    architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
+    read=read,
+    modules=modules,
+    prefix="",
+    head_decides_tie=True,
+    ignored=(r"^(encoder|decoder)\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias\.weight$"),
+)

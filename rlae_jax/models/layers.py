@@ -1,0 +1,142 @@
+"""The parts that every model here is built from, as Flax NNX modules: linear maps, norms, the feed-forward block.
+
+The modules declare parameters, with logical axis names for sharding rules, and hold no other state. What they are made
+of is decided by a `ModelConfig`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from rlae_jax.models.config import ModelConfig
+
+# By the names that checkpoints use.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+
+def kernel_inputs(einsum: str) -> int:
+    """How many leading axes of a linear layer's kernel are inputs, e.g. 2 for "btnh,nhd->btd"."""
+    kernel, output = einsum.split(",")[1].split("->")
+    return sum(letter not in output for letter in kernel)
+
+
+class Linear(nnx.Module):
+    """A linear map written as an einsum over named axes; adapters derive their two factors from the same string.
+
+    Args:
+      einsum: activations,kernel->output, e.g. "btd,dnh->btnh". The kernel's axes are inputs, then outputs.
+      shape, axes: of the kernel; `axes` are the logical names that sharding rules are written for.
+    """
+
+    def __init__(
+        self,
+        einsum: str,
+        shape: Sequence[int],
+        axes: Sequence[str],
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+    ):
+        self.einsum = einsum
+        self.precision = config.precision
+        inputs = kernel_inputs(einsum)
+        values = jax.random.normal(rngs.params(), shape) * math.prod(shape[:inputs]) ** -0.5
+        self.kernel = nnx.Param(values.astype(config.dtype), axes=tuple(axes))
+        self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.dtype), axes=tuple(axes[inputs:])) if bias else None
+        # What an adapter adds to the output, put here while a program is traced (see `lora.attach`).
+        self.delta: Callable[[Array], Array] | None = None
+
+    def __call__(self, x: Array) -> Array:
+        out = jnp.einsum(self.einsum, x, self.kernel[...], precision=self.precision)
+        if self.delta is not None:
+            out = out + self.delta(x)
+        return out if self.bias is None else out + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 whatever the activations are (Zhang and Sennrich,
+    2019)."""
+
+    def __init__(self, width: int, config: ModelConfig):
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - self.offset, config.dtype), axes=("embed",))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (normed * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return self.scale[...] * normed.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 (Ba et al., 2016)."""
+
+    def __init__(self, width: int, config: ModelConfig):
+        self.eps = config.norm_eps
+        affine = config.norm_affine
+        self.scale = nnx.Param(jnp.ones((width,), config.dtype), axes=("embed",)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((width,), config.dtype), axes=("embed",)) if affine else None
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        if self.scale is not None and self.bias is not None:
+            normed = normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return normed.astype(x.dtype)
+
+
+def make_norm(width: int, config: ModelConfig) -> RMSNorm | LayerNorm:
+    """The kind of norm that the model uses."""
+    return RMSNorm(width, config) if config.norm == "rms" else LayerNorm(width, config)
+
+
+class FeedForward(nnx.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020), or down(act(up(x))) where it is not gated."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, f, bias = config.width, config.ffn_width, config.ffn_bias
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = Linear("btd,df->btf", (d, f), ("embed", "mlp"), config, rngs, bias=bias) if config.gated else None
+        self.up = Linear("btd,df->btf", (d, f), ("embed", "mlp"), config, rngs, bias=bias)
+        self.down = Linear("btf,fd->btd", (f, d), ("mlp", "embed"), config, rngs, bias=bias)
+
+    def __call__(self, x_btd: Array) -> Array:
+        if self.gate is None:
+            return self.down(self.act(self.up(x_btd)))
+        return self.down(self.act(self.gate(x_btd)) * self.up(x_btd))
+
+
+def rotary_angles(positions_bt: Array, frequencies: np.ndarray) -> Float[Array, "B T half"]:
+    """Radians by which each pair turns at each position."""
+    return positions_bt[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x_btnh: Array, angles: Float[Array, "B T half"], scale: float = 1.0) -> Array:
+    """Rotates the pairs (x_i, x_{i + half}), the pairing of the Hugging Face checkpoints; entries beyond the pairs
+    stay as they are (partial rotary)."""
+    half = angles.shape[-1]
+    wide = x_btnh.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], x_btnh[..., 2 * half :]
+    cos, sin = (f(angles)[:, :, None] * scale for f in (jnp.cos, jnp.sin))
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -1,0 +1,206 @@
+"""Low-rank adapters (LoRA, Hu et al., 2021) for any linear layer of any model here.
+
+An adapter adds scale * B(A(x)) to a layer's output, scale = alpha / rank. Its parameters are a tree of their own, one
+pair of factors per layer, whose shapes and einsum strings follow from the layer's: for "btd,dnh->btnh"
+
+    A "btd,dr->btr"    [D, R]          B "btr,rnh->btnh"    [R, N, H]
+
+M adapters are stacked on a leading axis and share one pass over the base weights. Which rows of a batch use how much of
+which adapter is a matrix Float[B, M]: one-hot rows mix adapters in a batch, any other row is a weighted sum of adapters
+("parameter aggregation"), and M adapters on the same prompts are a batch that holds each prompt M times.
+
+    stack (storage, training)        use(stack, weights [B, M])           while a program is traced
+    a [M, D, R]  b [M, R, N, H]  ->  a [D, M*R]  b [M*R, N, H]      ->    x A, times rows [B, M*R], times B
+"""
+
+import dataclasses
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from rlae_jax.errors import InputError
+
+Factors = dict[str, dict[str, Array]]  # dotted path of a linear layer -> {"a": [inputs..., R], "b": [R, outputs...]}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which layers an adapter changes, and how."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0  # of the adapter's inputs, in training only
+    # Names or regular expressions of layers' dotted paths, e.g. ("q", "v") or (r"layers\.[0-3]\.ffn\..*",); a name
+    # matches the end of a path. None: every linear layer but the output head.
+    targets: tuple[str, ...] | None = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def select(self, paths: Iterable[str]) -> list[str]:
+        """The paths that the targets match.
+
+        Raises:
+          InputError: a target that matches nothing.
+        """
+        paths = list(paths)
+        if self.targets is None:
+            return [path for path in paths if path != "head"]
+        matches = {
+            target: [p for p in paths if p == target or p.endswith(f".{target}") or re.fullmatch(target, p)]
+            for target in self.targets
+        }
+        unmatched = [target for target, found in matches.items() if not found]
+        if unmatched:
+            names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+            raise InputError(f"targets {unmatched} match no linear layer; the layers' names are {', '.join(names)}")
+        chosen = {path for found in matches.values() for path in found}
+        return [path for path in paths if path in chosen]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter: its settings and factors."""
+
+    config: LoraConfig
+    params: Factors
+    name: str = "adapter"
+
+
+class Stack(NamedTuple):
+    """M adapters of one base model: {path: {"a": [M, inputs..., R], "b": [M, R, outputs...]}} and alpha / rank."""
+
+    params: Factors
+    scales: Float[Array, "M"]
+
+
+class Adapters(NamedTuple):
+    """A stack as a batch uses it: what `forward` and `decode_step` take."""
+
+    a: dict[str, Array]  # [inputs..., M*R]
+    b: dict[str, Array]  # [M*R, outputs...]
+    rows: Float[Array, "B Z"]  # what each row takes of each of the M*R directions
+    dropout: tuple[Array, Array] | tuple[()] = ()  # (rate, key), in training
+
+
+def init(config: LoraConfig, linears: Mapping[str, Any], key: Key[Array, ""], dtype: str = "float32") -> Factors:
+    """A fresh adapter: A uniform in +-fan_in^-1/2 (as PEFT draws it), B zero, so that it changes nothing yet.
+
+    Args:
+      linears: of the base model, `transformer.linears(config)`.
+    """
+    params: Factors = {}
+    for path in config.select(linears):
+        spec = linears[path]
+        inputs, outputs = spec.shape[: spec.inputs], spec.shape[spec.inputs :]
+        bound = math.prod(inputs) ** -0.5
+        a = jax.random.uniform(_path_key(key, path), (*inputs, config.rank), minval=-bound, maxval=bound)
+        params[path] = {"a": a.astype(dtype), "b": jnp.zeros((config.rank, *outputs), dtype)}
+    return params
+
+
+def _path_key(key: Array, path: str) -> Array:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def stack(adapters: Sequence[Adapter]) -> Stack:
+    """Stacks adapters of one base. A layer that only some of them change gets zeros from the others, and so do the
+    ranks that a smaller adapter lacks, which is said in a warning.
+
+    Raises:
+      InputError: no adapters; a layer whose shapes differ between adapters (they belong to different bases).
+    """
+    if not adapters:
+        raise InputError("a stack needs at least one adapter")
+    ranks = {adapter.name: max(leaf["b"].shape[0] for leaf in adapter.params.values()) for adapter in adapters}
+    rank = max(ranks.values())
+    if len(set(ranks.values())) > 1:
+        told = ", ".join(f"{name} {r}" for name, r in ranks.items())
+        warnings.warn(f"adapters of different rank are padded with zeros to {rank}: {told}", stacklevel=2)
+    params: Factors = {}
+    for path in sorted({path for adapter in adapters for path in adapter.params}):
+        like = next(adapter.params[path] for adapter in adapters if path in adapter.params)
+        padded: dict[str, list[Array]] = {"a": [], "b": []}
+        for adapter in adapters:
+            factors = adapter.params.get(path) or jax.tree.map(jnp.zeros_like, like)
+            a, b = factors["a"], factors["b"]
+            if a.shape[:-1] != like["a"].shape[:-1] or b.shape[1:] != like["b"].shape[1:]:
+                raise InputError(f"{adapter.name} and {adapters[0].name} differ in the shape of {path}: other bases")
+            grow = rank - b.shape[0]
+            padded["a"].append(jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, grow)]))
+            padded["b"].append(jnp.pad(b, [(0, grow)] + [(0, 0)] * (b.ndim - 1)))
+        params[path] = {side: jnp.stack(leaves) for side, leaves in padded.items()}
+    return Stack(params, jnp.asarray([adapter.config.scale for adapter in adapters], jnp.float32))
+
+
+def use(
+    stack: Stack, weights: Float[Array, "B M"], *, dropout: float = 0.0, key: Key[Array, ""] | None = None
+) -> Adapters:
+    """The stack as a batch of B rows uses it.
+
+    Args:
+      weights: how much of each adapter each row takes; one-hot rows pick one, zeros leave the base as it is.
+      dropout, key: for training; the inputs of every adapter are dropped with this probability.
+    """
+    rank = next(iter(stack.params.values()))["b"].shape[1]
+    a = {p: jnp.moveaxis(leaf["a"], 0, -2).reshape(*leaf["a"].shape[1:-1], -1) for p, leaf in stack.params.items()}
+    b = {p: leaf["b"].reshape(-1, *leaf["b"].shape[2:]) for p, leaf in stack.params.items()}
+    rows = jnp.repeat(jnp.asarray(weights, jnp.float32) * stack.scales, rank, axis=1)
+    return Adapters(a, b, rows, () if key is None or not dropout else (jnp.float32(dropout), key))
+
+
+def one_hot(indices: Any, adapters: int) -> Float[Array, "B M"]:
+    """Weights of rows that each use one adapter, by number."""
+    return jax.nn.one_hot(jnp.asarray(indices), adapters, dtype=jnp.float32)
+
+
+def factor_einsums(einsum: str) -> tuple[str, str]:
+    """The einsum strings of the two factors: "btd,dnh->btnh" gives ("btd,dz->btz", "btz,znh->btnh")."""
+    operands, output = einsum.split("->")
+    activations, kernel = operands.split(",")
+    inputs = "".join(letter for letter in kernel if letter not in output)
+    outputs = "".join(letter for letter in kernel if letter in output)
+    batch = "".join(letter for letter in activations if letter not in kernel)
+    return f"{activations},{inputs}z->{batch}z", f"{batch}z,z{outputs}->{output}"
+
+
+def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) -> Callable[[Array], Array]:
+    """What the adapters add to the output of the linear layer at `path`, as a function of its input [B, T, ...]."""
+    down, up = factor_einsums(einsum)
+
+    def delta(x: Array) -> Array:
+        if adapters.dropout:
+            rate, key = adapters.dropout
+            kept = jax.random.bernoulli(_path_key(key, path), 1 - rate, x.shape)
+            x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+        z = jnp.einsum(down, x, adapters.a[path].astype(x.dtype), precision=precision)
+        z = z * adapters.rows[:, None].astype(x.dtype)
+        return jnp.einsum(up, z, adapters.b[path].astype(x.dtype), precision=precision)
+
+    return delta
+
+
+def merge(params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array, "M"]) -> dict[Any, Any]:
+    """The base parameters with sum_m weights[m] * scale_m * A_m B_m added to each kernel. Negative weights undo it."""
+    merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries, the same arrays
+    scaled = jnp.asarray(weights, jnp.float32) * stack.scales
+    for path, leaf in stack.params.items():
+        layer = merged
+        for name in path.split("."):
+            layer = layer[int(name) if name.isdigit() else name]
+        a, b = (np.asarray(leaf[side], np.float32) for side in ("a", "b"))
+        a, b = a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1)
+        change = np.einsum("m,mir,mro->io", np.asarray(scaled), a, b, optimize=True)
+        kernel = layer["kernel"]
+        layer["kernel"] = (kernel.astype(jnp.float32) + change.reshape(kernel.shape)).astype(kernel.dtype)
+    return merged
