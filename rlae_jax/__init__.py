@@ -10,10 +10,12 @@ from rlae_jax.fusion.ensemble import Ensemble as Ensemble
 from rlae_jax.fusion.ensemble import Generation as Generation
 from rlae_jax.models import LM as LM
 from rlae_jax.models import Adapter as Adapter
+from rlae_jax.models import Encoder as Encoder
 from rlae_jax.models import LoraConfig as LoraConfig
 from rlae_jax.models import init_adapter as init_adapter
 from rlae_jax.models import load as load
 from rlae_jax.models import load_adapter as load_adapter
+from rlae_jax.models import load_encoder as load_encoder
 from rlae_jax.models import save as save
 from rlae_jax.models import save_adapter as save_adapter
 from rlae_jax.ppo.train import load_policy as load_policy

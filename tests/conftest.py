@@ -6,6 +6,7 @@ lines of the run say how often.
 
 import collections
 import dataclasses
+import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from hypothesis import settings
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, ModelConfig
 from rlae_jax.models.transformer import abstract_params
+from tests.data import hf
 
 NO_SHARED = "the shared directory is absent (RLAE_JAX_SHARED, or ../shared beside the repository)"
 NO_TORCH = "torch is not installed"
@@ -133,6 +135,21 @@ def make_chain_lm() -> Callable[..., LM]:
         return LM(config, params, tokenizer, name=name)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stored_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """stored_checkpoint(case, family="llama") -> the directory of a case of `tests.data.hf`, written once. Copy it
+    before you spoil it."""
+
+    @functools.cache
+    def write(case: str, family: str = "llama") -> Path:
+        stored = hf.read_stored(family, case)
+        directory = tmp_path_factory.mktemp(family) / case
+        hf.write_checkpoint(directory, stored.config, stored.tensors, stored.seed)
+        return directory
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from rlae_jax.fusion.operators import FusionOperator, linear
 from rlae_jax.fusion.policy import STATS, Dims, Fixed, Observation, Policy
 from rlae_jax.fusion.sampling import Sampling, choose_token
-from rlae_jax.models import ModelConfig, transformer
+from rlae_jax.models import ModelConfig, lora, transformer
 
+MemberParams = transformer.Params | lora.Adapted
 # Prompts are read in groups of rows of about this many tokens: activations stay small, and on the CPU inside its cache
 # (half the time of one pass at 256 prompts of 64 tokens).
 _PREFILL_TOKENS = 2048
@@ -46,6 +47,8 @@ class DecodeSpec:
     sampling: Sampling = dataclasses.field(default_factory=Sampling.create)
     min_new_tokens: Int[Array, ""] | int = 0  # no end token before this many
     members: tuple[ModelConfig, ...] = dataclasses.field(metadata={"static": True})
+    # The members are K adapters of one base: one `lora.Adapted` serves them all, and one pass runs K rows per prompt.
+    shared_base: bool = dataclasses.field(default=False, metadata={"static": True})
     fusion: FusionOperator = dataclasses.field(default=linear, metadata={"static": True})
     policy: Policy = dataclasses.field(default_factory=Fixed, metadata={"static": True})
     sample_weights: bool = dataclasses.field(default=False, metadata={"static": True})  # draw actions, or take modes
@@ -114,23 +117,53 @@ def row_keys(key: Key[Array, ""] | Key[Array, "B"], batch: int) -> Key[Array, "B
     return jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch)) if key.ndim == 0 else key
 
 
-def _prompt_cache(config: ModelConfig, params: transformer.Params, ids: Array, real: Array) -> transformer.Cache:
+class _Model(NamedTuple):
+    """One forward pass of the loop: a member, or all members over one base."""
+
+    config: ModelConfig
+    params: transformer.Params
+    adapters: lora.Adapters | None
+    members: int  # whose rows it runs, one batch after another
+
+    def tile(self, array: Array) -> Array:
+        """An array of rows, once per member."""
+        return jnp.concatenate([array] * self.members) if self.members > 1 else array
+
+
+def _models(params: tuple[MemberParams, ...], spec: DecodeSpec, batch: int) -> tuple[_Model, ...]:
+    models = []
+    members = len(spec.members) if spec.shared_base else 1
+    for config, p in zip(spec.members, params, strict=not spec.shared_base):
+        if not isinstance(p, lora.Adapted):
+            models.append(_Model(config, p, None, 1))
+            continue
+        weights = jnp.repeat(jnp.eye(members), batch, axis=0) if spec.shared_base else p.weights
+        weights = jnp.broadcast_to(weights, (members * batch, weights.shape[1]))
+        models.append(_Model(config, p.base, lora.use(p.stack, weights), members))
+    return tuple(models)
+
+
+def _prompt_cache(model: _Model, ids: Array, real: Array) -> transformer.Cache:
     """What decoding keeps of whole prompts."""
+    rows = () if model.adapters is None else model.adapters.rows
+    inputs = (model.tile(ids), model.tile(real), rows)
 
-    def read(group: tuple[Array, Array]) -> transformer.Cache:
-        return transformer.read_prompt(config, params, *group)
+    def read(group: Any) -> transformer.Cache:
+        ids, real, rows = group
+        adapters = None if model.adapters is None else model.adapters._replace(rows=rows)
+        return transformer.read_prompt(model.config, model.params, ids, real, adapters)
 
-    b, t = ids.shape
-    rows = max(_PREFILL_TOKENS // t, 1)
-    groups = b // rows
-    if groups <= 1 or b % rows:
-        return read((ids, real))
-    grouped = lax.map(read, (ids.reshape(groups, rows, t), real.reshape(groups, rows, t)))
+    b, t = inputs[0].shape
+    size = max(_PREFILL_TOKENS // t, 1)
+    groups = b // size
+    if groups <= 1 or b % size:
+        return read(inputs)
+    grouped = lax.map(read, jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), inputs))
     return jax.tree.map(lambda leaf: leaf.reshape(b, *leaf.shape[2:]), grouped)
 
 
 def prefill(
-    params: tuple[transformer.Params, ...],
+    params: tuple[MemberParams, ...],
     prompt_ids: Int[Array | np.ndarray, "B T"],
     prompt_mask: Array | np.ndarray,
     key: Key[Array, ""] | Key[Array, "B"],
@@ -149,11 +182,12 @@ def prefill(
     b, t = ids.shape
     k = len(spec.members)
     caches = []
-    for config, p in zip(spec.members, params, strict=True):
+    for model in _models(params, spec, b):
         # An encoder reads the whole prompt, and its decoder starts from a token of its own.
-        read = slice(None) if config.encoder is not None else slice(-1)
-        cache = _prompt_cache(config, p, ids[:, read], real[:, read])
-        caches.append(transformer.extend_cache(cache, (1 if config.encoder else t) + spec.max_new_tokens))
+        is_encoder = model.config.encoder is not None
+        read = slice(None) if is_encoder else slice(-1)
+        cache = _prompt_cache(model, ids[:, read], real[:, read])
+        caches.append(transformer.extend_cache(cache, (1 if is_encoder else t) + spec.max_new_tokens))
     counts = jnp.sum(real, axis=1, dtype=jnp.int32)
     observation = Observation(
         hidden=tuple(jnp.zeros((b, config.hidden_width)) for config in spec.members)
@@ -222,22 +256,24 @@ def _take_decision(
     return Span(observation if spec.record else (), weights, jnp.broadcast_to(log_prob, (b,)), value)
 
 
-def _step(
-    params: tuple[transformer.Params, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState
-) -> DecodeState:
+def _step(models: tuple[_Model, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState) -> DecodeState:
     caches, hidden, log_probs = [], [], []
-    for config, p, cache in zip(spec.members, params, state.caches, strict=True):
+    for model, cache in zip(models, state.caches, strict=True):
         pending, position, starts = state.pending, state.lengths, state.starts
-        if config.encoder is not None:  # its slots hold no prompt, and it starts from a token of its own
-            pending = jnp.where(state.step == 0, config.start_id or 0, pending)
+        if model.config.encoder is not None:  # its slots hold no prompt, and it starts from a token of its own
+            pending = jnp.where(state.step == 0, model.config.start_id or 0, pending)
             position, starts = jnp.full_like(position, state.step), jnp.zeros_like(starts)
         slot = cache.slots - spec.max_new_tokens - 1 + state.step
         indices = jnp.arange(cache.slots)
         visible = (indices >= starts[:, None]) & (indices <= slot)
-        h, cache = transformer.decode_step(config, p, pending, position, cache, slot, visible)
+        pending, position, visible = (model.tile(array) for array in (pending, position, visible))
+        h, cache = transformer.decode_step(
+            model.config, model.params, pending, position, cache, slot, visible, model.adapters
+        )
+        logits = transformer.output_head(model.config, model.params, h, model.adapters)[:, : spec.vocab]
         caches.append(cache)
-        hidden.append(h)
-        log_probs.append(jax.nn.log_softmax(transformer.output_head(config, p, h)[:, : spec.vocab], axis=-1))
+        hidden += jnp.split(h, model.members)
+        log_probs += jnp.split(jax.nn.log_softmax(logits, axis=-1), model.members)
 
     boundary = state.step % spec.span_length == 0
     decide = functools.partial(_take_decision, state, policy_params, tuple(hidden), tuple(log_probs), spec)
@@ -279,16 +315,16 @@ def _step(
 
 
 def decode_spans(
-    params: tuple[transformer.Params, ...], state: DecodeState, policy_params: Any, spec: DecodeSpec
+    params: tuple[MemberParams, ...], state: DecodeState, policy_params: Any, spec: DecodeSpec
 ) -> DecodeState:
     """Runs the loop until every row is done. Jit it with `state` donated: the caches are updated in place."""
-    return lax.while_loop(
-        lambda state: ~jnp.all(state.done), functools.partial(_step, params, policy_params, spec), state
-    )
+    models = _models(params, spec, len(state.done))  # outside the loop: what adapters need is laid out once
+    step = functools.partial(_step, models, policy_params, spec)
+    return lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
 
 
 def decode(
-    params: tuple[transformer.Params, ...],
+    params: tuple[MemberParams, ...],
     prompt_ids: Int[Array | np.ndarray, "B T"],
     prompt_mask: Array | np.ndarray,
     policy_params: Any,
@@ -299,7 +335,7 @@ def decode(
     """Prefill and the whole loop: the pure function behind `Ensemble.generate`. Jit, vmap and shard it as you like.
 
     Args:
-      params: the members' `LM.params`, in the order of `spec.members`.
+      params: the members' `LM.params`, in the order of `spec.members`; a `lora.Adapted` for members with adapters.
       prompt_ids, prompt_mask: Int[B, T], at least one token per row, padding on either side.
       policy_params: what `spec.policy` takes; for `Fixed` the weights, Float[B, K] or [1, K], on the simplex.
       key: row b draws from fold_in(key, b), or from key[b] if there is a batch of keys.

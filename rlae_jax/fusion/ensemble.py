@@ -5,10 +5,12 @@ loop once, and turns ids into text.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +19,8 @@ from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion.operators import FusionOperator, get_operator
 from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed, Policy
 from rlae_jax.fusion.sampling import Sampling
-from rlae_jax.models import LM
+from rlae_jax.models import LM, Adapter, load_adapter, lora
+from rlae_jax.models.lm import AdapterChoice
 
 SMALLEST_PROMPT_BUCKET = 16
 DEFAULT_SPAN_LENGTH = 4
@@ -142,6 +145,7 @@ class Ensemble:
             raise InputError("an ensemble needs at least one member")
         check_same_tokenizer(members)
         self.members = tuple(members)
+        self.shared: lora.Stack | None = None  # the members' adapters, where they are all of one base
         self.fusion = get_operator(fusion)
         ids = [i for lm in members for i in lm.config.end_ids] if end_ids is None else end_ids
         self.end_ids = tuple(sorted(set(ids)))
@@ -150,10 +154,47 @@ class Ensemble:
         if outside and end_ids is not None:
             raise InputError(f"end_ids {outside} lie outside the vocabulary of {vocab}")
 
+    @classmethod
+    def from_adapters(
+        cls,
+        lm: LM,
+        adapters: Sequence[str | os.PathLike[str] | Adapter],
+        fusion: str | FusionOperator = "linear",
+        *,
+        end_ids: Sequence[int] | None = None,
+    ) -> "Ensemble":
+        """An ensemble of adapters of one base model: member k is the base under adapter k.
+
+        The members share one pass over the base weights, each prompt being K rows of it.
+
+        Raises:
+          InputError: no adapters, or one for another base.
+        """
+        loaded = [load_adapter(adapter, lm) for adapter in adapters]
+        ensemble = cls([lm.with_adapters([adapter]) for adapter in loaded], fusion, end_ids=end_ids)
+        ensemble.shared = lora.stack(loaded)
+        return ensemble
+
     @property
     def params(self) -> tuple[Any, ...]:
-        """The members' parameter trees, as `decode` takes them."""
-        return tuple(lm.params for lm in self.members)
+        """The members' parameters, as `decode` takes them."""
+        return self.params_for(None, 1)
+
+    def params_for(self, adapters: AdapterChoice, batch: int) -> tuple[Any, ...]:
+        """`params` with the choice of each of `batch` rows, for members with several adapters; see `LM.adapted`.
+
+        Raises:
+          InputError: a choice that no member has, or none where one is needed.
+        """
+        if self.shared is not None:
+            if adapters is not None:
+                raise InputError("the members are the adapters here: choose among them with weights")
+            return (lora.Adapted(self.members[0].params, self.shared, jnp.eye(len(self.members))),)
+        if adapters is not None and all(lm.stack is None for lm in self.members):
+            raise InputError("no member has adapters to choose from; give members with LM.with_adapters")
+        # A choice is for the members that have several to choose from, if any has.
+        fewest = 1 if any(len(lm.adapters) > 1 for lm in self.members) else 0
+        return tuple(lm.adapted(adapters if len(lm.adapters) > fewest else None, batch) for lm in self.members)
 
     @property
     def tokenizer(self) -> Any:
@@ -203,6 +244,7 @@ class Ensemble:
             sampling=Sampling.create(temperature, top_k, top_p),
             min_new_tokens=min_new_tokens,
             members=tuple(lm.config for lm in self.members),
+            shared_base=self.shared is not None,
             fusion=self.fusion,
             policy=Fixed() if policy is None else policy,
             sample_weights=sample_weights,
@@ -304,6 +346,7 @@ class Ensemble:
         *,
         prompt_ids: Int[Array, "B T"] | None = None,
         prompt_mask: Array | None = None,
+        adapters: AdapterChoice = None,
     ) -> Generation:
         """Writes one answer per prompt.
 
@@ -317,6 +360,8 @@ class Ensemble:
           stop: strings that end an answer; the text is cut before the first of them.
           chat: put each prompt into the tokenizer's chat template.
           ignore_eos: write max_new_tokens whatever is chosen.
+          adapters: for members with several adapters (`LM.with_adapters`), each row's by number or name, or weights
+            Float[B, M] of a sum of adapters.
 
         Raises:
           InputError: unusable prompts, weights or options, told before anything is compiled.
@@ -345,13 +390,21 @@ class Ensemble:
         )
         policy, policy_params, sample = self.bind(weights, batch, spec.spans)
         spec = dataclasses.replace(spec, policy=policy, sample_weights=sample)
-        state = self.run(rows, policy_params, seed, spec)
+        state = self.run(rows, policy_params, seed, spec, self.params_for(adapters, batch))
         return self._collect(rows, state, spec, stop)
 
     def run(
-        self, rows: Sequence[Sequence[int]], policy_params: Any, seed: Any, spec: decoding.DecodeSpec
+        self,
+        rows: Sequence[Sequence[int]],
+        policy_params: Any,
+        seed: Any,
+        spec: decoding.DecodeSpec,
+        params: tuple[Any, ...] | None = None,
     ) -> decoding.DecodeState:
         """Decodes rows of ids under a spec: pads them into a bucket, calls the compiled loop, cuts the filling off.
+
+        Args:
+          params: from `params_for`; by default `params`.
 
         Returns a state of host arrays without caches.
 
@@ -368,7 +421,10 @@ class Ensemble:
         if isinstance(spec.policy, Fixed) and policy_params.shape[0] == batch:
             policy_params = np.concatenate([policy_params, np.repeat(policy_params[:1], filling, axis=0)])
         active = np.arange(batch + filling) < batch
-        state = jax.device_get(_decode(self.params, ids, mask, policy_params, seed, spec, active))
+        params = self.params if params is None else params
+        if self.shared is None:
+            params = tuple(_fill(p, batch, filling) for p in params)
+        state = jax.device_get(_decode(params, ids, mask, policy_params, seed, spec, active))
         rows_first = state._replace(
             span=jax.tree.map(lambda leaf: leaf[:batch], state.span),
             trajectory=jax.tree.map(lambda leaf: leaf[:, :batch], state.trajectory),
@@ -402,6 +458,13 @@ class Ensemble:
                         texts[b], reasons[b] = text[: min(cuts)], "stop"
                         tokens[b] = _cover(self.tokenizer, rows[b], tokens[b], texts[b])
         return Generation(texts, tokens, weights, reasons, state.steps.tolist())
+
+
+def _fill(params: Any, batch: int, filling: int) -> Any:
+    """Parameters whose choice of adapters, one per row, covers the rows that fill a bucket."""
+    if not isinstance(params, lora.Adapted) or params.weights.shape[0] != batch or batch == 1:
+        return params
+    return params._replace(weights=jnp.concatenate([params.weights, jnp.repeat(params.weights[:1], filling, axis=0)]))
 
 
 def _rows(prompt_ids: Any, prompt_mask: Any) -> list[list[int]]:

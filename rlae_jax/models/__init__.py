@@ -1,6 +1,8 @@
 """Language models as Flax NNX modules, loaded from Hugging Face checkpoints. Knows nothing of ensembles."""
 
 from rlae_jax.models.config import ModelConfig as ModelConfig
+from rlae_jax.models.encoder import Encoder as Encoder
+from rlae_jax.models.encoder import load_encoder as load_encoder
 from rlae_jax.models.lm import LM as LM
 from rlae_jax.models.lm import init_adapter as init_adapter
 from rlae_jax.models.lm import load as load

@@ -35,12 +35,12 @@ def attend(
     mask_bts: Bool[Array, "B T S"],
     config: ModelConfig,
     scale: float,
-    bias_1nts: Float[Array, "1 N T S"] | None = None,
+    bias_bnts: Float[Array, "#B N T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Whole sequences. `jax.nn.dot_product_attention`, but where scores are capped, which it cannot do."""
     if config.attention_cap is None:
         with jax.default_matmul_precision(config.precision):
-            return jax.nn.dot_product_attention(q_btnh, k_bsgh, v_bsgh, bias_1nts, mask_bts[:, None], scale=scale)
+            return jax.nn.dot_product_attention(q_btnh, k_bsgh, v_bsgh, bias_bnts, mask_bts[:, None], scale=scale)
     b, t, n, h = q_btnh.shape
     g = k_bsgh.shape[2]
     q_btgmh = (q_btnh * scale).reshape(b, t, g, n // g, h)
@@ -126,6 +126,20 @@ class RelativeBiasTable(nnx.Module):
         return jnp.einsum("sn->ns", self.table[...][buckets[jnp.maximum(slot - jnp.arange(slots), 0)]])[None]
 
 
+def projections(
+    config: ModelConfig, rngs: nnx.Rngs, source: int | None = None
+) -> tuple[Linear, Linear, Linear, Linear]:
+    """The linear maps q, k, v and o; keys and values come from states of the width `source`, D if None."""
+    d, n, g, h = config.width, config.heads, config.kv_heads, config.head_width
+    bias, source = config.qkv_bias, source or d
+    return (
+        Linear("btd,dnh->btnh", (d, n, h), ("embed", "heads", "head"), config, rngs, bias=bias),
+        Linear("btd,dgh->btgh", (source, g, h), ("embed", "kv_heads", "head"), config, rngs, bias=bias),
+        Linear("btd,dgh->btgh", (source, g, h), ("embed", "kv_heads", "head"), config, rngs, bias=bias),
+        Linear("btnh,nhd->btd", (n, h, d), ("heads", "head", "embed"), config, rngs, bias=config.attention_out_bias),
+    )
+
+
 class Attention(nnx.Module):
     """Grouped-query attention: q, k and v from the activations, rotary positions, an output map.
 
@@ -135,14 +149,8 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int, cross: int | None = None):
-        d, n, g, h = config.width, config.heads, config.kv_heads, config.head_width
-        source, bias = cross or d, config.qkv_bias
-        self.q = Linear("btd,dnh->btnh", (d, n, h), ("embed", "heads", "head"), config, rngs, bias=bias)
-        self.k = Linear("btd,dgh->btgh", (source, g, h), ("embed", "kv_heads", "head"), config, rngs, bias=bias)
-        self.v = Linear("btd,dgh->btgh", (source, g, h), ("embed", "kv_heads", "head"), config, rngs, bias=bias)
-        self.o = Linear(
-            "btnh,nhd->btd", (n, h, d), ("heads", "head", "embed"), config, rngs, bias=config.attention_out_bias
-        )
+        n, g, h = config.heads, config.kv_heads, config.head_width
+        self.q, self.k, self.v, self.o = projections(config, rngs, cross)
         widths = {"head": (h, h), "all": (n * h, g * h)}.get(config.query_key_norm or "")
         self.q_norm = RMSNorm(widths[0], config) if widths else None
         self.k_norm = RMSNorm(widths[1], config) if widths else None

@@ -141,6 +141,7 @@ def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, .
         if not isinstance(first, dict):
             found.append(StoredTensor(f"{key}.weight", (split_path(paths[0]),), (first.shape,)))
             continue
+        linear = specs.get(paths[0])
         for leaf in first:
             leaf_paths = tuple((*split_path(path), leaf) for path in paths)
             found.append(
@@ -148,8 +149,8 @@ def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, .
                     f"{key}.bias" if leaf == "bias" else f"{key}.weight",
                     leaf_paths,
                     tuple(get_leaf(tree, path).shape for path in leaf_paths),
-                    kind=leaf if paths[0] in specs and leaf in ("kernel", "bias") else "plain",
-                    inputs=specs[paths[0]].inputs if leaf == "kernel" else 0,
+                    kind=leaf if linear and leaf in ("kernel", "bias") else "plain",
+                    inputs=linear.inputs if linear and leaf == "kernel" else 0,
                     inputs_first=name in family.inputs_first,
                     by_head=name in family.fused_by_head,
                 )
@@ -177,7 +178,8 @@ def read_source(directory: Path) -> Source:
     raw = read_json(path)
     names = raw.get("architectures") or [raw.get("model_type", "unnamed")]
     by_architecture = {name: family for family in FAMILIES.values() for name in family.architectures}
-    family = by_architecture.get(names[0]) if isinstance(names, list) else None
+    # Some encoders' repositories name no architecture (DeBERTa v3's); then the model_type decides.
+    family = by_architecture.get(names[0]) or FAMILIES.get(names[0]) if isinstance(names, list) else None
     if family is None or raw.get("model_type", family.model_type) != family.model_type:
         if raw.get("auto_map"):
             raise InputError(
@@ -249,7 +251,7 @@ def read_config(
                 **fields,
                 "context": fields["context"] if context is None else context,
                 "bos_id": of_text.get("bos_token_id"),
-                "pad_id": of_text.get("pad_token_id"),
+                "pad_id": of_text.get("pad_token_id", fields.get("pad_id")),
                 "end_ids": tuple(int(end) for end in ends),
                 "dtype": dtype,
                 "precision": precision,
@@ -352,13 +354,13 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
     files = tensor_files(directory)
     names = {_modern(key): key for key in files}  # what the table calls a tensor -> what the file calls it
     wanted = stored_tensors(family, config)
+    expected = {tensor.key for tensor in wanted}
     if not any(name.startswith(family.prefix) for name in names):  # a checkpoint of the bare model
-        names = {family.prefix + name: key for name, key in names.items()}
+        names = {name if name in expected else family.prefix + name: key for name, key in names.items()}
 
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(set(files.values())):
         shapes |= {key: shape for key, shape in tensor_shapes(path).items() if files.get(key) == path}
-    expected = {tensor.key for tensor in wanted}
     # A tied checkpoint may carry the head a second time.
     ignored = [
         r"\.rotary_emb\.inv_freq$",
@@ -423,9 +425,11 @@ def write_model(
     ends = config.end_ids[0] if len(config.end_ids) == 1 else list(config.end_ids) or None
     of_text = {"bos_token_id": config.bos_id, "eos_token_id": ends, "pad_token_id": config.pad_id}
     raw = {key: value for key, value in source.config.items() if key != "torch_dtype"}
-    raw |= {"architectures": [source.family.architectures[0]], "model_type": source.family.model_type}
+    raw |= {"architectures": [source.family.architecture(config)], "model_type": source.family.model_type}
     raw |= {"dtype": config.dtype} | of_text
-    generation = dict(source.generation) | of_text
+    files = {"config.json": raw}
+    if config.has_head:
+        files["generation_config.json"] = generation = dict(source.generation) | of_text
     if config.start_id is not None:
         raw["decoder_start_token_id"] = generation["decoder_start_token_id"] = config.start_id
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
@@ -433,7 +437,7 @@ def write_model(
     partial.mkdir(parents=True)
     try:
         _write_tensors(partial, stored_tensors(source.family, config), params)
-        for name, content in (("config.json", raw), ("generation_config.json", generation)):
+        for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -8,6 +8,8 @@ own configuration by `families/`.
 import dataclasses
 from typing import Any, Literal
 
+HeadKind = Literal["classifier", "next_sentence"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -32,16 +34,31 @@ class RelativeBias:
 class Disentangled:
     """DeBERTa's attention to content and to relative positions (He et al., 2021; v3: He et al., 2023)."""
 
-    span: int  # relative positions are clipped to -span..span - 1
-    buckets: int  # positions beyond buckets / 2 share logarithmic buckets; 0: every position has its own
-    max_position: int
-    content_to_position: bool
-    position_to_content: bool
-    shared_projections: bool  # positions use the content's query and key matrices
-    norm_embeddings: bool  # a layer norm over the relative positions' embeddings
-    convolution: int = 0  # kernel width of the convolution beside the first layer; 0: none
-    convolution_activation: str = "tanh"
-    convolution_groups: int = 1
+    span: int  # relative positions, or their buckets, are clipped to -span..span - 1
+    buckets: int = 0  # positions beyond buckets / 2 share logarithmic buckets; 0: every position has its own
+    max_position: int = 0  # the distance of the last bucket
+    content_to_position: bool = True
+    position_to_content: bool = True
+    shared_projections: bool = True  # positions use the content's query and key matrices
+    norm_embeddings: bool = True  # a layer norm over the relative positions' embeddings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """What runs beside the first layer of DeBERTa v2's larger models: x1 becomes norm(x1 + act(conv(x0)))."""
+
+    width: int  # tokens, an odd number
+    activation: str = "tanh"
+    groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """An encoder's head, which scores a whole text: out(act(dense(h))) of its first token's state h."""
+
+    kind: HeadKind  # what the checkpoint's names tell apart, and nothing else
+    labels: tuple[str, ...]
+    activation: str = "tanh"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +93,7 @@ class ModelConfig:
     position_offset: int = 0  # row of the first position (OPT, RoBERTa)
     relative_bias: RelativeBias | None = None
     disentangled: Disentangled | None = None
+    convolution: Convolution | None = None
 
     # Attention.
     causal: bool = True
@@ -96,12 +114,14 @@ class ModelConfig:
     # Embedding and head.
     embedding_width: int | None = None  # None: D; else projected to D, and back before the head
     embedding_scale: float = 1.0
+    narrow_positions: bool = False  # learned positions and token types are of that width too, and projected with it
     embedding_norm: bool = False
     token_types: int = 0  # rows of the segment table (BERT)
     tied_head: bool = False  # the output head reads the embedding table
     has_head: bool = True  # False for encoders
     head_scale: float = 1.0  # of the hidden states before the head (T5)
     logit_cap: float | None = None
+    scorer: Scorer | None = None
 
     encoder: "ModelConfig | None" = None
     start_id: int | None = None  # an encoder-decoder's decoder starts from it
@@ -119,8 +139,8 @@ class ModelConfig:
 
     @property
     def hidden_width(self) -> int:
-        """The width of what the output head reads."""
-        return self.width if self.embedding_width is None else self.embedding_width
+        """The width of what the output head reads, or of an encoder's states."""
+        return self.width if self.embedding_width is None or not self.has_head else self.embedding_width
 
     @property
     def usable_vocab(self) -> int:

@@ -4,17 +4,21 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
 
+# Each row's adapter by number or name, or Float[B, M] weights of the adapters.
+AdapterChoice = Sequence[int] | Sequence[str] | np.ndarray | Array | None
 # Any of them makes a tokenizer; the first is what the fast ones are kept in.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.json", "vocab.txt")
 
@@ -32,35 +36,102 @@ class LM:
     name: str = "model"  # the directory's base name; what results call this member
     path: Path | None = None
     source: checkpoint_files.Source | None = None  # the checkpoint's own settings; None for a model made here
+    stack: lora.Stack | None = None  # adapters that are kept apart from the parameters, see `with_adapters`
+    adapters: tuple[str, ...] = ()  # their names
 
     def apply(
         self,
-        params: transformer.Params,
+        params: transformer.Params | lora.Adapted,
         ids: Int[Array, "B T"],
         mask: Array,
         decoder_ids: Int[Array, "B T"] | None = None,
-        adapters: lora.Adapters | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits, float32, of `ids` under any parameters of this model's shape.
 
         Args:
+          params: like `self.params`, or a `lora.Adapted` with any stack of adapters.
           mask: 1 where there is a token, 0 for padding on either side; positions follow the mask.
           decoder_ids: of an encoder-decoder, whose `ids` go to the encoder; the first is the start token.
-          adapters: see `lora.use`.
         """
-        return _logits(self.config, params, ids, mask, decoder_ids, adapters)
+        return _logits(self.config, params, ids, mask, decoder_ids)
 
     def logits(
-        self, ids: Int[Array, "B T"], mask: Array | None = None, decoder_ids: Int[Array, "B T"] | None = None
+        self,
+        ids: Int[Array, "B T"],
+        mask: Array | None = None,
+        decoder_ids: Int[Array, "B T"] | None = None,
+        *,
+        adapters: AdapterChoice = None,
     ) -> Float[Array, "B T V"]:
-        """`apply` with this model's parameters; no mask means no padding."""
-        return self.apply(self.params, *self._inputs(ids, mask, decoder_ids))
+        """`apply` with this model's parameters; no mask means no padding, `adapters` as in `adapted`."""
+        return _logits(self.config, self.adapted(adapters, len(ids)), *self._inputs(ids, mask, decoder_ids))
 
     def hidden(
-        self, ids: Int[Array, "B T"], mask: Array | None = None, decoder_ids: Int[Array, "B T"] | None = None
+        self,
+        ids: Int[Array, "B T"],
+        mask: Array | None = None,
+        decoder_ids: Int[Array, "B T"] | None = None,
+        *,
+        adapters: AdapterChoice = None,
     ) -> Float[Array, "B T D"]:
         """Last hidden states after the final norm: what the output head reads."""
-        return _hidden(self.config, self.params, *self._inputs(ids, mask, decoder_ids))
+        return _hidden(self.config, self.adapted(adapters, len(ids)), *self._inputs(ids, mask, decoder_ids))
+
+    def log_probs(
+        self,
+        ids: Int[Array, "B T"],
+        mask: Array | None = None,
+        decoder_ids: Int[Array, "B T"] | None = None,
+        *,
+        adapters: AdapterChoice = None,
+    ) -> Float[Array, "B T-1"]:
+        """log p(token t + 1 | tokens up to t) of the text (the decoder's, if there are two), without [B, T, V]."""
+        params = self.adapted(adapters, len(ids))
+        return _log_probs(self.config, params, *self._inputs(ids, mask, decoder_ids))
+
+    def adapted(self, adapters: AdapterChoice, batch: int) -> transformer.Params | lora.Adapted:
+        """The parameters with which a batch runs: `params` alone, or with the stack of adapters.
+
+        Args:
+          adapters: for a model with a stack, each row's adapter by number or name, or Float[B, M] weights. None takes
+            the only adapter there is.
+
+        Raises:
+          InputError: a choice without a stack, or a stack of several without a choice; an unknown adapter.
+        """
+        if self.stack is None:
+            if adapters is not None:
+                raise InputError(f"{self.name} has no adapters to choose from; load some with with_adapters")
+            return self.params
+        m = len(self.adapters)
+        if adapters is None:
+            if m > 1:
+                raise InputError(f"{self.name} has {m} adapters ({', '.join(self.adapters)}): say which row uses which")
+            return lora.Adapted(self.params, self.stack, jnp.ones((1, 1)))
+        if isinstance(adapters, str | int):
+            raise InputError(f"adapters must have one entry per row, not {adapters!r}")
+        try:
+            weights = np.asarray(adapters)
+        except ValueError as error:
+            raise InputError(f"adapters must be one number or name per row, or weights ({error})") from error
+        if weights.dtype.kind == "U":
+            names = weights.ravel().tolist()
+            wrong = sorted({name for name in names if self.adapters.count(name) != 1})
+            if wrong:
+                raise InputError(
+                    f"unknown or ambiguous adapters {', '.join(wrong)}; {self.name} has {', '.join(self.adapters)}"
+                )
+            weights = np.array([self.adapters.index(name) for name in names]).reshape(weights.shape)
+        if weights.shape == (batch,) and weights.dtype.kind in "iu":
+            if weights.min() < 0 or weights.max() >= m:
+                raise InputError(f"adapters must be numbers from 0 to {m - 1}, not {weights.tolist()}")
+            weights = np.eye(m, dtype=np.float32)[weights]
+        if weights.shape != (batch, m) or weights.dtype.kind not in "iuf" or not np.all(np.isfinite(weights)):
+            raise InputError(
+                f"adapters must be one number or name per row ([{batch}]) or finite weights [{batch}, {m}], not "
+                f"{weights.dtype} of shape {list(weights.shape)}"
+            )
+        return lora.Adapted(self.params, self.stack, jnp.asarray(weights, jnp.float32))
 
     def _inputs(self, ids: Any, mask: Any, decoder_ids: Any) -> tuple[Array, Array, Array | None]:
         if (decoder_ids is None) != (self.config.encoder is None):
@@ -73,17 +144,16 @@ class LM:
     def fingerprint(self) -> str:
         """A hash by which a run knows its members again: the configuration and the start of every tensor."""
         digest = hashlib.sha256(repr(self.config).encode())
-        for leaf in jax.device_get([leaf.reshape(-1)[:16] for leaf in jax.tree.leaves(self.params)]):
-            digest.update(leaf.tobytes())
+        starts = [leaf.reshape(-1)[:16] for leaf in jax.tree.leaves(self.params)]
+        # Of every adapter, whose axis is the first.
+        starts += [leaf.reshape(len(leaf), -1)[:, :16] for leaf in jax.tree.leaves(self.stack)]
+        for start in jax.device_get(starts):
+            digest.update(start.tobytes())
         return digest.hexdigest()
 
     def require_tokenizer(self) -> Any:
         """The tokenizer, or an `InputError` that says where one was looked for."""
-        if self.tokenizer is None:
-            raise InputError(
-                f"{self.path or self.name} has no tokenizer ({TOKENIZER_FILES[0]}): text methods need one (ids work)"
-            )
-        return self.tokenizer
+        return require_tokenizer(self.tokenizer, self.path or self.name)
 
     def with_adapter(self, adapter: str | os.PathLike[str] | lora.Adapter) -> "LM":
         """This model with an adapter merged into its parameters; see `lora.merge` for its inverse.
@@ -95,9 +165,22 @@ class LM:
         params = lora.merge(self.params, lora.stack([adapter]), [1.0])
         return dataclasses.replace(self, params=params, name=adapter.name)
 
+    def with_adapters(self, adapters: Sequence[str | os.PathLike[str] | lora.Adapter]) -> "LM":
+        """This model with M adapters beside its parameters: the rows of a batch may use different ones.
+
+        Raises:
+          InputError: no adapters, or one for another base.
+        """
+        loaded = [load_adapter(adapter, self) for adapter in adapters]
+        names = tuple(adapter.name for adapter in loaded)
+        name = names[0] if len(names) == 1 else self.name
+        return dataclasses.replace(self, stack=lora.stack(loaded), adapters=names, name=name)
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a Hugging Face directory that `load` and transformers read: in the layout of the checkpoint that this
         model came from, or in Llama's for a model made here."""
+        if self.stack is not None:
+            raise InputError(f"{self.name} has adapters beside its parameters; merge one with with_adapter, then save")
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)
 
 
@@ -106,17 +189,31 @@ def save(lm: LM, directory: str | os.PathLike[str]) -> None:
     lm.save(directory)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden(config: ModelConfig, params: transformer.Params, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    return transformer.forward(config, params, ids, mask, decoder_ids=decoder_ids)[0]
+def _states(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> tuple[Array, Any, Any]:
+    """Last hidden states, and the plain parameters and adapters that they came from."""
+    adapters = None
+    if isinstance(params, lora.Adapted):
+        weights = jnp.broadcast_to(params.weights, (len(ids), params.weights.shape[1]))
+        params, adapters = params.base, lora.use(params.stack, weights)
+    return transformer.forward(config, params, ids, mask, adapters, decoder_ids=decoder_ids)[0], params, adapters
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(
-    config: ModelConfig, params: transformer.Params, ids: Array, mask: Array, decoder_ids: Any, adapters: Any
-) -> Array:
-    hidden, _ = transformer.forward(config, params, ids, mask, adapters, decoder_ids=decoder_ids)
+def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
+    return _states(config, params, ids, mask, decoder_ids)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
+    hidden, params, adapters = _states(config, params, ids, mask, decoder_ids)
     return transformer.output_head(config, params, hidden, adapters)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
+    hidden, params, adapters = _states(config, params, ids, mask, decoder_ids)
+    text = ids if decoder_ids is None else decoder_ids
+    return transformer.target_log_probs(config, params, hidden[:, :-1], text[:, 1:], adapters)
 
 
 def load(
@@ -143,16 +240,53 @@ def load(
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed.
     """
+    opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
+    if adapter is not None:
+        peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
+    lm = LM(params=opened.read_params(), **opened._asdict())
+    return lm if adapter is None else lm.with_adapter(adapter)
+
+
+class Opened(NamedTuple):
+    """A checkpoint of which all but the tensors has been read. The fields are those of `LM` and `Encoder`."""
+
+    config: ModelConfig
+    tokenizer: Any
+    name: str
+    path: Path
+    source: checkpoint_files.Source
+
+    def read_params(self) -> transformer.Params:
+        """The tensors."""
+        return checkpoint_files.read_params(self.path, self.source, self.config)
+
+
+def open_checkpoint(
+    model: str | os.PathLike[str],
+    *,
+    encoder: bool,
+    dtype: str,
+    precision: str | None,
+    context: int | None = None,
+) -> Opened:
+    """What `load` and `load_encoder` have in common.
+
+    Raises:
+      InputError: whatever is wrong with the checkpoint's settings, or a model of the other kind.
+    """
     path = hub.resolve(model)
     source = checkpoint_files.read_source(path)
     config = checkpoint_files.read_config(source, path, dtype=dtype, precision=precision, context=context)
+    if config.has_head == encoder:
+        kind, function = ("a language model", "load") if config.has_head else ("an encoder", "load_encoder")
+        raise InputError(f"{path} is {kind} ({source.family.model_type}): load it with {function}")
     tokenizer = read_tokenizer(path)
-    config = fit_tokenizer(config, tokenizer, path)
-    name = Path(model).name if path != Path(model).expanduser() else path.resolve().name
-    if adapter is not None:
-        peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    lm = LM(config, checkpoint_files.read_params(path, source, config), tokenizer, name, path, source)
-    return lm if adapter is None else lm.with_adapter(adapter)
+    return Opened(fit_tokenizer(config, tokenizer, path), tokenizer, _base_name(model, path), path, source)
+
+
+def _base_name(asked: str | os.PathLike[str], path: Path) -> str:
+    """What a directory is called: the end of a Hub id, whose snapshot has a commit's name."""
+    return Path(asked).name if path != Path(asked).expanduser() else path.resolve().name
 
 
 def load_adapter(adapter: str | os.PathLike[str] | lora.Adapter, lm: LM) -> lora.Adapter:
@@ -162,17 +296,20 @@ def load_adapter(adapter: str | os.PathLike[str] | lora.Adapter, lm: LM) -> lora
       InputError: a directory that holds no LoRA adapter, or one for another base.
     """
     if isinstance(adapter, lora.Adapter):
+        lora.check(adapter, transformer.linears(lm.config))
         return adapter
     family = lm.source.family if lm.source is not None else None
-    return peft_files.read_adapter(hub.resolve(adapter), family, lm.config)
+    path = hub.resolve(adapter)
+    return peft_files.read_adapter(path, _base_name(adapter, path), family, lm.config, lm.params)
 
 
 def save_adapter(adapter: lora.Adapter, lm: LM, directory: str | os.PathLike[str]) -> None:
     """Writes an adapter in PEFT's format, under the names that the base model has in transformers.
 
     Raises:
-      InputError: the directory exists already.
+      InputError: the directory exists already, or the adapter is for another base.
     """
+    lora.check(adapter, transformer.linears(lm.config))
     family = lm.source.family if lm.source is not None else None
     peft_files.write_adapter(Path(directory), adapter, family, lm.config, base=str(lm.path or lm.name))
 
@@ -201,6 +338,13 @@ def fit_tokenizer(config: ModelConfig, tokenizer: Any, directory: Path) -> Model
     if not ends and tokenizer.eos_token_id is not None:
         ends = (tokenizer.eos_token_id,)
     return dataclasses.replace(config, tokens=tokens, end_ids=ends)
+
+
+def require_tokenizer(tokenizer: Any, where: Any) -> Any:
+    """The tokenizer of a model, or an `InputError` that says where one was looked for."""
+    if tokenizer is None:
+        raise InputError(f"{where} has no tokenizer ({TOKENIZER_FILES[0]}): text methods need one (ids work)")
+    return tokenizer
 
 
 def read_tokenizer(directory: Path) -> Any:

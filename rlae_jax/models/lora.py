@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, grouped_error
 
 Factors = dict[str, dict[str, Array]]  # dotted path of a linear layer -> {"a": [inputs..., R], "b": [R, outputs...]}
 
@@ -42,6 +42,10 @@ class LoraConfig:
     # matches the end of a path. None: every linear layer but the output head.
     targets: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise InputError(f"rank must be at least 1 and dropout in [0, 1), not {self.rank} and {self.dropout}")
+
     @property
     def scale(self) -> float:
         """alpha / rank."""
@@ -51,15 +55,20 @@ class LoraConfig:
         """The paths that the targets match.
 
         Raises:
-          InputError: a target that matches nothing.
+          InputError: no target, one that matches nothing, or one that is no regular expression.
         """
         paths = list(paths)
+        if isinstance(self.targets, str) or (self.targets is not None and not self.targets):
+            raise InputError(f"targets must be a tuple of at least one name, or None, not {self.targets!r}")
         if self.targets is None:
             return [path for path in paths if path != "head"]
-        matches = {
-            target: [p for p in paths if p == target or p.endswith(f".{target}") or re.fullmatch(target, p)]
-            for target in self.targets
-        }
+        try:
+            matches = {
+                target: [p for p in paths if p == target or p.endswith(f".{target}") or re.fullmatch(target, p)]
+                for target in self.targets
+            }
+        except re.error as error:
+            raise InputError(f"targets {list(self.targets)}: not a regular expression ({error})") from error
         unmatched = [target for target, found in matches.items() if not found]
         if unmatched:
             names = sorted({path.rsplit(".", 1)[-1] for path in paths})
@@ -84,6 +93,14 @@ class Stack(NamedTuple):
     scales: Float[Array, "M"]
 
 
+class Adapted(NamedTuple):
+    """A base model's parameters with a stack of adapters, as `decode` takes them in place of plain parameters."""
+
+    base: dict[Any, Any]
+    stack: Stack
+    weights: Float[Array, "#B M"]  # how much of each adapter each row takes
+
+
 class Adapters(NamedTuple):
     """A stack as a batch uses it: what `forward` and `decode_step` take."""
 
@@ -91,6 +108,26 @@ class Adapters(NamedTuple):
     b: dict[str, Array]  # [M*R, outputs...]
     rows: Float[Array, "B Z"]  # what each row takes of each of the M*R directions
     dropout: tuple[Array, Array] | tuple[()] = ()  # (rate, key), in training
+
+
+def check(adapter: Adapter, linears: Mapping[str, Any]) -> None:
+    """Raises an `InputError` unless the adapter's factors fit the linear layers of a base model,
+    `transformer.linears(config)`."""
+    findings = []
+    for path, leaf in adapter.params.items():
+        spec = linears.get(path)
+        if spec is None:
+            findings.append(("unknown layers", path))
+            continue
+        inputs, outputs = spec.shape[: spec.inputs], spec.shape[spec.inputs :]
+        rank = leaf["b"].shape[0]
+        if leaf["a"].shape != (*inputs, rank) or leaf["b"].shape != (rank, *outputs):
+            shapes = f"{list(leaf['a'].shape)} and {list(leaf['b'].shape)}"
+            findings.append(("mis-shaped", f"{path} has {shapes}, the base {list(inputs)} and {list(outputs)}"))
+    if findings or not adapter.params:
+        raise grouped_error(
+            f"the adapter {adapter.name} does not fit this base model", findings or [("layers", "none")]
+        )
 
 
 def init(config: LoraConfig, linears: Mapping[str, Any], key: Key[Array, ""], dtype: str = "float32") -> Factors:
@@ -122,10 +159,10 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     """
     if not adapters:
         raise InputError("a stack needs at least one adapter")
-    ranks = {adapter.name: max(leaf["b"].shape[0] for leaf in adapter.params.values()) for adapter in adapters}
-    rank = max(ranks.values())
-    if len(set(ranks.values())) > 1:
-        told = ", ".join(f"{name} {r}" for name, r in ranks.items())
+    ranks = [max(leaf["b"].shape[0] for leaf in adapter.params.values()) for adapter in adapters]
+    rank = max(ranks)
+    if len(set(ranks)) > 1:
+        told = ", ".join(f"{adapter.name} {r}" for adapter, r in zip(adapters, ranks, strict=True))
         warnings.warn(f"adapters of different rank are padded with zeros to {rank}: {told}", stacklevel=2)
     params: Factors = {}
     for path in sorted({path for adapter in adapters for path in adapter.params}):
@@ -175,10 +212,13 @@ def factor_einsums(einsum: str) -> tuple[str, str]:
 
 
 def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) -> Callable[[Array], Array]:
-    """What the adapters add to the output of the linear layer at `path`, as a function of its input [B, T, ...]."""
+    """What the adapters add to the output of the linear layer at `path`, as a function of its input [B, T, ...], or
+    [B, ...] where one token per row goes into the output head."""
     down, up = factor_einsums(einsum)
 
     def delta(x: Array) -> Array:
+        if x.ndim < len(down.split(",")[0]):
+            return delta(x[:, None])[:, 0]
         if adapters.dropout:
             rate, key = adapters.dropout
             kept = jax.random.bernoulli(_path_key(key, path), 1 - rate, x.shape)

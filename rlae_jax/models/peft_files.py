@@ -3,7 +3,7 @@
 In and out: an `Adapter` over our dotted paths. PEFT names layers as transformers does and stores A as [R, inputs], B as
 [outputs, R]; the family's table of names says which of our layers each is. A fused checkpoint module (GPT-2's c_attn)
 is several layers here: reading gives each of them the same A and its rows of B; writing puts different A's into one
-block-diagonal pair of higher rank, which computes the same.
+block-diagonal pair of higher rank, which computes the same and is taken apart again when it is read.
 """
 
 import dataclasses
@@ -21,14 +21,39 @@ from safetensors.numpy import save_file
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models.checkpoint_files import StoredTensor, modules, read_tensor, tensor_shapes
+from rlae_jax.models.checkpoint_files import (
+    StoredTensor,
+    get_leaf,
+    modules,
+    read_tensor,
+    stored_tensors,
+    tensor_shapes,
+)
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family
 from rlae_jax.models.lora import Adapter, Factors, LoraConfig
-from rlae_jax.models.transformer import linears
+from rlae_jax.models.transformer import Params, linears
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight$")
+_BASE = re.compile(r"^base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight$")
+# Settings of PEFT's that change what is computed; any value but None, False or nothing is one too many.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+# These begin by changing the base: what was trained belongs to that one and not to the one in the checkpoint.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +97,10 @@ def read_settings(directory: Path) -> dict[str, Any]:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: peft_type {kind} is not supported; supported: LORA")
-    unsupported = {
-        "use_dora": raw.get("use_dora"),
-        "bias": None if raw.get("bias", "none") == "none" else raw["bias"],
-        "lora_bias": raw.get("lora_bias"),
-        "modules_to_save": raw.get("modules_to_save"),
-        "trainable_token_indices": raw.get("trainable_token_indices"),
-        "layer_replication": raw.get("layer_replication"),
-    }
+    unsupported = {name: raw.get(name) for name in _UNSUPPORTED}
+    unsupported["bias"] = None if raw.get("bias", "none") == "none" else raw["bias"]
+    begun = raw.get("init_lora_weights")
+    unsupported["init_lora_weights"] = begun if str(begun).lower().startswith(_CHANGED_BASE) else None
     found = [f"{key} = {value}" for key, value in unsupported.items() if value]
     if found:
         raise InputError(f"{path}: {', '.join(found)} is not supported; supported: plain and rank-stabilised LoRA")
@@ -88,11 +109,16 @@ def read_settings(directory: Path) -> dict[str, Any]:
             f"{path}: r must be a whole number >= 1 and lora_alpha a number, not {raw.get('r')} and "
             f"{raw.get('lora_alpha')}"
         )
+    patterns, dropout = raw.get("alpha_pattern") or {}, raw.get("lora_dropout") or 0.0
+    if not isinstance(patterns, dict) or not all(isinstance(alpha, int | float) for alpha in patterns.values()):
+        raise InputError(f"{path}: alpha_pattern must hold a number for each pattern, not {patterns}")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout must be in [0, 1), not {dropout}")
     return raw
 
 
-def read_adapter(directory: Path, family: Family | None, config: ModelConfig) -> Adapter:
-    """The adapter in a directory, for a base model of this family and configuration.
+def read_adapter(directory: Path, name: str, family: Family | None, config: ModelConfig, base: Params) -> Adapter:
+    """The adapter in a directory, for a base model of this family, configuration and parameters.
 
     Raises:
       InputError: settings or files that cannot be used; tensors that do not fit the base model.
@@ -102,57 +128,114 @@ def read_adapter(directory: Path, family: Family | None, config: ModelConfig) ->
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which is never read)" if list(directory.glob("*.bin")) else ""
         raise InputError(f"{directory}: no {TENSORS}{pickled}")
+    family = family or FAMILIES["llama"]
     known = _modules(family, config)
-    prefix = (family or FAMILIES["llama"]).prefix
-    shapes = tensor_shapes(path)
-    pairs: dict[str, dict[str, str]] = {}
-    findings = []
-    for key, shape in shapes.items():
-        match = _FACTOR.match(key)
-        name = match["module"] if match else key
-        name = name if name in known else prefix + name  # trained on the bare model
-        if match is None or name not in known:
-            findings.append(("unknown", key))
-            continue
-        module, side = known[name], match["side"]
-        size = math.prod(module.inputs) if side == "A" else sum(math.prod(shape) for shape in module.outputs)
-        held = shape[1] if side == "A" else shape[0]
-        if held != size or len(shape) != 2:
-            findings.append(("mis-shaped", f"{key} is {list(shape)}, the base has {size}"))
-        pairs.setdefault(name, {})[side] = key
-    findings += [("without its other factor", name) for name, pair in pairs.items() if len(pair) == 1]
-    findings += [
-        ("of unequal rank", name)
-        for name, pair in pairs.items()
-        if len(pair) == 2 and shapes[pair["A"]][0] != shapes[pair["B"]][1]
-    ]
+    pairs, findings = _pairs(path, known, family.prefix, _base_tensors(family, config), base)
     if findings or not pairs:
-        base = raw.get("base_model_name_or_path")
+        made_for = raw.get("base_model_name_or_path")
         raise grouped_error(
-            f"{path}: the adapter does not fit this base model" + (f"; it was made for {base}" if base else ""),
-            findings or [("tensors", "none")],
+            f"{path}: the adapter does not fit this base model" + (f"; it was made for {made_for}" if made_for else ""),
+            findings or [("factors", "none")],
         )
 
     stabilised = bool(raw.get("use_rslora"))
     alpha = float(raw["lora_alpha"]) * (math.sqrt(raw["r"]) if stabilised else 1.0)
     lora = LoraConfig(rank=raw["r"], alpha=alpha, dropout=float(raw.get("lora_dropout") or 0.0), targets=())
     params: Factors = {}
-    for name, pair in pairs.items():
-        module = known[name]
-        a, b = (read_tensor(path, pair[side]).astype(np.float32) for side in "AB")
+    for pair in pairs.values():
+        module = known[pair.module]
+        a, b = (read_tensor(path, pair.keys[side]).astype(np.float32) for side in "AB")
         rank = a.shape[0]
-        own_alpha = _pattern(raw.get("alpha_pattern") or {}, name, raw["lora_alpha"])
+        own_alpha = _pattern(raw.get("alpha_pattern") or {}, pair.name, raw["lora_alpha"])
         own_scale = own_alpha / (math.sqrt(rank) if stabilised else rank)
         if not math.isclose(own_scale, lora.scale):
             b = b * np.float32(own_scale / lora.scale)  # one scale per adapter; what differs goes into B
-        for our_path, part in zip(module.paths, module.stored_b(rank).split(b), strict=True):
-            params[our_path] = {"a": jnp.asarray(a.T.reshape(*module.inputs, rank)), "b": jnp.asarray(part)}
-    return Adapter(dataclasses.replace(lora, targets=tuple(sorted(params))), params, directory.resolve().name)
+        parts = module.stored_b(rank).split(b)
+        for our_path, part, own in zip(module.paths, parts, _own_ranks(parts), strict=True):
+            if own.any():
+                own_a = a[own].T.reshape(*module.inputs, own.sum())
+                params[our_path] = {"a": jnp.asarray(own_a), "b": jnp.asarray(part[own])}
+    return Adapter(dataclasses.replace(lora, targets=tuple(sorted(params))), params, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """A module's two factors in a file."""
+
+    module: str  # as the checkpoint of the whole model has it
+    name: str  # as this file has it, without the prefix where the bare model was trained
+    keys: dict[str, str]  # "A" or "B" -> key
+
+
+def _pairs(
+    path: Path, known: dict[str, _Module], prefix: str, tensors: dict[str, StoredTensor], base: Params
+) -> tuple[dict[str, _Pair], list[tuple[str, str]]]:
+    """The pairs of factors in a file, by module, and what is wrong with it, as `grouped_error` takes it."""
+    shapes = tensor_shapes(path)
+    pairs: dict[str, _Pair] = {}
+    findings = []
+    for key, shape in shapes.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            kept = _BASE.match(key)
+            names = [kept["module"], prefix + kept["module"]] if kept else []
+            tensor = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
+            if tensor is None:
+                findings.append(("unknown", key))
+            elif shape != tensor.shape or not _same(read_tensor(path, key), tensor, base):
+                findings.append(("changed from the base, which is not supported", key))
+            continue
+        name = match["module"]
+        whole = name if name in known else prefix + name  # trained on the bare model
+        if whole not in known:
+            findings.append(("unknown", key))
+            continue
+        module, side = known[whole], match["side"]
+        size = math.prod(module.inputs) if side == "A" else sum(math.prod(shape) for shape in module.outputs)
+        if len(shape) != 2 or shape[1 if side == "A" else 0] != size:
+            findings.append(("mis-shaped", f"{key} is {list(shape)}, the base has {size}"))
+        elif whole in pairs and side in pairs[whole].keys:
+            findings.append(("given twice", key))
+        pairs.setdefault(whole, _Pair(whole, name, {})).keys[side] = key
+    for name, pair in pairs.items():
+        held = [shapes[key] for _, key in sorted(pair.keys.items())]
+        if len(held) == 1:
+            findings.append(("without its other factor", name))
+        elif held[0][:1] != held[1][1:]:
+            findings.append(("of unequal rank", name))
+    return pairs, findings
+
+
+def _base_tensors(family: Family, config: ModelConfig) -> dict[str, StoredTensor]:
+    """The base's own tensors. PEFT keeps the embedding and the head beside the factors when it trains either."""
+    tensors = {tensor.key: tensor for tensor in stored_tensors(family, config)}
+    if config.tied_head:
+        embedding = next(tensor for tensor in tensors.values() if tensor.paths == (("embedding",),))
+        tensors |= {"lm_head.weight": embedding, "embed_out.weight": embedding}
+    return tensors
+
+
+def _same(kept: np.ndarray, tensor: StoredTensor, base: Params) -> bool:
+    """Whether a tensor beside the factors is the base's own, but for rounding to either's dtype."""
+    for leaf, part in zip(tensor.paths, tensor.split(kept), strict=True):
+        own = np.asarray(get_leaf(base, leaf))
+        if not np.array_equal(part.astype(own.dtype), own) and not np.array_equal(part, own.astype(part.dtype)):
+            return False
+    return True
+
+
+def _own_ranks(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Which ranks belong to each layer of a fused module, from their B's: not those that other layers alone use."""
+    used = np.stack([part.reshape(len(part), -1).any(axis=1) for part in parts])
+    return list(used | ~used.any(axis=0))
 
 
 def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's name, as PEFT matches them."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    try:
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    except re.error as error:
+        raise InputError(f"alpha_pattern {list(patterns)}: not a regular expression ({error})") from error
 
 
 def write_adapter(directory: Path, adapter: Adapter, family: Family | None, config: ModelConfig, *, base: str) -> None:

@@ -34,8 +34,9 @@ from rlae_jax.models.attention import (
     RelativeBiasTable,
     cache_layout,
 )
-from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.layers import FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
+from rlae_jax.models.config import ModelConfig, Scorer
+from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
+from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
 from rlae_jax.models.lora import Adapters, attach
 from rlae_jax.models.rope import frequencies
 
@@ -61,7 +62,10 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int):
         self.config = config
-        self.attention = Attention(config, rngs, layer)
+        # Any: only models that decode have a `step`, and disentangled attention is for encoders.
+        self.attention: Any = (
+            DisentangledAttention(config, rngs) if config.disentangled else Attention(config, rngs, layer)
+        )
         self.cross = None if config.encoder is None else Attention(config, rngs, layer, cross=config.encoder.width)
         self.ffn = FeedForward(config, rngs)
         for branch in ("attention", "cross", "ffn"):
@@ -84,12 +88,13 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Angles,
         mask_bts: Array,
-        bias: Array | None,
+        relative: Array | None,
         source: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array] | None]:
-        """Whole sequences. `source` is the encoder's states and mask. Returns the activations, the keys and values and
+        """Whole sequences. `relative` is what the stack's layers share of relative positions, scores [1, N, T, T] or
+        embeddings [1, U, D]; `source` the encoder's states and mask. Returns the activations, the keys and values and
         those of the source."""
-        out, keys_values = self.attention.sequence(self._enter("attention", x), angles, mask_bts, bias)
+        out, keys_values = self.attention.sequence(self._enter("attention", x), angles, mask_bts, relative)
         if self.config.parallel_branches:
             return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x)), keys_values, None
         x = self._leave("attention", x, out)
@@ -122,6 +127,21 @@ class Layer(nnx.Module):
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), cache
 
 
+class ScoringHead(nnx.Module):
+    """out(act(dense(h))) of the state h of each text's first token."""
+
+    def __init__(self, spec: Scorer, config: ModelConfig, rngs: nnx.Rngs):
+        d, labels = config.width, len(spec.labels)
+        self.dense = Linear("btd,de->bte", (d, d), ("embed", "embed"), config, rngs, bias=True)
+        self.out = Linear("btd,dv->btv", (d, labels), ("embed", "labels"), config, rngs, bias=True)
+        self.act = ACTIVATIONS[spec.activation]
+
+    def __call__(self, hidden_btd: Array, mask_bt: Array) -> Float[Array, "B labels"]:
+        first_b = jnp.argmax(mask_bt.astype(bool), axis=1)
+        first_b1d = jnp.take_along_axis(hidden_btd, first_b[:, None, None], axis=1)
+        return self.out(self.act(self.dense(first_b1d)))[:, 0].astype(jnp.float32)
+
+
 class Transformer(nnx.Module):
     """Embedding, layers, final norm and output head; an encoder-decoder holds its encoder as a second transformer.
 
@@ -131,7 +151,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, embedded: bool = False):
         self.config = config
-        d, narrow = config.width, config.hidden_width
+        d, narrow = config.width, config.embedding_width or config.width
+        summand = narrow if config.narrow_positions else d
 
         def table(rows: int, width: int, axis: str) -> nnx.Param[Array]:
             values = jax.random.normal(rngs.params(), (rows, width)) * width**-0.5
@@ -141,23 +162,27 @@ class Transformer(nnx.Module):
             return Linear(einsum, shape, ("embed", "embed"), config, rngs) if narrow != d else None
 
         self.embedding = None if embedded else table(config.vocab, narrow, "vocab")
-        self.positions = table(config.learned_positions, d, "positions") if config.learned_positions else None
-        self.token_types = table(config.token_types, d, "types") if config.token_types else None
+        self.positions = table(config.learned_positions, summand, "positions") if config.learned_positions else None
+        self.token_types = table(config.token_types, summand, "types") if config.token_types else None
         self.embedding_norm = make_norm(d, config) if config.embedding_norm else None
         self.project_in = projection("btc,cd->btd", (narrow, d))
-        self.project_out = projection("btd,dc->btc", (d, narrow))
+        self.project_out = projection("btd,dc->btc", (d, narrow)) if config.has_head else None
         self.relative_bias = RelativeBiasTable(config, rngs) if config.relative_bias else None
+        self.relative_embeddings = RelativeEmbeddings(config, rngs) if config.disentangled else None
         self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
+        self.convolution = TokenConvolution(config.convolution, config, rngs) if config.convolution else None
+        self.convolution_norm = make_norm(d, config) if config.convolution else None
         self.norm = make_norm(d, config) if config.final_norm else None
         own_head = config.has_head and not config.tied_head
         head_axes = ("embed", "vocab")
         self.head = Linear("btd,dv->btv", (narrow, config.vocab), head_axes, config, rngs) if own_head else None
+        self.scorer = ScoringHead(config.scorer, config, rngs) if config.scorer else None
         self.encoder = None if config.encoder is None else Transformer(config.encoder, rngs, embedded=True)
 
     def _embed(self, table: Array, ids_bt: Array, positions_bt: Array, types_bt: Array | None = None) -> Array:
         config = self.config
         x = table[ids_bt]
-        if self.project_in is not None:
+        if self.project_in is not None and not config.narrow_positions:
             x = self.project_in(x)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, as Gemma's is
@@ -165,6 +190,8 @@ class Transformer(nnx.Module):
             x = x + self.positions[...][positions_bt + config.position_offset]
         if self.token_types is not None:
             x = x + self.token_types[...][jnp.zeros_like(ids_bt) if types_bt is None else types_bt]
+        if self.project_in is not None and config.narrow_positions:
+            x = self.project_in(x)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     @property
@@ -175,6 +202,11 @@ class Transformer(nnx.Module):
     def _angles(self, positions_bt: Array) -> Angles:
         ropes = {rope for rope in (self.config.rope, self.config.local_rope) if rope is not None}
         return {rope: rotary_angles(positions_bt, frequencies(rope, self.config.head_width)[0]) for rope in ropes}
+
+    def _relative(self, length: int) -> Array | None:
+        """What the layers share of relative positions, see `Layer.sequence`."""
+        table = self.relative_embeddings if self.relative_bias is None else self.relative_bias
+        return None if table is None else table.sequence(length)
 
     def _finish(self, x: Array) -> Array:
         if self.norm is not None:
@@ -204,14 +236,16 @@ class Transformer(nnx.Module):
             mask_bts = mask_bts & jnp.tri(t, dtype=bool)
         positions_bt = positions(mask_bt)
         angles = self._angles(positions_bt)
-        bias = None if self.relative_bias is None else self.relative_bias.sequence(t)
-        x = self._embed(self._table if table is None else table, ids_bt, positions_bt, types_bt)
+        relative = self._relative(t)
+        x = embedded = self._embed(self._table if table is None else table, ids_bt, positions_bt, types_bt)
         kept: list[LayerCache] = []
         kept_source: list[LayerCache] = []
-        for layer in self.layers:
-            run = functools.partial(layer.sequence, angles=angles, mask_bts=mask_bts, bias=bias, source=source)
+        for i, layer in enumerate(self.layers):
+            run = functools.partial(layer.sequence, angles=angles, mask_bts=mask_bts, relative=relative, source=source)
             # With `remat` a layer's activations are computed again for its gradient instead of being kept.
             x, keys_values, source_kv = (jax.checkpoint(run) if remat else run)(x)
+            if i == 0 and self.convolution is not None and self.convolution_norm is not None:
+                x = self.convolution_norm(x + self.convolution(embedded, real))
             kept.append(cache_layout(*keys_values))
             if source_kv is not None:
                 kept_source.append(cache_layout(*source_kv))
@@ -255,6 +289,11 @@ class Transformer(nnx.Module):
             out = out + self.head.delta(hidden).astype(jnp.float32)
         cap = self.config.logit_cap
         return out if cap is None else cap * jnp.tanh(out / cap)
+
+    def scores(self, hidden_btd: Float[Array, "B T D"], mask_bt: Array) -> Float[Array, "B labels"]:
+        """An encoder's head, float32."""
+        assert self.scorer is not None
+        return self.scorer(hidden_btd, mask_bt)
 
 
 def positions(mask_bt: Array) -> Int[Array, "B T"]:
@@ -370,8 +409,20 @@ def decode_step(
 def output_head(
     config: ModelConfig, params: Params, hidden: Float[Array, "*B D"], adapters: Adapters | None = None
 ) -> Float[Array, "*B V"]:
-    """Float32 logits of hidden states; any leading axes ([B, T] where an adapter changes the head)."""
+    """Float32 logits of hidden states; any leading axes ([B, T] or [B] where an adapter changes the head)."""
     return _merge(config, params, adapters).logits(hidden)
+
+
+def scoring_head(
+    config: ModelConfig,
+    params: Params,
+    hidden_btd: Float[Array, "B T D"],
+    mask_bt: Array,
+    adapters: Adapters | None = None,
+) -> Float[Array, "B labels"]:
+    """Float32 scores of whole texts by the head of an encoder that has one (`config.scorer`), from the state of each
+    row's first token."""
+    return _merge(config, params, adapters).scores(hidden_btd, mask_bt)
 
 
 def target_log_probs(

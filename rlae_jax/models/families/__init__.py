@@ -1,6 +1,8 @@
 """The families of models that can be loaded: one small file each, data only."""
 
 from rlae_jax.models.families import (
+    bert,
+    deberta_v2,
     gemma2,
     gemma3,
     gpt2,
@@ -12,11 +14,13 @@ from rlae_jax.models.families import (
     phi3,
     qwen2,
     qwen3,
+    roberta,
     t5,
 )
 from rlae_jax.models.families.base import Family as Family
 
-FAMILIES = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt2, gpt_neox, opt, t5)
-}
+_MODULES = (
+    *(llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt2, gpt_neox, opt, t5),
+    *(bert, roberta, deberta_v2),
+)
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

@@ -11,10 +11,11 @@ from typing import Any
 
 from rlae_jax.errors import InputError
 from rlae_jax.models import rope
-from rlae_jax.models.config import ModelConfig, Rope
+from rlae_jax.models.config import HeadKind, ModelConfig, Rope
 from rlae_jax.models.layers import ACTIVATIONS
 
 Modules = Mapping[str, str | tuple[str, ...]]
+Heads = Mapping[str, HeadKind]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,13 @@ class Family:
     fused_by_head: tuple[str, ...] = ()  # fused modules that hold q, k, v of one head after another
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that nothing here needs
     head_decides_tie: bool = False  # the head is tied if and only if the checkpoint has none
+    # Of encoders: the architectures that have a head for whole texts, and its `Scorer.kind`. Others are plain encoders.
+    heads: Heads = dataclasses.field(default_factory=dict)
+
+    def architecture(self, config: ModelConfig) -> str:
+        """The class name under which a model is written."""
+        kind = config.scorer.kind if config.scorer else None
+        return next(name for name in self.architectures if self.heads.get(name) == kind)
 
 
 def common(hf: Any, **fields: Any) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""RoBERTa (Liu et al., 2019): BERT with positions from row pad + 1 on and a classifier with a layer of its own."""
+
+from typing import Any
+
+from rlae_jax.models.families.base import Family, Heads
+from rlae_jax.models.families.bert import encoder, encoder_modules, scorer
+
+HEADS: Heads = {"RobertaForSequenceClassification": "classifier"}
+MODULES = {
+    **encoder_modules("roberta."),
+    "classifier.dense": "scorer.dense",
+    "classifier.out_proj": "scorer.out",
+}
+
+
+def read(hf: Any) -> dict[str, Any]:
+    """RoBERTa's configuration. The table's first rows stand for padding, so that a text has fewer positions."""
+    offset = hf.pad_token_id + 1
+    return encoder(hf, position_offset=offset, context=hf.max_position_embeddings - offset, scorer=scorer(hf, HEADS))
+
+
+FAMILY = Family(
+    model_type="roberta",
+    architectures=("RobertaModel", "RobertaForMaskedLM", *HEADS),
+    heads=HEADS,
+    read=read,
+    modules=MODULES,
+    prefix="roberta.",
+    ignored=(r"^roberta\.pooler\.", r"^(roberta\.)?lm_head\.", r"\.position_ids$"),
+)
