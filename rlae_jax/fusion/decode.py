@@ -134,12 +134,9 @@ def _models(params: tuple[MemberParams, ...], spec: DecodeSpec, batch: int) -> t
     models = []
     members = len(spec.members) if spec.shared_base else 1
     for config, p in zip(spec.members, params, strict=not spec.shared_base):
-        if not isinstance(p, lora.Adapted):
-            models.append(_Model(config, p, None, 1))
-            continue
-        weights = jnp.repeat(jnp.eye(members), batch, axis=0) if spec.shared_base else p.weights
-        weights = jnp.broadcast_to(weights, (members * batch, weights.shape[1]))
-        models.append(_Model(config, p.base, lora.use(p.stack, weights), members))
+        if spec.shared_base and isinstance(p, lora.Adapted):
+            p = p._replace(weights=jnp.repeat(jnp.eye(members), batch, axis=0))  # member k's rows use adapter k
+        models.append(_Model(config, *lora.unpack(p, members * batch), members))
     return tuple(models)
 
 

@@ -46,19 +46,18 @@ class Encoder:
 
     def apply(
         self,
-        params: transformer.Params,
+        params: transformer.Params | lora.Adapted,
         ids: Int[Array, "B T"],
         mask: Array,
         token_types: Int[Array, "B T"] | None = None,
-        adapters: lora.Adapters | None = None,
     ) -> Float[Array, "B labels"]:
         """Scores, float32, of whole texts under any parameters of this model's shape, before any softmax.
 
         Args:
+          params: like `self.params`, or a `lora.Adapted`.
           mask: 1 where there is a token, 0 for padding on either side; positions follow the mask, and the head reads
             the first token.
           token_types: which segment a token belongs to, for models that know segments; all 0 if left out.
-          adapters: see `lora.use`.
 
         Raises:
           InputError: the checkpoint has no head; token types for a model without, or more tokens than positions.
@@ -66,19 +65,18 @@ class Encoder:
         if self.config.scorer is None:
             raise InputError(f"{self.path or self.name} is a plain encoder without a head: it has hidden, not logits")
         self._check(ids, token_types)
-        return _logits(self.config, params, ids, mask, token_types, adapters)
+        return _logits(self.config, params, ids, mask, token_types)
 
     def apply_hidden(
         self,
-        params: transformer.Params,
+        params: transformer.Params | lora.Adapted,
         ids: Int[Array, "B T"],
         mask: Array,
         token_types: Int[Array, "B T"] | None = None,
-        adapters: lora.Adapters | None = None,
     ) -> Float[Array, "B T D"]:
         """The last layer's states; arguments as in `apply`. What stands in padding means nothing."""
         self._check(ids, token_types)
-        return _hidden(self.config, params, ids, mask, token_types, adapters)
+        return _hidden(self.config, params, ids, mask, token_types)
 
     def logits(
         self, ids: Int[Array, "B T"], mask: Array | None = None, token_types: Int[Array, "B T"] | None = None
@@ -147,13 +145,15 @@ def _inputs(ids: Any, mask: Any, token_types: Any) -> tuple[Array, Array, Array 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any, adapters: Any) -> Array:
+def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
+    params, adapters = lora.unpack(params, len(ids))
     return transformer.forward(config, params, ids, mask, adapters, types_bt=types)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any, adapters: Any) -> Array:
-    hidden = _hidden(config, params, ids, mask, types, adapters)
+def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
+    hidden = _hidden(config, params, ids, mask, types)
+    params, adapters = lora.unpack(params, len(ids))
     return transformer.scoring_head(config, params, hidden, mask, adapters)
 
 

@@ -191,10 +191,7 @@ def save(lm: LM, directory: str | os.PathLike[str]) -> None:
 
 def _states(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> tuple[Array, Any, Any]:
     """Last hidden states, and the plain parameters and adapters that they came from."""
-    adapters = None
-    if isinstance(params, lora.Adapted):
-        weights = jnp.broadcast_to(params.weights, (len(ids), params.weights.shape[1]))
-        params, adapters = params.base, lora.use(params.stack, weights)
+    params, adapters = lora.unpack(params, len(ids))
     return transformer.forward(config, params, ids, mask, adapters, decoder_ids=decoder_ids)[0], params, adapters
 
 

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Key
 
 from rlae_jax.errors import InputError, grouped_error
 
+HEADS = ("head", "scorer")
 Factors = dict[str, dict[str, Array]]  # dotted path of a linear layer -> {"a": [inputs..., R], "b": [R, outputs...]}
 
 
@@ -39,7 +40,7 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0  # of the adapter's inputs, in training only
     # Names or regular expressions of layers' dotted paths, e.g. ("q", "v") or (r"layers\.[0-3]\.ffn\..*",); a name
-    # matches the end of a path. None: every linear layer but the output head.
+    # matches the end of a path. None: every linear layer but the heads.
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class LoraConfig:
         if isinstance(self.targets, str) or (self.targets is not None and not self.targets):
             raise InputError(f"targets must be a tuple of at least one name, or None, not {self.targets!r}")
         if self.targets is None:
-            return [path for path in paths if path != "head"]
+            return [path for path in paths if path.split(".")[0] not in HEADS]
         try:
             matches = {
                 target: [p for p in paths if p == target or p.endswith(f".{target}") or re.fullmatch(target, p)]
@@ -194,6 +195,14 @@ def use(
     b = {p: leaf["b"].reshape(-1, *leaf["b"].shape[2:]) for p, leaf in stack.params.items()}
     rows = jnp.repeat(jnp.asarray(weights, jnp.float32) * stack.scales, rank, axis=1)
     return Adapters(a, b, rows, () if key is None or not dropout else (jnp.float32(dropout), key))
+
+
+def unpack(params: dict[Any, Any] | Adapted, batch: int) -> tuple[dict[Any, Any], Adapters | None]:
+    """The base parameters, and the adapters as a batch uses them if there are any."""
+    if not isinstance(params, Adapted):
+        return params, None
+    weights = jnp.broadcast_to(params.weights, (batch, params.weights.shape[1]))
+    return params.base, use(params.stack, weights)
 
 
 def one_hot(indices: Any, adapters: int) -> Float[Array, "B M"]:

@@ -29,17 +29,21 @@ class PretrainConfig:
     weight_decay: float = 0.01
     gradient_norm: float = 1.0
     report_every: int = 50
+    remat: bool = False  # compute activations again for the gradient: less memory, a third more time
 
 
 def next_token_loss(
-    config: ModelConfig, params: transformer.Params, ids_bt: Int[Array, "B T"], predicted_bt: Bool[Array, "B T"]
+    config: ModelConfig,
+    params: transformer.Params,
+    ids_bt: Int[Array, "B T"],
+    predicted_bt: Bool[Array, "B T"],
+    *,
+    remat: bool = False,
 ) -> Float[Array, ""]:
     """Mean of -log p(ids[t] | ids[<t]) over the places where `predicted` is True."""
-    hidden, _ = transformer.forward(config, params, ids_bt[:, :-1], jnp.ones_like(ids_bt[:, :-1]))
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-        transformer.output_head(config, params, hidden), ids_bt[:, 1:]
-    )
-    return jnp.sum(losses * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
+    hidden, _ = transformer.forward(config, params, ids_bt[:, :-1], jnp.ones_like(ids_bt[:, :-1]), remat=remat)
+    log_probs = transformer.target_log_probs(config, params, hidden, ids_bt[:, 1:])
+    return -jnp.sum(log_probs * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
 
 
 def _optimiser(train: PretrainConfig) -> optax.GradientTransformation:
@@ -62,7 +66,7 @@ def _run_steps(
     def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
         params, optimiser_state = carry
         rows = jax.random.randint(key, (train.batch,), 0, ids.shape[0])
-        loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config))(
+        loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config, remat=train.remat))(
             params, ids_bt=ids[rows], predicted_bt=predicted[rows]
         )
         updates, optimiser_state = _optimiser(train).update(gradients, optimiser_state, params)

@@ -373,7 +373,8 @@ def forward(
       adapters: LoRA adapters in use, see `lora.use`.
       decoder_ids: of an encoder-decoder, whose `ids_bt` go to the encoder; the first is the start token.
       types_bt: segment ids, for encoders that have them.
-      remat: for training, compute each layer's activations again instead of keeping them for its gradient.
+      remat: for training, compute each layer's activations again instead of keeping them for its gradient. XLA for CPUs
+        merges the two computations again, so that nothing is saved there.
     """
     model = _merge(config, params, adapters)
     if config.encoder is None:
@@ -432,27 +433,31 @@ def target_log_probs(
     targets_bt: Int[Array, "B T"],
     adapters: Adapters | None = None,
     *,
-    chunk: int = 64,
+    alive: int = 2**26,
 ) -> Float[Array, "B T"]:
-    """log p(targets[b, t] | hidden[b, t]), with logits of only `chunk` tokens of each row alive at a time.
+    """log p(targets[b, t] | hidden[b, t]), with at most about `alive` logits in memory at a time.
 
-    Their gradient computes each chunk's logits again, so that training needs no [B, T, V] array either.
+    Some positions of all rows are taken together; the gradient computes their logits again, so that training needs no
+    [B, T, V] array either.
     """
     b, t, d = hidden_btd.shape
-    chunk = min(chunk, t)
-    chunks = -(-t // chunk)
-    pad = chunks * chunk - t
-    hidden = jnp.pad(hidden_btd, ((0, 0), (0, pad), (0, 0))).reshape(b, chunks, chunk, d)
-    targets = jnp.pad(targets_bt, ((0, 0), (0, pad))).reshape(b, chunks, chunk)
 
-    @jax.checkpoint
-    def of_chunk(hidden_bcd: Array, targets_bc: Array) -> Array:
+    def of_positions(hidden_bcd: Array, targets_bc: Array) -> Array:
         logits = output_head(config, params, hidden_bcd, adapters)
         chosen = jnp.take_along_axis(logits, targets_bc[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    log_probs = jax.lax.map(lambda one: of_chunk(*one), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)))
-    return jnp.moveaxis(log_probs, 0, 1).reshape(b, chunks * chunk)[:, :t]
+    c = min(max(alive // (b * config.vocab), 1), t)
+    if c == t:
+        return of_positions(hidden_btd, targets_bt)
+    groups = -(-t // c)
+    pad = groups * c - t
+    hidden = jnp.pad(hidden_btd, ((0, 0), (0, pad), (0, 0))).reshape(b, groups, c, d)
+    targets = jnp.pad(targets_bt, ((0, 0), (0, pad))).reshape(b, groups, c)
+    log_probs = jax.lax.map(
+        lambda group: jax.checkpoint(of_positions)(*group), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
+    )
+    return jnp.moveaxis(log_probs, 0, 1).reshape(b, groups * c)[:, :t]
 
 
 def extend_cache(cache: Cache, slots: int) -> Cache:

@@ -302,8 +302,8 @@ class TestPure:
             adapters.append(rj.Adapter(rj.LoraConfig(rank=2), factors))
         stack = lora.stack(adapters)
         ids, mask, types = text(encoder)
-        used = lora.use(stack, lora.one_hot([1, 0], 2))
-        together = encoder.apply(encoder.params, ids, mask, types, used)
+        adapted = lora.Adapted(encoder.params, stack, lora.one_hot([1, 0], 2))
+        together = encoder.apply(adapted, ids, mask, types)
         for row, weights in ((0, [0.0, 1.0]), (1, [1.0, 0.0])):
             merged = lora.merge(encoder.params, stack, weights)
             expected = encoder.apply(merged, ids, mask, types)

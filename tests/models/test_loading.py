@@ -16,6 +16,7 @@ import rlae_jax as rj
 from rlae_jax.models import checkpoint_files, load, transformer
 from rlae_jax.models.config import Rope
 from rlae_jax.models.families import FAMILIES
+from tests.data import hf
 
 
 @pytest.fixture
@@ -220,6 +221,61 @@ def test_equal_configurations_share_programs(checkpoint):
     assert hash(load(checkpoint).config) == hash(load(checkpoint).config)
     assert load(checkpoint, precision=None).config.precision is None
     assert load(checkpoint).config.precision == "highest"
+
+
+def test_head_rows_beyond_the_tokenizer_never_win(tmp_path, make_lm, make_tokenizer):
+    """As in Qwen2.5, whose head has 387 rows more than its tokenizer."""
+    lm = make_lm(1, vocab=12, tokenizer=make_tokenizer("abcdefg"))
+    kernel = lm.params["head"]["kernel"]
+    lm.params["head"]["kernel"] = kernel.at[:, 8:].set(100 * kernel[:, :4])
+    lm.save(tmp_path / "padded")
+    padded = load(tmp_path / "padded")
+    assert padded.config.usable_vocab == 8
+    assert padded.config.end_ids == (7,)  # no file names an end token, the tokenizer does
+    assert padded.logits([[0]]).shape == (1, 1, 12)
+    assert int(np.argmax(padded.logits([[0]]))) >= 8 or int(np.argmax(padded.logits([[1]]))) >= 8
+    for options in ({}, {"temperature": 2.0}):
+        out = rj.Ensemble([padded]).generate(["a", "b", "c"], max_new_tokens=20, ignore_eos=True, **options)
+        assert max(max(row) for row in out.tokens) < 8
+
+
+class TestContext:
+    def test_it_limits_prompt_and_answer(self, checkpoint, raises_input_error):
+        lm = load(checkpoint, context=10)
+        ids = np.ones((1, 8), int)
+        assert rj.Ensemble([lm]).generate(prompt_ids=ids, max_new_tokens=2).steps == [2]
+        raises_input_error(lambda: rj.Ensemble([lm]).generate(prompt_ids=ids, max_new_tokens=3), "context is 10")
+
+    def test_learned_positions_end(self, stored_checkpoint, raises_input_error):
+        directory = stored_checkpoint("inner", "gpt2")
+        rows = load(directory).config.learned_positions
+        raises_input_error(lambda: load(directory, context=rows + 1), f"{rows + 1}", f"{rows} positions")
+
+    def test_longrope_is_loaded_for_its_original_length_unless_told(self, stored_checkpoint):
+        cases = [hf.read_stored("phi3", case) for case in hf.FAMILIES["phi3"].cases]
+        long = next(c for c in cases if "context" in c.load)
+        original = (
+            long.config.get("original_max_position_embeddings")
+            or (long.config["rope_parameters"]["original_max_position_embeddings"])
+        )
+        case = next(name for name, c in zip(hf.FAMILIES["phi3"].cases, cases, strict=True) if c is long)
+        short = load(stored_checkpoint(case, "phi3")).config
+        assert short.context == original
+        assert short.rope != load(stored_checkpoint(case, "phi3"), context=original + 1).config.rope
+
+
+def test_a_hub_id_names_the_model(tmp_path, stored_checkpoint, monkeypatch):
+    """The snapshot's directory is called after a commit."""
+    cache = tmp_path / "models--org--tiny"
+    shutil.copytree(stored_checkpoint("grouped"), cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    lm = load("org/tiny")
+    assert lm.name == "tiny"
+    assert_same_params(lm.params, load(stored_checkpoint("grouped")).params)
 
 
 class TestBadDirectories:

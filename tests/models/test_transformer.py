@@ -3,11 +3,14 @@
 That it computes what transformers computes is tested in test_families.py.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rlae_jax as rj
 from rlae_jax.models import layers, load, rope, transformer
 from rlae_jax.models.config import Rope
 
@@ -118,3 +121,98 @@ def test_gradients_are_finite_with_padding(make_lm):
     grads = jax.jit(jax.grad(loss))(lm.params)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
     assert float(jnp.abs(grads["layers"][0]["attention"]["q"]["kernel"]).max()) > 0
+
+
+class TestTargetLogProbs:
+    """log p of given targets, some positions at a time."""
+
+    @pytest.fixture(scope="class")
+    def case(self, make_lm):
+        lm = make_lm(6, layers=1)
+        rng = np.random.default_rng(0)
+        hidden = jnp.asarray(rng.normal(size=(3, 7, lm.config.width)), jnp.float32)
+        return lm, hidden, jnp.asarray(rng.integers(0, lm.config.vocab, (3, 7)))
+
+    def plain(self, lm, params, hidden, targets):
+        log_probs = jax.nn.log_softmax(transformer.output_head(lm.config, params, hidden))
+        return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+
+    # All positions at once, one at a time, and three at a time with a rest.
+    @pytest.mark.parametrize("alive", [2**26, 1, 3 * 3 * 23])
+    def test_values_and_gradients(self, case, alive):
+        lm, hidden, targets = case
+
+        def chunked(params, hidden):
+            return transformer.target_log_probs(lm.config, params, hidden, targets, alive=alive)
+
+        expected = self.plain(lm, lm.params, hidden, targets)
+        np.testing.assert_allclose(chunked(lm.params, hidden), expected, rtol=0, atol=1e-5)
+        weights = jnp.arange(21.0).reshape(3, 7)
+        actual, plain = (
+            jax.grad(lambda *args, f=f: jnp.sum(weights * f(*args)), argnums=(0, 1))(lm.params, hidden)
+            for f in (chunked, lambda params, hidden: self.plain(lm, params, hidden, targets))
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), actual, plain)
+
+    def test_neither_values_nor_gradients_hold_all_logits(self, make_lm):
+        lm = make_lm(0, vocab=4096, layers=1)
+        b, t = 4, 64
+        hidden = jnp.zeros((b, t, lm.config.width))
+        targets = jnp.zeros((b, t), jnp.int32)
+
+        def memory(alive):
+            def loss(params, hidden):
+                return jnp.sum(transformer.target_log_probs(lm.config, params, hidden, targets, alive=alive))
+
+            compiled = jax.jit(jax.grad(loss, argnums=1)).lower(lm.params, hidden).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        everything = 4 * b * t * lm.config.vocab
+        assert memory(2**26) > everything
+        assert memory(4 * b * lm.config.vocab) < everything / 4
+
+    def test_log_probs_of_a_text(self, make_lm):
+        lm = make_lm(7)
+        ids = np.arange(10).reshape(2, 5)
+        log_probs = np.asarray(jax.nn.log_softmax(lm.logits(ids)))
+        expected = np.take_along_axis(log_probs[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
+        np.testing.assert_allclose(lm.log_probs(ids), expected, rtol=0, atol=1e-5)
+
+
+def test_rematerialisation_keeps_values_and_gradients_and_fewer_residuals(make_lm):
+    """Counted before compilation: XLA for CPUs merges the recomputation with the first computation again."""
+    lm = make_lm(8, layers=6, width=32, ffn_width=256)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, lm.config.vocab, (4, 64)))
+
+    def run(remat):
+        def loss(params):
+            return jnp.mean(transformer.forward(lm.config, params, ids, jnp.ones_like(ids), remat=remat)[0] ** 2)
+
+        value, pull = jax.vjp(loss, lm.params)
+        return value, pull(jnp.ones(()))[0], sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
+
+    (value, gradients, kept), (again, gradients_again, recomputed) = run(remat=False), run(remat=True)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradients_again, gradients)
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
+    assert recomputed - parameters < 0.3 * (kept - parameters)
+
+
+def test_decoding_never_holds_the_logits_of_a_whole_prompt(make_lm):
+    lm = make_lm(0, vocab=97)
+    ensemble = rj.Ensemble([lm, lm])
+    ids = jnp.ones((3, 29), jnp.int32)
+    spec = ensemble.spec(max_new_tokens=4)
+    weights = jnp.full((3, 2), 0.5)
+    text = jax.jit(lambda *args: rj.decode(*args, spec).tokens).lower(
+        ensemble.params, ids, ids, weights, jax.random.key(0)
+    )
+    shapes = set(re.findall(r"tensor<([0-9x]+)xf32>", text.as_text()))
+    assert "3x97" in shapes
+    assert not [shape for shape in shapes if {"97", "28"} <= set(shape.split("x"))]
+
+
+def test_an_encoder_decoder_needs_decoder_ids_and_others_none(make_lm, stored_checkpoint, raises_input_error):
+    ids = np.ones((1, 3), int)
+    raises_input_error(lambda: load(stored_checkpoint("tied", "t5")).logits(ids), "decoder_ids", "give")
+    raises_input_error(lambda: make_lm(0).hidden(ids, None, ids), "decoder_ids", "do not give")
