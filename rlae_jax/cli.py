@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from rlae_jax.tasks import Task
 
 CACHE_VARIABLE = "RLAE_JAX_COMPILATION_CACHE"
-Models = Annotated[tuple[str, ...], arg(metavar="DIR [DIR ...]")]
+Models = Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]
+Adapters = Annotated[tuple[str, ...], arg(metavar="ADAPTER [ADAPTER ...]")]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _turn_on_compilation_cache() -> None:
@@ -36,13 +38,17 @@ def _turn_on_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _load_ensemble(models: tuple[str, ...], fusion: str, dtype: str) -> "Ensemble":
+def _load_ensemble(models: tuple[str, ...], adapters: tuple[str, ...], fusion: str, dtype: str) -> "Ensemble":
     from rlae_jax.fusion.ensemble import Ensemble
     from rlae_jax.models import load
 
     if not models:
-        raise InputError("no models: give at least one directory with --models")
-    return Ensemble([load(model, dtype=dtype) for model in models], fusion)
+        raise InputError("no models: give at least one directory or Hub id with --models")
+    if not adapters:
+        return Ensemble([load(model, dtype=dtype) for model in models], fusion)
+    if len(models) > 1:
+        raise InputError(f"--adapters needs one base model, not {len(models)}")
+    return Ensemble.from_adapters(load(models[0], dtype=dtype), adapters, fusion)
 
 
 def _load_task(
@@ -82,6 +88,7 @@ def generate(
     prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")],
     weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
     policy: Path | None = None,
+    adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
     max_new_tokens: int = 64,
     min_new_tokens: int = 0,
@@ -93,13 +100,14 @@ def generate(
     stop: tuple[str, ...] = (),
     chat: bool = False,
     ignore_eos: bool = False,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     show_weights: bool = False,
 ) -> None:
     """Let several language models write one answer together.
 
     Args:
-        models: Hugging Face directories with one tokenizer in common.
+        models: Hugging Face directories or Hub ids (org/name), with one tokenizer in common.
+        adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         prompt: one or more prompts; each is answered.
         weights: one per model, e.g. 1 2 (scaled to sum to 1). Default: equal weights.
         policy: a run directory whose trained agent sets the weights, span by span.
@@ -124,7 +132,7 @@ def generate(
     if not prompt:
         raise InputError("no prompts: give at least one with --prompt")
     chosen: Any = list(weights) if weights is not None else load_policy(policy) if policy is not None else None
-    ensemble = _load_ensemble(models, fusion, dtype)
+    ensemble = _load_ensemble(models, adapters, fusion, dtype)
     generation = ensemble.generate(
         list(prompt),
         chosen,
@@ -141,7 +149,7 @@ def generate(
     )
     names = ", ".join(lm.name for lm in ensemble.members)
     for b, text in enumerate(generation.texts):
-        print(f"{prompt[b]}{text}")
+        print(f"{prompt[b]}{text}" if ensemble.continues else text)
         if show_weights:
             print(f"  weights of {names}:")
             for p, row in enumerate(generation.weights[b]):
@@ -170,15 +178,17 @@ def train(
     eval_every: int | None = None,
     seed: int = 0,
     resume: bool = False,
+    adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
     """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
 
     Ctrl-C saves and says how to go on. At the end the agent and equal weights are scored on the dev split.
 
     Args:
-        models: Hugging Face directories with one tokenizer in common.
+        models: Hugging Face directories or Hub ids (org/name), with one tokenizer in common.
+        adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         out: the run's directory (config.json, metrics.jsonl, results.json, predictions.jsonl, checkpoints/, curve.png).
         task: an embedded task: skills.
         data: a file with one JSON object per line, instead of a task; split 80/10/10 by the prompts' content.
@@ -222,7 +232,7 @@ def train(
     if reads is not None:
         changes["agent"] = AgentConfig(reads=tuple(reads), concentration_floor=config.agent.concentration_floor)
     config = PRESETS[preset](**changes)
-    ensemble = _load_ensemble(models, fusion, dtype)
+    ensemble = _load_ensemble(models, adapters, fusion, dtype)
     began = time.perf_counter()
     try:
         with report.progress("training", config.iterations, "iterations") as update:
@@ -260,13 +270,15 @@ def evaluate(
     methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None,
     max_new_tokens: int | None = None,
     limit: int | None = None,
+    adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
 ) -> None:
     """Compare each member alone, fixed mixtures and trained agents on the same prompts.
 
     Args:
-        models: Hugging Face directories with one tokenizer in common.
+        models: Hugging Face directories or Hub ids (org/name), with one tokenizer in common.
+        adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         out: a new directory for config.json, results.json and predictions.jsonl.
         task: an embedded task: skills.
         data: a file with one JSON object per line, instead of a task; split 80/10/10 by the prompts' content.
@@ -293,7 +305,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
     found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
-    ensemble = _load_ensemble(models, fusion, dtype)
+    ensemble = _load_ensemble(models, adapters, fusion, dtype)
     examples = found.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
     ensemble.check_lengths([len(row) for row in ensemble.encode(examples.prompts)], found.max_new_tokens)
@@ -324,8 +336,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "
 
 def main() -> None:
     """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
-    # Nothing here needs torch, so its absence is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _turn_on_compilation_cache()
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -279,6 +279,26 @@ class Ensemble:
             raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
         return ids
 
+    @property
+    def continues(self) -> bool:
+        """Whether an answer continues its prompt; an encoder-decoder's is a text of its own."""
+        return self.members[0].config.encoder is None
+
+    def decode(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row's tokens.
+
+        Raises:
+          InputError: the members have no tokenizer.
+        """
+        return decode_texts(self.tokenizer, prompts if self.continues else [()] * len(tokens), tokens)
+
+    def _cover(self, prompt: Sequence[int], tokens: list[int], text: str) -> list[int]:
+        """The fewest tokens whose text holds `text`."""
+        for n in range(len(tokens)):
+            if self.decode([prompt], [tokens[:n]])[0].startswith(text):
+                return tokens[:n]
+        return tokens
+
     def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
         """Raises an `InputError` for ids that some member's embedding does not have: a lookup would clamp them."""
         vocab = min(lm.config.vocab for lm in self.members)
@@ -450,13 +470,13 @@ class Ensemble:
         reasons = ["stop" if ended else "length" for ended in state.ended]
         texts = None
         if self.members[0].tokenizer is not None:
-            texts = decode_texts(self.tokenizer, rows, tokens)
+            texts = self.decode(rows, tokens)
             if stop:
                 for b, text in enumerate(texts):
                     cuts = [text.index(s) for s in stop if s in text]
                     if cuts:
                         texts[b], reasons[b] = text[: min(cuts)], "stop"
-                        tokens[b] = _cover(self.tokenizer, rows[b], tokens[b], texts[b])
+                        tokens[b] = self._cover(rows[b], tokens[b], texts[b])
         return Generation(texts, tokens, weights, reasons, state.steps.tolist())
 
 
@@ -508,11 +528,3 @@ def decode_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Seque
     before = tokenizer.batch_decode([list(prompt) for prompt in prompts], **options)
     whole = tokenizer.batch_decode([[*p, *t] for p, t in zip(prompts, tokens, strict=True)], **options)
     return [text[len(prefix) :] for prefix, text in zip(before, whole, strict=True)]
-
-
-def _cover(tokenizer: Any, prompt: Sequence[int], tokens: list[int], text: str) -> list[int]:
-    """The fewest tokens whose text holds `text`."""
-    for n in range(len(tokens)):
-        if decode_texts(tokenizer, [prompt], [tokens[:n]])[0].startswith(text):
-            return tokens[:n]
-    return tokens

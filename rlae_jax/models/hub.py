@@ -36,6 +36,7 @@ SMALL_FILES = (
     "merges.txt",
     "spiece.model",
     "spm.model",
+    "spm.model",
     "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",

@@ -37,6 +37,9 @@ from rlae_jax.models.transformer import Params, linears
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _FACTOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight$")
 _BASE = re.compile(r"^base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight$")
+# PEFT goes by the names of modules in memory. Every head is this one now, GPT-NeoX's too, whose checkpoints and older
+# adapters have the other name.
+_HEAD, _OLD_HEAD = "lm_head", "embed_out"
 # Settings of PEFT's that change what is computed; any value but None, False or nothing is one too many.
 _UNSUPPORTED = (
     "use_dora",
@@ -80,6 +83,7 @@ def _modules(family: Family | None, config: ModelConfig) -> dict[str, _Module]:
         if paths[0] in specs:
             spec = specs[paths[0]]
             outputs = tuple(specs[path].shape[spec.inputs :] for path in paths)
+            key = _HEAD if paths == ("head",) else key
             found[key] = _Module(key, paths, spec.shape[: spec.inputs], outputs, name in family.fused_by_head)
     return found
 
@@ -185,7 +189,7 @@ def _pairs(
             elif shape != tensor.shape or not _same(read_tensor(path, key), tensor, base):
                 findings.append(("changed from the base, which is not supported", key))
             continue
-        name = match["module"]
+        name = _HEAD if match["module"] == _OLD_HEAD else match["module"]
         whole = name if name in known else prefix + name  # trained on the bare model
         if whole not in known:
             findings.append(("unknown", key))
@@ -209,10 +213,9 @@ def _pairs(
 def _base_tensors(family: Family, config: ModelConfig) -> dict[str, StoredTensor]:
     """The base's own tensors. PEFT keeps the embedding and the head beside the factors when it trains either."""
     tensors = {tensor.key: tensor for tensor in stored_tensors(family, config)}
-    if config.tied_head:
-        embedding = next(tensor for tensor in tensors.values() if tensor.paths == (("embedding",),))
-        tensors |= {"lm_head.weight": embedding, "embed_out.weight": embedding}
-    return tensors
+    path = ("embedding",) if config.tied_head else ("head", "kernel")
+    head = next(tensor for tensor in tensors.values() if path in tensor.paths)
+    return tensors | {f"{name}.weight": head for name in (_HEAD, _OLD_HEAD)}
 
 
 def _same(kept: np.ndarray, tensor: StoredTensor, base: Params) -> bool:

@@ -29,7 +29,7 @@ from rlae_jax.checkpoint import Checkpoints
 from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.fusion.decode import DecodeSpec, DecodeState
-from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, decode_texts, pad_rows
+from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, pad_rows
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.metrics import MetricsLog
 from rlae_jax.ppo import iteration as ppo
@@ -274,7 +274,7 @@ def _abstract(state: ppo.LearnerState) -> ppo.LearnerState:
 def _texts(ensemble: Ensemble, prompts: Sequence[Sequence[int]], experience: ppo.Rollout | DecodeState) -> list[str]:
     tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
     written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
-    return decode_texts(ensemble.tokenizer, prompts, written)
+    return ensemble.decode(prompts, written)
 
 
 def _dev_scores(

@@ -1,5 +1,6 @@
 """`Ensemble.generate`: what comes back, what it must not depend on, and what it refuses."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -432,3 +433,48 @@ class TestBadInput:
 
     def test_text_without_a_tokenizer(self, pair, raises_input_error):
         raises_input_error(lambda: pair.generate(["a"]), "tiny-2", "tokenizer.json")
+
+
+class TestEncoderDecoders:
+    """Their answers are texts of their own, written by a decoder that starts from its own token."""
+
+    @pytest.fixture(scope="class")
+    def pair(self, stored_checkpoint, make_tokenizer):
+        lms = [rj.load(stored_checkpoint(case, "t5")) for case in ("tied", "untied")]
+        tokenizer = make_tokenizer([chr(0x4E00 + i) for i in range(lms[0].config.vocab - 1)])
+        return [dataclasses.replace(lm, tokenizer=tokenizer) for lm in lms]
+
+    def test_texts_do_not_continue_the_prompt(self, pair):
+        prompt = "".join(map(chr, range(0x4E03, 0x4E09)))
+        out = rj.Ensemble(pair[:1]).generate([prompt], max_new_tokens=5, ignore_eos=True)
+        assert out.texts == ["".join(chr(0x4E00 + i) for i in out.tokens[0] if i != pair[0].config.vocab - 1)]
+        assert out.texts[0]
+
+    def test_two_members_equal_fusing_their_whole_logits(self, pair):
+        """Step by step without a cache; the prompts are of unequal length."""
+        prompts, weights = [[3, 4, 5, 6], [7, 8]], np.array([0.3, 0.7])
+        mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
+        ids = np.array([prompts[0], [0, 0, *prompts[1]]])
+        out = rj.Ensemble(pair).generate(
+            prompt_ids=ids, prompt_mask=mask, weights=weights, max_new_tokens=6, ignore_eos=True
+        )
+        for row, prompt in enumerate(prompts):
+            written = [pair[0].config.start_id]
+            for _ in range(6):
+                probs = [
+                    np.asarray(jax.nn.softmax(lm.logits(np.array([prompt]), None, np.array([written]))[0, -1]))
+                    for lm in pair
+                ]
+                written.append(int(np.argmax(weights @ np.array(probs))))
+            assert out.tokens[row] == written[1:]
+
+    def test_one_beside_a_decoder(self, pair, make_lm):
+        """Kinds may be mixed; a one-hot weight still is that member alone."""
+        other = make_lm(3, vocab=pair[0].config.vocab)
+        small = dataclasses.replace(pair[0], tokenizer=None)
+        ids = np.array([[1, 2, 3]])
+        both = rj.Ensemble([small, other])
+        for k, lm in enumerate((small, other)):
+            alone = rj.Ensemble([lm]).generate(prompt_ids=ids, max_new_tokens=6, ignore_eos=True)
+            chosen = both.generate(prompt_ids=ids, weights=np.eye(2)[k], max_new_tokens=6, ignore_eos=True)
+            assert chosen.tokens == alone.tokens
