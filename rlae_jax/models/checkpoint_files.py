@@ -28,6 +28,8 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, llama
+from rlae_jax.models.families.base import settings
+from rlae_jax.models.rope import frequencies
 from rlae_jax.models.transformer import Params, abstract_params, linears
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -200,31 +202,17 @@ def read_source(directory: Path) -> Source:
     return Source(family, raw, _read_optional(directory / "generation_config.json"))
 
 
-def import_transformers() -> Any:
-    """The transformers package: its import takes seconds, and advises to install torch unless told not to."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    return transformers
-
-
 def _fields(source: Source, path: Path, context: int | None) -> dict[str, Any]:
-    """The family's reading of config.json, after transformers has filled in its defaults."""
-    name = source.family.model_type
+    """The family's reading of config.json."""
     try:
-        hf = import_transformers().AutoConfig.for_model(**{"model_type": name, **source.config})
-    except Exception as error:  # transformers validates with exceptions of many kinds
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a usable {name} configuration ({reason[:300]})") from error
-    if context is not None:
-        hf.used_context = context
-    try:
-        return source.family.read(hf)
+        return source.family.read(settings(source.family, source.config, context))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except AttributeError as error:
+        raise InputError(f"{path}: the field {error.name} is missing") from error
     except KeyError as error:
         raise InputError(f"{path}: the field {error} is missing") from error
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path}: a field has an unusable value ({error})") from error
 
 
@@ -277,8 +265,16 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
             f"{path}: num_key_value_heads ({config.kv_heads}) must divide num_attention_heads ({config.heads})"
         )
     for rope in (config.rope, config.local_rope):
-        if rope is not None and int(config.head_width * rope.fraction) % 2:
+        if rope is None:
+            continue
+        if int(config.head_width * rope.fraction) % 2:
             raise InputError(f"{path}: rotary positions need an even number of a head's {config.head_width} entries")
+        try:
+            frequencies(rope, config.head_width)
+        except KeyError as error:
+            raise InputError(f"{path}: rope_type {rope.kind} lacks {error}") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: unusable numbers for rope_type {rope.kind} ({error})") from error
 
 
 def _is_size(value: Any) -> bool:

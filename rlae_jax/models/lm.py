@@ -348,9 +348,11 @@ def read_tokenizer(directory: Path) -> Any:
     """The transformers tokenizer of a directory; None where there is none."""
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
+    # Its import takes seconds, which arrays alone need not wait for. Without torch it would advise to install torch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
     try:
-        return checkpoint_files.import_transformers().AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
         raise InputError(f"{directory}: no readable tokenizer ({error})") from error

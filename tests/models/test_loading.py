@@ -216,6 +216,24 @@ def test_a_directory_without_a_tokenizer_says_so_in_text_methods(checkpoint, rai
     raises_input_error(lambda: rj.Ensemble([lm]).generate(["text"]), str(checkpoint), "tokenizer.json")
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_defaults_are_those_of_transformers(family):
+    """What a config.json may leave out means here what it means there."""
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(family.model_type)
+    # Where transformers works the value out, from these or from other fields, ours says None or has the older name.
+    derived = {"num_decoder_layers", "word_embed_proj_dim", "scale_decoder_outputs", "id2label", "num_labels"}
+    derived |= {"sliding_window"} if family.model_type.startswith("qwen") else set()
+    older = {"rotary_emb_base", "rotary_pct", "rope_theta", "rope_local_base_freq", "rope_scaling"}
+    older |= {"sliding_window_pattern", "decoder_start_token_id"}
+    for name, value in family.defaults.items():
+        if name not in derived | older:
+            assert (getattr(theirs, name) or None) == (value or None), name
+    sizes = {"vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"}
+    assert not sizes & family.defaults.keys()
+
+
 def test_equal_configurations_share_programs(checkpoint):
     assert load(checkpoint).config == load(checkpoint).config
     assert hash(load(checkpoint).config) == hash(load(checkpoint).config)
@@ -444,9 +462,9 @@ class TestBadDirectories:
     def test_missing_field(self, checkpoint, raises_input_error):
         path = checkpoint / "config.json"
         raw = json.loads(path.read_text())
-        del raw["intermediate_size"]  # transformers fills in its default, so that the tensors do not fit
+        del raw["intermediate_size"]
         path.write_text(json.dumps(raw))
-        raises_input_error(lambda: load(checkpoint), str(checkpoint), "mlp.up_proj.weight is [22, 12], expected [11008")
+        raises_input_error(lambda: load(checkpoint), str(path), "intermediate_size", "missing")
 
     def test_unknown_dtype(self, checkpoint, raises_input_error):
         raises_input_error(lambda: load(checkpoint, dtype="float64"), "'float64'", "float32, bfloat16, float16")

@@ -1,12 +1,14 @@
 """What a family of models is: how to read its configuration, and where its tensors live.
 
-A family is data. `read` turns a checkpoint's own configuration (as transformers reads it, defaults filled in) into a
-`ModelConfig`; `modules` is the table of names. To add one, write a file like `llama.py`, add it to the list in
-`__init__.py`, and give it cases in `tests/data/hf.py`.
+A family is data. `read` turns the fields of a checkpoint's config.json, over the `defaults` of what it may leave out,
+into those of a `ModelConfig`; `modules` is the table of names. To add one, write a file like `llama.py`, add it to the
+list in `__init__.py`, and give it cases in `tests/data/hf.py`. transformers' own configuration classes would fill in
+the defaults too, but where torch is installed their import takes seconds and more memory than reading a model may.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlae_jax.errors import InputError
@@ -16,6 +18,7 @@ from rlae_jax.models.layers import ACTIVATIONS
 
 Modules = Mapping[str, str | tuple[str, ...]]
 Heads = Mapping[str, HeadKind]
+LOCAL = "sliding_attention"  # the layer type whose attention has a window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class Family:
 
     model_type: str  # as config.json names it
     architectures: tuple[str, ...]  # class names that can be loaded; the first is what is written
-    read: Callable[[Any], dict[str, Any]]  # transformers' configuration -> fields of ModelConfig
+    # What config.json may leave out, as transformers fills it in. Sizes it may not: a model without them is broken.
+    defaults: Mapping[str, Any]
+    read: Callable[[Any], dict[str, Any]]  # config.json's fields, as attributes -> fields of ModelConfig
     modules: Modules | Callable[[ModelConfig], Modules]
     prefix: str = "model."  # of the base model's tensors; checkpoints of the bare model lack it
     inputs_first: tuple[str, ...] = ()  # modules whose ".weight" is [inputs, outputs]
@@ -43,6 +48,15 @@ class Family:
         """The class name under which a model is written."""
         kind = config.scorer.kind if config.scorer else None
         return next(name for name in self.architectures if self.heads.get(name) == kind)
+
+
+def settings(family: Family, raw: Mapping[str, Any], used_context: int | None) -> types.SimpleNamespace:
+    """The fields of config.json, as `Family.read` takes them.
+
+    Args:
+      used_context: the longest text that the model is loaded for, if the user says so.
+    """
+    return types.SimpleNamespace(**{**family.defaults, **raw, "used_context": used_context})
 
 
 def common(hf: Any, **fields: Any) -> dict[str, Any]:
@@ -85,28 +99,45 @@ def activation(name: str) -> str:
     return name
 
 
-def one_rope(hf: Any) -> dict[str, Any]:
-    """The fields `rope` and `context` of a model with one kind of rotary positions."""
-    context = hf.max_position_embeddings
-    used = getattr(hf, "used_context", None)
-    fields = hf.rope_parameters
-    if (fields.get("rope_type") or "default") == "longrope":
+def one_rope(hf: Any, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields `rope` and `context` of a model with one kind of rotary positions.
+
+    Args:
+      fields: what the family finds under names of its own; by default `rope_theta` and `partial_rotary_factor`.
+    """
+    own = {name: getattr(hf, name) for name in ("rope_theta", "partial_rotary_factor") if hasattr(hf, name)}
+    scaling = getattr(hf, "rope_scaling", None) or getattr(hf, "rope_parameters", None) or {}
+    # A length beside the scaling's numbers goes before the one among them (Phi-3 writes it there).
+    old = getattr(hf, "original_max_position_embeddings", None)
+    given = {**(own if fields is None else fields), **scaling, **({} if old is None else {_OLD: old})}
+    context, used = hf.max_position_embeddings, hf.used_context
+    if kind(given) == "longrope":
         # Which list of factors applies depends on the text's length; without a word it is the short one.
-        used = used or int(fields["original_max_position_embeddings"])
-        context = used
-    return {"rope": make_rope(hf, fields, used), "context": context}
+        context = used = used or int(given.get(_OLD) or context)
+    return {"rope": make_rope(hf, given, used), "context": context}
+
+
+_OLD = "original_max_position_embeddings"
+
+
+def kind(fields: Mapping[str, Any]) -> str:
+    """The kind of rotary scaling, by the name that is current."""
+    name = fields.get("rope_type") or fields.get("type") or "default"
+    return "longrope" if name == "su" else str(name)
 
 
 def make_rope(hf: Any, fields: Mapping[str, Any], used_context: int | None = None) -> Rope:
     """The `Rope` that a configuration's rotary fields describe."""
+    fields = {_OLD: hf.max_position_embeddings, "rope_theta": 10_000.0, **fields, "rope_type": kind(fields)}
     return rope.from_fields(fields, context=hf.max_position_embeddings, used_context=used_context)
 
 
-def windows(hf: Any) -> dict[str, Any]:
-    """The fields `window` and `local_layers` from a configuration's layer types."""
-    local = tuple(i for i, kind in enumerate(hf.layer_types) if kind == "sliding_attention")
-    window = getattr(hf, "sliding_window", None)
-    return {"window": window, "local_layers": local} if local and window else {}
+def windows(hf: Any, layer_types: Sequence[str] | None) -> dict[str, Any]:
+    """The fields `window` and `local_layers` from a configuration's layer types; None: as many as there are layers, all
+    local."""
+    kinds = [LOCAL] * hf.num_hidden_layers if layer_types is None else layer_types
+    local = tuple(i for i, name in enumerate(kinds) if name == LOCAL)
+    return {"window": hf.sliding_window, "local_layers": local} if local and hf.sliding_window else {}
 
 
 def refuse(**unsupported: Any) -> None:

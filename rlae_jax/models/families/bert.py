@@ -15,6 +15,19 @@ HEADS: Heads = {
 }
 
 
+DEFAULTS = {
+    "architectures": None,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "id2label": None,
+    "num_labels": None,
+}
+
+
 def encoder_modules(prefix: str, projections: tuple[str, str, str] = ("query", "key", "value")) -> dict[str, str]:
     """The table of names that the descendants share, but for their heads."""
     theirs, embeddings = f"{prefix}encoder.layer.{{i}}", f"{prefix}embeddings"
@@ -75,7 +88,9 @@ def scorer(hf: Any, heads: Heads, act: str = "tanh") -> Scorer | None:
     kind = heads.get((hf.architectures or [""])[0])
     if kind is None:
         return None
-    labels = NEXT_SENTENCE if kind == "next_sentence" else tuple(str(hf.id2label[i]) for i in range(hf.num_labels))
+    named = {int(i): str(label) for i, label in (hf.id2label or {}).items()}
+    count = hf.num_labels or len(named) or 2
+    labels = tuple(named.get(i, f"LABEL_{i}") for i in range(count)) if kind == "classifier" else NEXT_SENTENCE
     if not labels:
         raise InputError("id2label names no label")
     return Scorer(kind=kind, labels=labels, activation=activation(act))
@@ -100,6 +115,7 @@ FAMILY = Family(
     model_type="bert",
     architectures=("BertModel", "BertForMaskedLM", *HEADS),
     heads=HEADS,
+    defaults=DEFAULTS,
     read=read,
     modules=modules,
     prefix="bert.",

@@ -5,10 +5,20 @@ from typing import Any
 from rlae_jax.errors import InputError
 from rlae_jax.models.config import Convolution, Disentangled
 from rlae_jax.models.families.base import Family, Heads, activation
+from rlae_jax.models.families.bert import DEFAULTS as BERT_DEFAULTS
 from rlae_jax.models.families.bert import encoder, encoder_modules, scorer
 
 HEADS: Heads = {"DebertaV2ForSequenceClassification": "classifier"}
 _SELF = "deberta.encoder.layer.{i}.attention.self"
+DEFAULTS = BERT_DEFAULTS | {
+    "layer_norm_eps": 1e-7,
+    "type_vocab_size": 0,
+    "relative_attention": False,
+    "max_relative_positions": -1,
+    "position_biased_input": True,
+    "pos_att_type": None,
+    "pooler_hidden_act": "gelu",
+}
 MODULES = {
     **encoder_modules("deberta.", ("query_proj", "key_proj", "value_proj")),
     "deberta.embeddings.embed_proj": "project_in",
@@ -54,7 +64,10 @@ def _convolution(hf: Any) -> Convolution | None:
 
 
 def read(hf: Any) -> dict[str, Any]:
-    """DeBERTa's configuration, many of whose fields transformers knows no default of."""
+    """DeBERTa's configuration."""
+    kinds = hf.pos_att_type or []
+    if isinstance(kinds, str):
+        kinds = [kind.strip() for kind in kinds.lower().split("|")]
     heads, width = hf.num_attention_heads, hf.hidden_size
     head_width = getattr(hf, "attention_head_size", width // heads)
     if head_width * heads != width:
@@ -66,7 +79,7 @@ def read(hf: Any) -> dict[str, Any]:
     embedding_width = getattr(hf, "embedding_size", width)
     return encoder(
         hf,
-        **_attention(hf, hf.pos_att_type or [], head_width),
+        **_attention(hf, kinds, head_width),
         head_width=head_width,
         learned_positions=hf.max_position_embeddings if hf.position_biased_input else 0,
         embedding_width=None if embedding_width == width else embedding_width,
@@ -80,6 +93,7 @@ FAMILY = Family(
     model_type="deberta-v2",
     architectures=("DebertaV2Model", "DebertaV2ForMaskedLM", *HEADS),
     heads=HEADS,
+    defaults=DEFAULTS,
     read=read,
     modules=MODULES,
     prefix="deberta.",

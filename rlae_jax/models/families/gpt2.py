@@ -18,8 +18,29 @@ MODULES: Modules = {
 }
 
 
+DEFAULTS = {
+    "n_inner": None,
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+# GPT-2 has names of its own for what the others call so.
+NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
 def read(hf: Any) -> dict[str, Any]:
     """GPT-2's configuration."""
+    for name, own in NAMES.items():
+        setattr(hf, name, getattr(hf, own))
     refuse(add_cross_attention=hf.add_cross_attention)
     return common(
         hf,
@@ -41,6 +62,7 @@ def read(hf: Any) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gpt2",
     architectures=("GPT2LMHeadModel",),
+    defaults=DEFAULTS,
     read=read,
     modules=MODULES,
     prefix="transformer.",

@@ -17,11 +17,23 @@ MODULES: Modules = {
 }
 
 
+DEFAULTS = {
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "rotary_emb_base": 10_000.0,
+    "rotary_pct": 0.25,
+}
+
+
 def read(hf: Any) -> dict[str, Any]:
     """GPT-NeoX's configuration."""
     return common(
         hf,
-        **one_rope(hf),
+        **one_rope(hf, {"rope_theta": hf.rotary_emb_base, "partial_rotary_factor": hf.rotary_pct}),
         ffn_width=hf.intermediate_size,
         norm="layer",
         norm_eps=hf.layer_norm_eps,
@@ -37,6 +49,7 @@ def read(hf: Any) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gpt_neox",
     architectures=("GPTNeoXForCausalLM",),
+    defaults=DEFAULTS,
     read=read,
     modules=MODULES,
     prefix="gpt_neox.",

@@ -34,6 +34,14 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 MODULES = {
     "model.embed_tokens": "embedding",
     "model.layers.{i}.input_layernorm": "layers.{i}.attention_norm",
@@ -49,4 +57,4 @@ MODULES = {
     "lm_head": "head",
 }
 
-FAMILY = Family(model_type="llama", architectures=("LlamaForCausalLM",), read=read, modules=MODULES)
+FAMILY = Family(model_type="llama", architectures=("LlamaForCausalLM",), defaults=DEFAULTS, read=read, modules=MODULES)

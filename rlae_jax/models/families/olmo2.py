@@ -3,6 +3,7 @@
 from typing import Any
 
 from rlae_jax.models.families.base import Family, gated_rms, one_rope
+from rlae_jax.models.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from rlae_jax.models.families.llama import MODULES as LLAMA_MODULES
 from rlae_jax.models.families.qwen3 import NORMS
 
@@ -23,4 +24,10 @@ def read(hf: Any) -> dict[str, Any]:
     return gated_rms(hf, **one_rope(hf), **bias, norm_places=("branch",), query_key_norm="all")
 
 
-FAMILY = Family(model_type="olmo2", architectures=("Olmo2ForCausalLM",), read=read, modules=MODULES)
+FAMILY = Family(
+    model_type="olmo2",
+    architectures=("Olmo2ForCausalLM",),
+    defaults=LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
+    read=read,
+    modules=MODULES,
+)

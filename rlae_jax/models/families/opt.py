@@ -21,6 +21,18 @@ MODULES = {
 }
 
 
+DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "do_layer_norm_before": True,
+    "_remove_final_layer_norm": False,
+    "word_embed_proj_dim": None,
+    "activation_function": "relu",
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "tie_word_embeddings": True,
+}
+
+
 def modules(config: ModelConfig) -> dict[str, str]:
     """One name for a layer's norm, whether it stands before the branch or after the sum."""
     place = "norm" if "before" in config.norm_places else "sum_norm"
@@ -44,7 +56,7 @@ def read(hf: Any) -> dict[str, Any]:
         rope=None,
         learned_positions=hf.max_position_embeddings + 2,
         position_offset=2,
-        embedding_width=None if hf.word_embed_proj_dim == hf.hidden_size else hf.word_embed_proj_dim,
+        embedding_width=None if hf.word_embed_proj_dim in (None, hf.hidden_size) else hf.word_embed_proj_dim,
         qkv_bias=hf.enable_bias,
         attention_out_bias=hf.enable_bias,
         ffn_bias=hf.enable_bias,
@@ -53,4 +65,4 @@ def read(hf: Any) -> dict[str, Any]:
     )
 
 
-FAMILY = Family(model_type="opt", architectures=("OPTForCausalLM",), read=read, modules=modules)
+FAMILY = Family(model_type="opt", architectures=("OPTForCausalLM",), defaults=DEFAULTS, read=read, modules=modules)

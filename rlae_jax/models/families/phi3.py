@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlae_jax.models.families.base import Family, gated_rms, one_rope
+from rlae_jax.models.families.base import Family, gated_rms, one_rope, windows
 from rlae_jax.models.families.llama import MODULES as LLAMA_MODULES
 
 _FUSED = {
@@ -15,8 +15,14 @@ MODULES = {name: path for name, path in LLAMA_MODULES.items() if path not in _SP
 
 def read(hf: Any) -> dict[str, Any]:
     """Phi-3's configuration: every layer is local, if any is."""
-    window = {"window": hf.sliding_window, "local_layers": tuple(range(hf.num_hidden_layers))}
-    return gated_rms(hf, **one_rope(hf), **(window if hf.sliding_window else {}))
+    return gated_rms(hf, **one_rope(hf), **windows(hf, None))
 
 
-FAMILY = Family(model_type="phi3", architectures=("Phi3ForCausalLM",), read=read, modules=MODULES)
+DEFAULTS = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+}
+FAMILY = Family(model_type="phi3", architectures=("Phi3ForCausalLM",), defaults=DEFAULTS, read=read, modules=MODULES)

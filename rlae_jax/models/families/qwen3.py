@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from rlae_jax.models.families.base import Family, gated_rms, one_rope, windows
+from rlae_jax.models.families.base import Family, gated_rms, one_rope
 from rlae_jax.models.families.llama import MODULES
+from rlae_jax.models.families.qwen2 import DEFAULTS as QWEN2_DEFAULTS
+from rlae_jax.models.families.qwen2 import qwen_windows
 
 NORMS = {
     "model.layers.{i}.self_attn.q_norm": "layers.{i}.attention.q_norm",
@@ -14,7 +16,13 @@ NORMS = {
 def read(hf: Any) -> dict[str, Any]:
     """Qwen 3's configuration."""
     bias = {"qkv_bias": hf.attention_bias, "attention_out_bias": hf.attention_bias}
-    return gated_rms(hf, **one_rope(hf), **windows(hf), **bias, query_key_norm="head")
+    return gated_rms(hf, **one_rope(hf), **qwen_windows(hf), **bias, query_key_norm="head")
 
 
-FAMILY = Family(model_type="qwen3", architectures=("Qwen3ForCausalLM",), read=read, modules=MODULES | NORMS)
+FAMILY = Family(
+    model_type="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    defaults=QWEN2_DEFAULTS | {"head_dim": 128},
+    read=read,
+    modules=MODULES | NORMS,
+)

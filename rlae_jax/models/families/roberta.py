@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlae_jax.models.families.base import Family, Heads
-from rlae_jax.models.families.bert import encoder, encoder_modules, scorer
+from rlae_jax.models.families.bert import DEFAULTS, encoder, encoder_modules, scorer
 
 HEADS: Heads = {"RobertaForSequenceClassification": "classifier"}
 MODULES = {
@@ -23,6 +23,7 @@ FAMILY = Family(
     model_type="roberta",
     architectures=("RobertaModel", "RobertaForMaskedLM", *HEADS),
     heads=HEADS,
+    defaults=DEFAULTS | {"pad_token_id": 1},
     read=read,
     modules=MODULES,
     prefix="roberta.",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlae_jax.models.config import ModelConfig, RelativeBias
-from rlae_jax.models.families.base import Family, activation
+from rlae_jax.models.families.base import Family, activation, refuse
 
 
 def _stack(theirs: str, ours: str, ffn: int, gated: bool) -> dict[str, str]:
@@ -33,14 +33,31 @@ def modules(config: ModelConfig) -> dict[str, str]:
     }
 
 
+DEFAULTS = {
+    "d_kv": 64,
+    "num_decoder_layers": None,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "relu",
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "scale_decoder_outputs": None,
+    "decoder_start_token_id": None,
+}
+
+
 def read(hf: Any) -> dict[str, Any]:
     """T5's configuration. Whether the head is tied is told by the checkpoint's tensors alone: transformers sets
     `tie_word_embeddings` for all, and what the file said about it decides the scale of the hidden states."""
-    start = getattr(hf, "decoder_start_token_id", None)
+    start = hf.decoder_start_token_id
+    scaled = hf.tie_word_embeddings if hf.scale_decoder_outputs is None else hf.scale_decoder_outputs
+    gate, _, act = hf.feed_forward_proj.rpartition("-")
+    refuse(feed_forward_proj=hf.feed_forward_proj if gate not in ("", "gated") else None)
     decoder: dict[str, Any] = {
         "vocab": hf.vocab_size,
         "width": hf.d_model,
-        "layers": hf.num_decoder_layers,
+        "layers": hf.num_layers if hf.num_decoder_layers is None else hf.num_decoder_layers,
         "heads": hf.num_heads,
         "kv_heads": hf.num_heads,
         "head_width": hf.d_kv,
@@ -49,15 +66,15 @@ def read(hf: Any) -> dict[str, Any]:
         "attention_scale": 1.0,
         "rope": None,
         "relative_bias": RelativeBias(hf.relative_attention_num_buckets, hf.relative_attention_max_distance),
-        "gated": hf.is_gated_act,
-        "activation": activation(hf.dense_act_fn),
+        "gated": gate == "gated",
+        "activation": activation("gelu_new" if hf.feed_forward_proj == "gated-gelu" else act),
         "context": 1 << 20,  # relative positions have no end
     }
     encoder = ModelConfig(**{**decoder, "layers": hf.num_layers, "causal": False, "has_head": False})
     return {
         **decoder,
         "encoder": encoder,
-        "head_scale": hf.d_model**-0.5 if hf.scale_decoder_outputs else 1.0,
+        "head_scale": hf.d_model**-0.5 if scaled else 1.0,
         "start_id": (hf.pad_token_id or 0) if start is None else start,
     }
 
@@ -65,6 +82,7 @@ def read(hf: Any) -> dict[str, Any]:
 FAMILY = Family(
     model_type="t5",
     architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
+    defaults=DEFAULTS,
     read=read,
     modules=modules,
     prefix="",
