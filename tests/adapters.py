@@ -44,5 +44,3 @@ def add_by_hand(lm: rj.LM, adapters: Sequence[rj.Adapter], weights: Sequence[flo
             change = weight * adapter.config.alpha / adapter.config.rank * np.tensordot(a, b, axes=1)
             layer["kernel"] = np.asarray(layer["kernel"], np.float64) + change
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), params, lm.params)
-
-
