@@ -451,7 +451,7 @@ class TestEncoderDecoders:
         assert out.texts[0]
 
     def test_two_members_equal_fusing_their_whole_logits(self, pair):
-        """Step by step without a cache; the prompts are of unequal length."""
+        """Step by step without a cache; the prompts are of unequal length. Zeros fill what is not written yet."""
         prompts, weights = [[3, 4, 5, 6], [7, 8]], np.array([0.3, 0.7])
         mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
         ids = np.array([prompts[0], [0, 0, *prompts[1]]])
@@ -459,14 +459,12 @@ class TestEncoderDecoders:
             prompt_ids=ids, prompt_mask=mask, weights=weights, max_new_tokens=6, ignore_eos=True
         )
         for row, prompt in enumerate(prompts):
-            written = [pair[0].config.start_id]
-            for _ in range(6):
-                probs = [
-                    np.asarray(jax.nn.softmax(lm.logits(np.array([prompt]), None, np.array([written]))[0, -1]))
-                    for lm in pair
-                ]
-                written.append(int(np.argmax(weights @ np.array(probs))))
-            assert out.tokens[row] == written[1:]
+            written = np.zeros((1, 7), int)
+            written[0, 0] = pair[0].config.start_id
+            for t in range(6):
+                probs = [jax.nn.softmax(lm.logits(np.array([prompt]), None, written)[0, t]) for lm in pair]
+                written[0, t + 1] = np.argmax(weights @ np.array(probs))
+            assert out.tokens[row] == written[0, 1:].tolist()
 
     def test_one_beside_a_decoder(self, pair, make_lm):
         """Kinds may be mixed; a one-hot weight still is that member alone."""
