@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -337,6 +338,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "
 def main() -> None:
     """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
     _turn_on_compilation_cache()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

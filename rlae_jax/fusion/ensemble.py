@@ -19,8 +19,8 @@ from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion.operators import FusionOperator, get_operator
 from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed, Policy
 from rlae_jax.fusion.sampling import Sampling
-from rlae_jax.models import LM, Adapter, load_adapter, lora
-from rlae_jax.models.lm import AdapterChoice
+from rlae_jax.models import LM, Adapter, lora
+from rlae_jax.models.lm import AdapterChoice, load_adapters
 
 SMALLEST_PROMPT_BUCKET = 16
 DEFAULT_SPAN_LENGTH = 4
@@ -141,6 +141,8 @@ class Ensemble:
     def __init__(
         self, members: Sequence[LM], fusion: str | FusionOperator = "linear", *, end_ids: Sequence[int] | None = None
     ):
+        if isinstance(members, LM):
+            raise InputError("members must be a list; put a single model in a list")
         if not members:
             raise InputError("an ensemble needs at least one member")
         check_same_tokenizer(members)
@@ -170,7 +172,7 @@ class Ensemble:
         Raises:
           InputError: no adapters, or one for another base.
         """
-        loaded = [load_adapter(adapter, lm) for adapter in adapters]
+        loaded = load_adapters(adapters, lm)
         ensemble = cls([lm.with_adapters([adapter]) for adapter in loaded], fusion, end_ids=end_ids)
         ensemble.shared = lora.stack(loaded)
         return ensemble

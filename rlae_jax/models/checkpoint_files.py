@@ -33,6 +33,8 @@ from rlae_jax.models.rope import frequencies
 from rlae_jax.models.transformer import Params, abstract_params, linears
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+PRECISIONS = (None, "default", "high", "highest")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -226,6 +228,9 @@ def read_config(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        known = ", ".join(map(str, PRECISIONS))
+        raise InputError(f"precision {precision!r} is not supported; use one of {known}")
     path = directory / "config.json"
     fields = _fields(source, path, context)
     of_text = {**source.config, **source.generation}
@@ -327,6 +332,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {key: tuple(reader.get_slice(key).get_shape()) for key in list(reader.keys())}
 
 
+def tensor_dtypes(path: Path) -> dict[str, str]:
+    """The dtype of every tensor in a file, as safetensors names it, from its header."""
+    reader = open_tensors(path)
+    return {key: reader.get_slice(key).get_dtype() for key in list(reader.keys())}
+
+
 def read_tensor(path: Path, key: str) -> np.ndarray:
     """One tensor. The file is opened for it alone: pages of an open mapping that were read stay resident."""
     try:
@@ -355,7 +366,9 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
         names = {name if name in expected else family.prefix + name: key for name, key in names.items()}
 
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for path in sorted(set(files.values())):
+        dtypes |= {key: dtype for key, dtype in tensor_dtypes(path).items() if files.get(key) == path}
         shapes |= {key: shape for key, shape in tensor_shapes(path).items() if files.get(key) == path}
     # A tied checkpoint may carry the head a second time.
     ignored = [
@@ -374,6 +387,8 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
             findings.append(("missing", tensor.key))
         elif stored != tensor.shape:
             findings.append(("mis-shaped", f"{tensor.key} is {list(stored)}, expected {list(tensor.shape)}"))
+        elif dtypes[names[tensor.key]] not in _STORED_DTYPES:
+            findings.append(("quantised or of no known dtype", f"{tensor.key} is {dtypes[names[tensor.key]]}"))
     if findings:
         raise grouped_error(
             f"{directory}: the tensors do not fit config.json", findings, "config.json and weights must belong together"

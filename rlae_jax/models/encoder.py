@@ -33,11 +33,12 @@ class Encoder:
     """
 
     config: ModelConfig
-    params: transformer.Params
-    tokenizer: Any = None  # a transformers tokenizer, or None for a directory without one
+    params: transformer.Params = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(default=None, repr=False)  # of transformers; None for a directory without one
     name: str = "encoder"  # the directory's base name
     path: Path | None = None
-    source: checkpoint_files.Source | None = None  # the checkpoint's own settings; None for a model made here
+    # The checkpoint's own settings; None for a model made here.
+    source: checkpoint_files.Source | None = dataclasses.field(default=None, repr=False)
 
     @property
     def labels(self) -> tuple[str, ...]:

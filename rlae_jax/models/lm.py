@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +32,15 @@ class LM:
     """
 
     config: ModelConfig
-    params: transformer.Params
-    tokenizer: Any = None  # a transformers tokenizer, or None for a directory without one
+    params: transformer.Params = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(default=None, repr=False)  # of transformers; None for a directory without one
     name: str = "model"  # the directory's base name; what results call this member
     path: Path | None = None
-    source: checkpoint_files.Source | None = None  # the checkpoint's own settings; None for a model made here
-    stack: lora.Stack | None = None  # adapters that are kept apart from the parameters, see `with_adapters`
+    # The checkpoint's own settings; None for a model made here.
+    source: checkpoint_files.Source | None = dataclasses.field(default=None, repr=False)
+    stack: lora.Stack | None = dataclasses.field(
+        default=None, repr=False
+    )  # adapters that are kept apart from the parameters, see `with_adapters`
     adapters: tuple[str, ...] = ()  # their names
 
     def apply(
@@ -171,7 +175,7 @@ class LM:
         Raises:
           InputError: no adapters, or one for another base.
         """
-        loaded = [load_adapter(adapter, self) for adapter in adapters]
+        loaded = load_adapters(adapters, self)
         names = tuple(adapter.name for adapter in loaded)
         name = names[0] if len(names) == 1 else self.name
         return dataclasses.replace(self, stack=lora.stack(loaded), adapters=names, name=name)
@@ -216,7 +220,7 @@ def _log_probs(config: ModelConfig, params: Any, ids: Array, mask: Array, decode
 def load(
     model: str | os.PathLike[str],
     dtype: str = "float32",
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | lora.Adapter | None = None,
     *,
     context: int | None = None,
     precision: str | None = "highest",
@@ -238,7 +242,7 @@ def load(
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed.
     """
     opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
-    if adapter is not None:
+    if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
     lm = LM(params=opened.read_params(), **opened._asdict())
     return lm if adapter is None else lm.with_adapter(adapter)
@@ -297,7 +301,18 @@ def load_adapter(adapter: str | os.PathLike[str] | lora.Adapter, lm: LM) -> lora
         return adapter
     family = lm.source.family if lm.source is not None else None
     path = hub.resolve(adapter)
-    return peft_files.read_adapter(path, _base_name(adapter, path), family, lm.config, lm.params)
+    loaded = peft_files.read_adapter(path, _base_name(adapter, path), family, lm.config, lm.params)
+    made_for = peft_files.read_settings(path).get("base_model_name_or_path")
+    if lm.path is not None and made_for and Path(made_for).name not in (lm.name, lm.path.name):
+        warnings.warn(f"{path} was made for {made_for}; it fits {lm.name} by its shapes alone", stacklevel=2)
+    return loaded
+
+
+def load_adapters(adapters: Sequence[str | os.PathLike[str] | lora.Adapter], lm: LM) -> list[lora.Adapter]:
+    """`load_adapter` of each; an `InputError` for one that is not in a list."""
+    if isinstance(adapters, str | os.PathLike | lora.Adapter):
+        raise InputError("adapters must be a list; put a single adapter in a list")
+    return [load_adapter(adapter, lm) for adapter in adapters]
 
 
 def save_adapter(adapter: lora.Adapter, lm: LM, directory: str | os.PathLike[str]) -> None:

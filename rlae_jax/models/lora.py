@@ -83,7 +83,7 @@ class Adapter:
     """One adapter: its settings and factors."""
 
     config: LoraConfig
-    params: Factors
+    params: Factors = dataclasses.field(repr=False)
     name: str = "adapter"
 
 

@@ -134,7 +134,7 @@ def read_adapter(directory: Path, name: str, family: Family | None, config: Mode
         raise InputError(f"{directory}: no {TENSORS}{pickled}")
     family = family or FAMILIES["llama"]
     known = _modules(family, config)
-    pairs, findings = _pairs(path, known, family.prefix, _base_tensors(family, config), base)
+    pairs, findings = _pairs(path, raw, known, family.prefix, _base_tensors(family, config), base)
     if findings or not pairs:
         made_for = raw.get("base_model_name_or_path")
         raise grouped_error(
@@ -172,7 +172,12 @@ class _Pair:
 
 
 def _pairs(
-    path: Path, known: dict[str, _Module], prefix: str, tensors: dict[str, StoredTensor], base: Params
+    path: Path,
+    raw: dict[str, Any],
+    known: dict[str, _Module],
+    prefix: str,
+    tensors: dict[str, StoredTensor],
+    base: Params,
 ) -> tuple[dict[str, _Pair], list[tuple[str, str]]]:
     """The pairs of factors in a file, by module, and what is wrong with it, as `grouped_error` takes it."""
     shapes = tensor_shapes(path)
@@ -207,6 +212,8 @@ def _pairs(
             findings.append(("without its other factor", name))
         elif held[0][:1] != held[1][1:]:
             findings.append(("of unequal rank", name))
+        elif held[0][0] != (rank := _pattern(raw.get("rank_pattern") or {}, pair.name, raw["r"])):
+            findings.append(("of another rank than adapter_config.json says", f"{name} has {held[0][0]}, not {rank}"))
     return pairs, findings
 
 

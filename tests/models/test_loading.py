@@ -384,6 +384,12 @@ class TestBadDirectories:
         )
         assert "full list" not in message
 
+    def test_integers_are_no_weights(self, checkpoint, raises_input_error):
+        tensors = load_file(checkpoint / "model.safetensors")
+        key = "model.layers.0.self_attn.q_proj.weight"
+        save_file({**tensors, key: np.ones_like(tensors[key], np.int8)}, checkpoint / "model.safetensors")
+        raises_input_error(lambda: load(checkpoint), "1 quantised or of no known dtype", f"{key} is I8")
+
     def test_many_findings_are_counted_and_listed_in_a_file(self, checkpoint, raises_input_error):
         edit_config(checkpoint, num_hidden_layers=4)
         message = raises_input_error(lambda: load(checkpoint), "18 missing", "the full list is in")

@@ -8,6 +8,7 @@ seed that RLAE_JAX_TEST_SEED repeats.
 import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 import zlib
@@ -28,6 +29,9 @@ from tests.adapters import EVERY_LAYER, add_by_hand, leaf_at, random_adapter
 from tests.data import hf
 from tests.data.make_adapters import ADAPTERS, CASES, make_adapter, refer
 from tests.models.test_families import telling
+
+# The stored adapters were made for bases of other names.
+pytestmark = pytest.mark.filterwarnings("ignore:.*by its shapes alone")
 
 NO_PEFT = "peft is not installed"
 # Largest absolute difference over the largest absolute value of the reference.
@@ -155,7 +159,8 @@ class TestAgainstPeft:
         tensors = {key.replace("base_model.model.model.", "base_model.model."): x for key, x in tensors.items()}
         save_file(tensors, tmp_path / "bare" / "adapter_model.safetensors")
         raw = json.loads((tmp_path / "bare" / "adapter_config.json").read_text())
-        raw["alpha_pattern"] = {key.replace(r"^model\.", "^"): value for key, value in raw["alpha_pattern"].items()}
+        for pattern in ("alpha_pattern", "rank_pattern"):
+            raw[pattern] = {re.sub(r"^(\^?)model\\?\.", r"\1", key): value for key, value in raw[pattern].items()}
         (tmp_path / "bare" / "adapter_config.json").write_text(json.dumps(raw))
         bare, whole = (rj.load_adapter(path, lm) for path in (tmp_path / "bare", ADAPTERS / "llama_patterns"))
         jax.tree.map(np.testing.assert_array_equal, bare.params, whole.params)
@@ -690,6 +695,12 @@ class TestBadInput:
             " mis-shaped",
         )
 
+    def test_an_adapter_that_fits_by_shape_alone(self, llama, tmp_path, tiny, trio):
+        rj.save_adapter(trio[0], tiny, tmp_path / "adapter")
+        tiny.save(tmp_path / "renamed")
+        with pytest.warns(UserWarning, match="adapter was made for .*; it fits renamed by its shapes alone"):
+            rj.load(tmp_path / "renamed", adapter=tmp_path / "adapter")
+
     def test_tensors(self, llama, broken, tmp_path, raises_input_error):
         q = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -705,6 +716,16 @@ class TestBadInput:
             ),
             (lambda t: t | {f"{q}.lora_B.weight": t[f"{q}.lora_B.weight"][0]}, ("1 mis-shaped", "1 of unequal rank")),
             (lambda t: t | {f"{q}.lora_A.other.weight": t[f"{q}.lora_A.weight"]}, ("1 given twice",)),
+            (
+                lambda t: (
+                    t
+                    | {
+                        f"{q}.lora_A.weight": np.ones((5, 12), np.float32),
+                        f"{q}.lora_B.weight": t[f"{q}.lora_B.weight"][:, :1] * np.ones((1, 5), np.float32),
+                    }
+                ),
+                ("1 of another rank than adapter_config.json says", "q_proj has 5, not 3"),
+            ),
             (lambda t: t | {f"{q}.lora_magnitude_vector": np.ones(40, np.float32)}, ("1 unknown", "magnitude")),
             (lambda t: {}, ("0 factors", "none")[1:]),
         ]
