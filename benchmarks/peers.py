@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.common import cores, seconds_of
 
 SELECTION_ROUNDS = 2
-Generate = Callable[[np.ndarray, int], np.ndarray]  # prompt ids Int[B, T], N -> tokens Int[B, N]
+Generate = Callable[[Any, int], Any]  # prompts, here ids Int[B, T], and N -> what was written, here tokens Int[B, N]
 
 
 def setup() -> None:
@@ -49,19 +49,19 @@ class Peer:
     failed: dict[str, str]  # variants that this machine cannot run (no C++ compiler, say), and why
 
 
-def fastest(variants: dict[str, Generate], prompt_ids: np.ndarray, new_tokens: int) -> Peer:
+def fastest(variants: dict[str, Generate], prompts: Any, new_tokens: int) -> Peer:
     """Times every variant on the case itself, compilation excluded, and keeps the fastest."""
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, generate in variants.items():
         try:
-            generate(prompt_ids, 3)  # the first step compiles, the third runs what was compiled
+            generate(prompts, 3)  # the first step compiles, the third runs what was compiled
             seconds[name] = float("inf")
         except Exception as error:  # compiler back ends raise many kinds
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     for _ in range(SELECTION_ROUNDS if len(seconds) > 1 else 1):  # in turn, so that a busy moment hits all alike
         for name in seconds:
-            took = seconds_of(functools.partial(variants[name], prompt_ids, new_tokens))
+            took = seconds_of(functools.partial(variants[name], prompts, new_tokens))
             seconds[name] = min(seconds[name], took)
     if not seconds:
         raise RuntimeError(f"no variant of the peer runs here: {failed}")
@@ -172,32 +172,32 @@ def read_member(directory: Path) -> Member:
     )
 
 
-def _norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), scale, eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _feed_forward(x: Tensor, layer: LayerWeights, eps: float) -> Tensor:
-    gate, up = F.linear(_norm(x, layer[3], eps), layer[4]).chunk(2, dim=-1)
+def feed_forward(x: Tensor, layer: LayerWeights, eps: float) -> Tensor:
+    gate, up = F.linear(norm(x, layer[3], eps), layer[4]).chunk(2, dim=-1)
     return x + F.linear(F.silu(gate) * up, layer[5])
 
 
-def _prefill_layer(x: Tensor, layer: LayerWeights, cache: LayerCache, cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
+def prefill_layer(x: Tensor, layer: LayerWeights, cache: LayerCache, cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
     """Whole prompts [B, T, D]; fills the first T slots of the cache."""
     b, t, _ = x.shape
     g, m, h = dims.groups, dims.per_group, dims.head
-    heads = F.linear(_norm(x, layer[0], dims.eps), layer[1]).view(b, t, g * m + 2 * g, h).transpose(1, 2)
-    rotated = _rotate(heads[:, : g * m + g], cos, sin)
+    heads = F.linear(norm(x, layer[0], dims.eps), layer[1]).view(b, t, g * m + 2 * g, h).transpose(1, 2)
+    rotated = rotate(heads[:, : g * m + g], cos, sin)
     q, k, v = rotated[:, : g * m], rotated[:, g * m :], heads[:, g * m + g :]
     cache[0][:, :, :t] = k
     cache[1][:, :, :t] = v
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=m > 1)
     x = x + F.linear(out.transpose(1, 2).reshape(b, t, g * m * h), layer[2])
-    return _feed_forward(x, layer, dims.eps)
+    return feed_forward(x, layer, dims.eps)
 
 
 def _step_layer(
@@ -218,8 +218,8 @@ def _step_layer(
     """
     b = x.shape[0]
     g, m, h = dims.groups, dims.per_group, dims.head
-    heads = F.linear(_norm(x, layer[0], dims.eps), layer[1]).view(b, g * m + 2 * g, h)
-    rotated = _rotate(heads[:, : g * m + g], cos, sin)
+    heads = F.linear(norm(x, layer[0], dims.eps), layer[1]).view(b, g * m + 2 * g, h)
+    rotated = rotate(heads[:, : g * m + g], cos, sin)
     keys, values = cache
     keys.index_copy_(2, position, rotated[:, g * m :, None])
     values.index_copy_(2, position, heads[:, g * m + g :, None])
@@ -231,7 +231,7 @@ def _step_layer(
         scores = scores.masked_fill(hidden, float("-inf"))
     out = scores.softmax(dim=-1) @ values
     x = x + F.linear(out.reshape(b, g * m * h), layer[2])
-    return _feed_forward(x, layer, dims.eps)
+    return feed_forward(x, layer, dims.eps)
 
 
 class BestPeer:
@@ -276,7 +276,7 @@ class BestPeer:
             cos_now, sin_now = cos.index_select(0, position), sin.index_select(0, position)
             for layer, layer_cache in zip(member.layers, cache, strict=True):
                 x = self.layer(x, layer, layer_cache, cos_now, sin_now, position, used, hidden, member.dims)
-            logits.append(F.linear(_norm(x, member.norm, member.dims.eps), member.head))
+            logits.append(F.linear(norm(x, member.norm, member.dims.eps), member.head))
         return mean_probabilities(logits).argmax(dim=-1)
 
     @torch.inference_mode()
@@ -287,8 +287,8 @@ class BestPeer:
         for member, cache, (cos, sin) in zip(self.members, self.caches, self.rotations, strict=True):
             x = F.embedding(ids, member.embedding)
             for layer, layer_cache in zip(member.layers, cache, strict=True):
-                x = _prefill_layer(x, layer, layer_cache, cos[:t], sin[:t], member.dims)
-            logits.append(F.linear(_norm(x[:, -1], member.norm, member.dims.eps), member.head))
+                x = prefill_layer(x, layer, layer_cache, cos[:t], sin[:t], member.dims)
+            logits.append(F.linear(norm(x[:, -1], member.norm, member.dims.eps), member.head))
         feed = mean_probabilities(logits).argmax(dim=-1)
         tokens = [feed]
         for i in range(t, t + new_tokens - 1):

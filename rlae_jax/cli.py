@@ -175,7 +175,7 @@ def train(
     span_length: int | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
-    reads: tuple[Literal["hidden", "stats", "span"], ...] | None = None,
+    reads: tuple[Literal["hidden", "stats", "span", "prompt"], ...] | None = None,
     eval_every: int | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -309,7 +309,7 @@ def evaluate(
     ensemble = _load_ensemble(models, adapters, fusion, dtype)
     examples = found.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
-    ensemble.check_lengths([len(row) for row in ensemble.encode(examples.prompts)], found.max_new_tokens)
+    ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts)), found.max_new_tokens)
     agents = [load_policy(run) for run in policy]
     for agent in agents:
         ensemble.bind(agent, 1, 1)  # tells now if an agent was trained for other members

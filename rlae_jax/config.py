@@ -25,7 +25,7 @@ class AgentConfig:
       initial_concentration: where every concentration starts: 1 draws all weights alike, more keeps near equal ones.
     """
 
-    reads: tuple[str, ...] = OBSERVATION_PARTS
+    reads: tuple[str, ...] = ("hidden", "stats", "span")
     projection: int = 64
     span_embedding: int = 64
     ffn_width: int = 256

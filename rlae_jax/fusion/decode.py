@@ -13,7 +13,9 @@ that N tokens cost N forwards: the last prompt token is the first pending one, a
     ...                                                       span p begins at step p * L
 
 The policy acts inside a `cond` that sees only its small observation. The caches stay outside: a cache that passes
-through a `cond` is copied at every step.
+through a `cond` is copied at every step. How a chosen token reaches the members is in `feed.py`: with one tokenizer it
+is the same token for all; otherwise it is an entry of their union vocabulary (`union.py`), which each member spells in
+its own tokens, and V is the union's size U.
 """
 
 import dataclasses
@@ -24,19 +26,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Int8, Key
 
-from rlae_jax.fusion.operators import FusionOperator, linear
+from rlae_jax.fusion.feed import Lockstep, MemberParams, Model, Ragged, Spelling, models_of, prompt_log_probs
+from rlae_jax.fusion.operators import Candidates, FusionOperator, linear, loglinear
 from rlae_jax.fusion.policy import STATS, Dims, Fixed, Observation, Policy
 from rlae_jax.fusion.sampling import Sampling, choose_token
-from rlae_jax.models import ModelConfig, lora, transformer
+from rlae_jax.models import ModelConfig, transformer
 
-MemberParams = transformer.Params | lora.Adapted
-# Prompts are read in groups of rows of about this many tokens: activations stay small, and on the CPU inside its cache
-# (half the time of one pass at 256 prompts of 64 tokens).
-_PREFILL_TOKENS = 2048
 # Keeps the stream that draws a row's weights apart from the one that draws its tokens.
 _ACTION_STREAM = 0x5EED
+# The least log-probability of a token that a policy sees, of members with different tokenizers.
+_UNREADABLE = -30.0
+
+
+class UnionTables(NamedTuple):
+    """What the loop reads of a union vocabulary."""
+
+    spellings: tuple[Spelling, ...]  # of each member
+    # The state of a UTF-8 automaton after each entry, from each of its states; -1 where the entry would break a
+    # character or cannot be written by every member.
+    utf8: Int8[Array, "8 U"]
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +66,10 @@ class DecodeSpec:
     span_length: int = dataclasses.field(default=4, metadata={"static": True})  # L
     max_new_tokens: int = dataclasses.field(default=64, metadata={"static": True})
     end_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # () ends at the length only
+    scores: bool = dataclasses.field(default=False, metadata={"static": True})  # keep scores and attributions
+    limits: Int[Array, "B"] | None = None  # each row's own longest answer, at most max_new_tokens
+    union: UnionTables | None = None  # of members with different tokenizers, or of any that may be skipped
+    member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
 
     @property
     def spans(self) -> int:
@@ -64,12 +78,25 @@ class DecodeSpec:
 
     @property
     def vocab(self) -> int:
-        """V: the ids that all members have. Rows of a head beyond its tokenizer never win."""
+        """V: the ids that all members have, or U. Rows of a head beyond its tokenizer never win."""
+        if self.union is not None:
+            return self.union.utf8.shape[1]
         return min(member.usable_vocab for member in self.members)
 
     @property
     def dims(self) -> Dims:
         return Dims(tuple(member.hidden_width for member in self.members), self.spans)
+
+    @property
+    def decides_first(self) -> bool:
+        """Whether weights are known before the members are read: members without weight need not be."""
+        return self.union is not None and not {"hidden", "stats"} & set(self.policy.reads)
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether members without weight may be left behind: nothing else looks at them."""
+        honest = self.fusion in (linear, loglinear)
+        return self.decides_first and honest and not self.scores
 
 
 class Span(NamedTuple):
@@ -85,19 +112,29 @@ class DecodeState(NamedTuple):
     """The loop's carry, and its result."""
 
     step: Int[Array, ""]  # fused steps so far
-    pending: Int[Array, "B"]  # the token that each row feeds next
-    lengths: Int[Array, "B"]  # tokens fed so far, which is the pending token's position
-    starts: Int[Array, "B"]  # first slot in use: rows are padded on the left
-    caches: tuple[transformer.Cache, ...]
+    feed: Lockstep | tuple[Ragged, ...]  # what the members have taken in
     done: Bool[Array, "B"]
     ended: Bool[Array, "B"]  # by an end token rather than by the length
     steps: Int[Array, "B"]  # fused steps of each row, the one that chose its end token included
-    tokens: Int[Array, "B N"]  # chosen tokens; zeros from steps[b] on
+    tokens: Int[Array, "B N"]  # chosen tokens or union entries; zeros from steps[b] on
     row_keys: Any  # Key[B], or () where a result has left the device
     span: Span  # the decision in force
     # Each member's summed log-probability of this span's tokens, Float[B, K]; () where the policy does not read it.
     span_log_probs: Any
     trajectory: Span  # all decisions, [P, B, ...]; spans after a row's end hold no information
+    limits: Int[Array, "B"]  # the longest answer of each row
+    character: Any  # Int[B], the state of the UTF-8 automaton; () without a union vocabulary
+    seen: Any  # Bool[B, V], tokens in prompt and answer; () without a repetition penalty
+    prompt_scores: Any  # Float[B, K], see Observation.prompt; () where the policy does not read it
+    # The chosen tokens' log-probabilities under the fused distribution, Float[B, N], and under each member,
+    # Float[B, N, K]; () where they are not asked for.
+    scores: Any
+    attribution: Any
+
+    @property
+    def caches(self) -> tuple[transformer.Cache, ...]:
+        """Each forward pass's keys and values."""
+        return self.feed.caches if isinstance(self.feed, Lockstep) else tuple(member.cache for member in self.feed)
 
     def span_mask(self, span_length: int) -> Bool[Array, "P B"]:
         """True where a row really took a decision."""
@@ -105,64 +142,15 @@ class DecodeState(NamedTuple):
         return first_steps[:, None] < self.steps[None]
 
 
-def left_align_padding(ids_bt: Int[Array | np.ndarray, "B T"], mask_bt: Array | np.ndarray) -> tuple[Array, Array]:
-    """Moves every row's padding to its left, keeping the order of its tokens."""
-    real = mask_bt.astype(bool)
-    order = jnp.argsort(real, axis=1, stable=True)
-    return jnp.take_along_axis(ids_bt, order, axis=1), jnp.take_along_axis(real, order, axis=1)
-
-
 def row_keys(key: Key[Array, ""] | Key[Array, "B"], batch: int) -> Key[Array, "B"]:
     """Row b's key is fold_in(key, b); a batch of keys is taken as it is."""
     return jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch)) if key.ndim == 0 else key
 
 
-class _Model(NamedTuple):
-    """One forward pass of the loop: a member, or all members over one base."""
-
-    config: ModelConfig
-    params: transformer.Params
-    adapters: lora.Adapters | None
-    members: int  # whose rows it runs, one batch after another
-
-    def tile(self, array: Array) -> Array:
-        """An array of rows, once per member."""
-        return jnp.concatenate([array] * self.members) if self.members > 1 else array
-
-
-def _models(params: tuple[MemberParams, ...], spec: DecodeSpec, batch: int) -> tuple[_Model, ...]:
-    models = []
-    members = len(spec.members) if spec.shared_base else 1
-    for config, p in zip(spec.members, params, strict=not spec.shared_base):
-        if spec.shared_base and isinstance(p, lora.Adapted):
-            p = p._replace(weights=jnp.repeat(jnp.eye(members), batch, axis=0))  # member k's rows use adapter k
-        models.append(_Model(config, *lora.unpack(p, members * batch), members))
-    return tuple(models)
-
-
-def _prompt_cache(model: _Model, ids: Array, real: Array) -> transformer.Cache:
-    """What decoding keeps of whole prompts."""
-    rows = () if model.adapters is None else model.adapters.rows
-    inputs = (model.tile(ids), model.tile(real), rows)
-
-    def read(group: Any) -> transformer.Cache:
-        ids, real, rows = group
-        adapters = None if model.adapters is None else model.adapters._replace(rows=rows)
-        return transformer.read_prompt(model.config, model.params, ids, real, adapters)
-
-    b, t = inputs[0].shape
-    size = max(_PREFILL_TOKENS // t, 1)
-    groups = b // size
-    if groups <= 1 or b % size:
-        return read(inputs)
-    grouped = lax.map(read, jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), inputs))
-    return jax.tree.map(lambda leaf: leaf.reshape(b, *leaf.shape[2:]), grouped)
-
-
 def prefill(
     params: tuple[MemberParams, ...],
-    prompt_ids: Int[Array | np.ndarray, "B T"],
-    prompt_mask: Array | np.ndarray,
+    prompt_ids: Any,
+    prompt_mask: Any,
     key: Key[Array, ""] | Key[Array, "B"],
     spec: DecodeSpec,
     active: Bool[Array, "B"] | None = None,
@@ -170,44 +158,80 @@ def prefill(
     """Runs the members over all but the last token of each prompt, an encoder over all of it.
 
     Args:
-      prompt_ids, prompt_mask: at least one token in every row; padding on either side.
+      prompt_ids, prompt_mask: Int[B, T], at least one token in every row; padding on either side. With a union
+        vocabulary K of each, in each member's own tokens.
       active: rows that are False write nothing (the filling of a batch bucket).
     """
-    ids, real = left_align_padding(prompt_ids, prompt_mask)
-    if ids.shape[1] == 1:  # the members need something to read before the pending token
-        ids, real = (jnp.pad(array, ((0, 0), (1, 0))) for array in (ids, real))
-    b, t = ids.shape
+    b = (prompt_ids if spec.union is None else prompt_ids[0]).shape[0]
+    models = models_of(params, spec, b)
+    if spec.union is None:
+        feed: Any = Lockstep.start(models, prompt_ids, prompt_mask, spec)
+        prompts = [(prompt_ids, prompt_mask)] * len(models)
+    else:
+        prompts = list(zip(prompt_ids, prompt_mask, strict=True))
+        feed = tuple(Ragged.start(model, *prompt, spec) for model, prompt in zip(models, prompts, strict=True))
+    first_ids, first_mask = prompts[0]
+    prompt_scores: Any = ()
+    if "prompt" in spec.policy.reads:
+        totals = [prompt_log_probs(model, *prompt) for model, prompt in zip(models, prompts, strict=True)]
+        counts = jnp.sum(jnp.asarray(first_mask).astype(bool), axis=1, keepdims=True)
+        prompt_scores = jnp.concatenate(totals, axis=1) / jnp.maximum(counts - 1, 1)
     k = len(spec.members)
-    caches = []
-    for model in _models(params, spec, b):
-        # An encoder reads the whole prompt, and its decoder starts from a token of its own.
-        is_encoder = model.config.encoder is not None
-        read = slice(None) if is_encoder else slice(-1)
-        cache = _prompt_cache(model, ids[:, read], real[:, read])
-        caches.append(transformer.extend_cache(cache, (1 if is_encoder else t) + spec.max_new_tokens))
-    counts = jnp.sum(real, axis=1, dtype=jnp.int32)
+    seen: Any = ()
+    if spec.sampling.penalised:
+        # Member 0's ids are the first entries of a union, so that they stand for the prompt there, too.
+        in_prompt = jnp.asarray(first_mask).astype(bool) & (spec.members[0].encoder is None)
+        rows = jnp.arange(b)[:, None]
+        seen = jnp.zeros((b, spec.vocab), bool).at[rows, first_ids].max(in_prompt)
     observation = Observation(
         hidden=tuple(jnp.zeros((b, config.hidden_width)) for config in spec.members)
         if "hidden" in spec.policy.reads
         else (),
         stats=jnp.zeros((b, k, len(STATS))) if "stats" in spec.policy.reads else (),
         span=jnp.zeros((b,), jnp.int32) if "span" in spec.policy.reads else (),
+        prompt=prompt_scores,
     )
     span = Span(observation if spec.record else (), jnp.full((b, k), 1.0 / k), jnp.zeros((b,)), jnp.zeros((b,)))
+    n = spec.max_new_tokens
+    limits = jnp.full((b,), n, jnp.int32) if spec.limits is None else jnp.asarray(spec.limits, jnp.int32)
     return DecodeState(
         step=jnp.int32(0),
-        pending=ids[:, -1],
-        lengths=counts - 1,
-        starts=t - counts,
-        caches=tuple(caches),
-        done=jnp.zeros((b,), bool) if active is None else ~active,
+        feed=feed,
+        done=(jnp.zeros((b,), bool) if active is None else ~active) | (limits <= 0),
         ended=jnp.zeros((b,), bool),
         steps=jnp.zeros((b,), jnp.int32),
-        tokens=jnp.zeros((b, spec.max_new_tokens), jnp.int32),
+        tokens=jnp.zeros((b, n), jnp.int32),
         row_keys=row_keys(key, b),
         span=span,
         span_log_probs=jnp.zeros((b, k)) if "stats" in spec.policy.reads else (),
         trajectory=jax.tree.map(lambda leaf: jnp.zeros((spec.spans, *leaf.shape), leaf.dtype), span),
+        limits=limits,
+        character=() if spec.union is None else jnp.zeros((b,), jnp.int32),
+        seen=seen,
+        prompt_scores=prompt_scores,
+        scores=jnp.zeros((b, n)) if spec.scores else (),
+        attribution=jnp.zeros((b, n, k)) if spec.scores else (),
+    )
+
+
+def repeat_rows(state: DecodeState, spec: DecodeSpec, times: int) -> DecodeState:
+    """Every row `times` times, one after another, each with a key of its own: samples that share one prefill."""
+    b = len(state.done)
+
+    def repeat(leaf: Array, axis: int = 0) -> Array:
+        if leaf.shape[axis] != b:  # one batch of rows per member of a shared base
+            split = leaf.reshape(-1, b, *leaf.shape[1:])
+            return jnp.repeat(split, times, axis=1).reshape(-1, *leaf.shape[1:])
+        return jnp.repeat(leaf, times, axis=axis)
+
+    per_row = dict(state._asdict())
+    step, keys, trajectory = (per_row.pop(name) for name in ("step", "row_keys", "trajectory"))
+    folded = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(times)))(keys)
+    return DecodeState(
+        step=step,
+        row_keys=folded.reshape(b * times),
+        trajectory=jax.tree.map(lambda leaf: repeat(leaf, 1), trajectory),
+        **jax.tree.map(repeat, per_row),
     )
 
 
@@ -241,6 +265,7 @@ def _take_decision(
         hidden=tuple(h.astype(jnp.float32) for h in hidden) if "hidden" in reads else (),
         stats=member_stats(log_probs, state.span_log_probs / spec.span_length) if "stats" in reads else (),
         span=jnp.full((b,), index, jnp.int32) if "span" in reads else (),
+        prompt=state.prompt_scores,
     )
     distribution, value = spec.policy.apply(policy_params, observation)
     if spec.sample_weights:
@@ -253,49 +278,134 @@ def _take_decision(
     return Span(observation if spec.record else (), weights, jnp.broadcast_to(log_prob, (b,)), value)
 
 
-def _step(models: tuple[_Model, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState) -> DecodeState:
-    caches, hidden, log_probs = [], [], []
-    for model, cache in zip(models, state.caches, strict=True):
-        pending, position, starts = state.pending, state.lengths, state.starts
-        if model.config.encoder is not None:  # its slots hold no prompt, and it starts from a token of its own
-            pending = jnp.where(state.step == 0, model.config.start_id or 0, pending)
-            position, starts = jnp.full_like(position, state.step), jnp.zeros_like(starts)
-        slot = cache.slots - spec.max_new_tokens - 1 + state.step
-        indices = jnp.arange(cache.slots)
-        visible = (indices >= starts[:, None]) & (indices <= slot)
-        pending, position, visible = (model.tile(array) for array in (pending, position, visible))
-        h, cache = transformer.decode_step(
-            model.config, model.params, pending, position, cache, slot, visible, model.adapters
-        )
-        logits = transformer.output_head(model.config, model.params, h, model.adapters)[:, : spec.vocab]
-        caches.append(cache)
-        hidden += jnp.split(h, model.members)
-        log_probs += jnp.split(jax.nn.log_softmax(logits, axis=-1), model.members)
+def _to_union(k: int, log_probs: Float[Array, "B V"], spelling: Spelling) -> Float[Array, "B U"]:
+    """A member's log-probabilities as those of the union's entries; -inf where it has no such token."""
+    u = spelling.partner.shape[0]
+    if k == 0:  # whose ids are the first entries
+        return jnp.pad(log_probs, ((0, 0), (0, u - log_probs.shape[1])), constant_values=-jnp.inf)
+    return jnp.where(spelling.partner >= 0, log_probs[:, spelling.partner], -jnp.inf)
 
+
+def _through_first(log_probs: Float[Array, "B V"], spelling: Spelling) -> Float[Array, "B U"]:
+    """As `_to_union`, but entries that the member lacks are read through the first token of their spelling."""
+    return jnp.where(spelling.first >= 0, log_probs[:, spelling.first], -jnp.inf)
+
+
+def _chosen_log_prob(log_probs: Float[Array, "B V"], spelling: Spelling, entries: Array) -> Float[Array, "B"]:
+    ids = spelling.first[entries]
+    read = jnp.take_along_axis(log_probs, jnp.maximum(ids, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(ids >= 0, read, -jnp.inf)
+
+
+def _read(
+    models: tuple[Model, ...], spec: DecodeSpec, state: DecodeState, weights: Float[Array, "B K"]
+) -> tuple[Any, tuple[Array, ...], tuple[Array, ...]]:
+    """Feeds what is pending. Returns the new feed, each member's hidden states and its own tokens' log-probabilities.
+    What they are for members without weight, where those may be skipped, has no meaning."""
+    if isinstance(state.feed, Lockstep):
+        feed, states = state.feed.read(models, state.step, spec)
+        hidden: list[Array] = []
+        log_probs: list[Array] = []
+        for model, h in zip(models, states, strict=True):
+            hidden += jnp.split(h, model.members)
+            log_probs += model.log_probs(h, spec.vocab)
+        return feed, tuple(hidden), tuple(log_probs)
+    assert spec.union is not None
+    members: list[Ragged] = []
+    all_log_probs: list[Array] = []
+    for k, (model, member) in enumerate(zip(models, state.feed, strict=True)):
+        vocab = spec.union.spellings[k].own.shape[0]
+        needed = ~state.done & (weights[:, k] > 0) if spec.may_skip else ~state.done
+        member = member.read(model, needed)
+        predict = functools.partial(lambda model, hidden, vocab: model.log_probs(hidden, vocab)[0], model)
+        if spec.may_skip:
+            skipped = jnp.zeros((len(needed), vocab))
+            predict = functools.partial(predict, member.hidden, vocab)
+            all_log_probs.append(lax.cond(jnp.any(needed), predict, lambda skipped=skipped: skipped))
+        else:
+            all_log_probs.append(predict(member.hidden, vocab))
+        members.append(member)
+    return tuple(members), tuple(member.hidden for member in members), tuple(all_log_probs)
+
+
+def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState) -> DecodeState:
+    union = spec.union
     boundary = state.step % spec.span_length == 0
-    decide = functools.partial(_take_decision, state, policy_params, tuple(hidden), tuple(log_probs), spec)
-    span = lax.cond(boundary, decide, lambda: state.span)
+    span = state.span
 
-    fused = spec.fusion(tuple(log_probs), span.weights)
+    def decide(hidden: tuple[Array, ...], log_probs: tuple[Array, ...]) -> Span:
+        take = functools.partial(_take_decision, state, policy_params, hidden, log_probs, spec)
+        return lax.cond(boundary, take, lambda: state.span)
+
+    if spec.decides_first:
+        span = decide((), ())
+    feed, hidden, own_log_probs = _read(models, spec, state, span.weights)
+    log_probs = own_log_probs
+    if union is not None:
+        pairs = zip(own_log_probs, union.spellings, strict=True)
+        log_probs = tuple(_to_union(k, *pair) for k, pair in enumerate(pairs))
+    if not spec.decides_first:
+        span = decide(hidden, log_probs)
+
+    if union is not None:
+        allowed = union.utf8[state.character] >= 0
+        log_probs = tuple(jnp.where(allowed, log_p, -jnp.inf) for log_p in log_probs)
+    if isinstance(spec.fusion, Candidates) and union is not None:
+        read = tuple(map(_through_first, own_log_probs, union.spellings))
+        fused = spec.fusion(log_probs, span.weights, read)
+    else:
+        fused = spec.fusion(log_probs, span.weights)
+    if union is not None:
+        fused = jnp.where(allowed, fused, -jnp.inf)
     ends = jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids))
-    fused = jnp.where(ends & (state.step < spec.min_new_tokens), -jnp.inf, fused)
-    token = choose_token(fused, state.row_keys, state.step, spec.sampling)
+    normalised = fused
+    if spec.sampling.penalised or spec.scores:
+        normalised = fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)
+    scored = spec.sampling.penalise(normalised, state.seen)
+    scored = jnp.where(ends & (state.step < spec.min_new_tokens), -jnp.inf, scored)
+    token = choose_token(scored, state.row_keys, state.step, spec.sampling)
 
     alive = ~state.done
+    full = jnp.zeros_like(alive)  # rows that cannot go on
+    if union is not None:
+        full = alive & ~jnp.any(jnp.isfinite(scored), axis=-1)
+        for member, spelling in zip(feed, union.spellings, strict=True):
+            full = full | (alive & ~member.fits(spelling, token))
+        alive = alive & ~full
     token = jnp.where(alive, token, 0)
     ended = alive & ends[token]
     steps = state.steps + alive
-    span_log_probs = state.span_log_probs
-    if "stats" in spec.policy.reads:
-        chosen = jnp.stack([jnp.take_along_axis(lp, token[:, None], axis=1)[:, 0] for lp in log_probs], axis=1)
-        span_log_probs = jnp.where(boundary, 0.0, span_log_probs) + chosen
+    character = state.character
+    if union is None:
+        feed = feed._replace(pending=token)
+    else:
+        spelled = zip(feed, union.spellings, strict=True)
+        feed = tuple(member.append(spelling, token, alive) for member, spelling in spelled)
+        character = jnp.where(alive, union.utf8[character, token].astype(jnp.int32), character)
+
+    span_log_probs, scores, attribution = state.span_log_probs, state.scores, state.attribution
+    if "stats" in spec.policy.reads or spec.scores:
+        if union is None:
+            by_member = [jnp.take_along_axis(lp, token[:, None], axis=1)[:, 0] for lp in log_probs]
+        else:
+            pairs = zip(own_log_probs, union.spellings, strict=True)
+            by_member = [_chosen_log_prob(log_p, spelling, token) for log_p, spelling in pairs]
+        chosen = jnp.stack(by_member, axis=1)
+        if "stats" in spec.policy.reads:
+            # A policy gets finite numbers, also of a token that a member cannot read.
+            finite = chosen if union is None else jnp.maximum(chosen, _UNREADABLE)
+            span_log_probs = jnp.where(boundary, 0.0, span_log_probs) + finite
+        if spec.scores:
+            score = jnp.take_along_axis(normalised, token[:, None], axis=1)
+            scores = lax.dynamic_update_slice(scores, score, (0, state.step))
+            attribution = lax.dynamic_update_slice(attribution, chosen[:, None], (0, state.step, 0))
+    seen = state.seen
+    if spec.sampling.penalised:
+        seen = seen.at[jnp.arange(len(token)), token].max(alive)
     return DecodeState(
         step=state.step + 1,
-        pending=token,
-        lengths=state.lengths + 1,
-        starts=state.starts,
-        caches=tuple(caches),
-        done=state.done | ended | (state.step + 1 >= spec.max_new_tokens),
+        feed=feed,
+        done=state.done | full | ended | (state.step + 1 >= state.limits),
         ended=state.ended | ended,
         steps=steps,
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step)),
@@ -308,22 +418,38 @@ def _step(models: tuple[_Model, ...], policy_params: Any, spec: DecodeSpec, stat
             state.trajectory,
             span,
         ),
+        limits=state.limits,
+        character=character,
+        seen=seen,
+        prompt_scores=state.prompt_scores,
+        scores=scores,
+        attribution=attribution,
     )
 
 
 def decode_spans(
-    params: tuple[MemberParams, ...], state: DecodeState, policy_params: Any, spec: DecodeSpec
+    params: tuple[MemberParams, ...],
+    state: DecodeState,
+    policy_params: Any,
+    spec: DecodeSpec,
+    until: Int[Array, ""] | None = None,
 ) -> DecodeState:
-    """Runs the loop until every row is done. Jit it with `state` donated: the caches are updated in place."""
-    models = _models(params, spec, len(state.done))  # outside the loop: what adapters need is laid out once
+    """Runs the loop until every row is done, or up to step `until`. Jit it with `state` donated: the caches are updated
+    in place."""
+    models = models_of(params, spec, len(state.done))  # outside the loop: what adapters need is laid out once
     step = functools.partial(_step, models, policy_params, spec)
-    return lax.while_loop(lambda state: ~jnp.all(state.done), step, state)
+
+    def going(state: DecodeState) -> Array:
+        some = ~jnp.all(state.done)
+        return some if until is None else some & (state.step < until)
+
+    return lax.while_loop(going, step, state)
 
 
 def decode(
     params: tuple[MemberParams, ...],
-    prompt_ids: Int[Array | np.ndarray, "B T"],
-    prompt_mask: Array | np.ndarray,
+    prompt_ids: Any,
+    prompt_mask: Any,
     policy_params: Any,
     key: Key[Array, ""] | Key[Array, "B"],
     spec: DecodeSpec,
@@ -333,7 +459,8 @@ def decode(
 
     Args:
       params: the members' `LM.params`, in the order of `spec.members`; a `lora.Adapted` for members with adapters.
-      prompt_ids, prompt_mask: Int[B, T], at least one token per row, padding on either side.
+      prompt_ids, prompt_mask: Int[B, T], at least one token per row, padding on either side. With a union vocabulary
+        K of each, in each member's own tokens.
       policy_params: what `spec.policy` takes; for `Fixed` the weights, Float[B, K] or [1, K], on the simplex.
       key: row b draws from fold_in(key, b), or from key[b] if there is a batch of keys.
       active: rows that are False write nothing.

@@ -5,8 +5,9 @@ loop once, and turns ids into text.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,16 +17,22 @@ from jaxtyping import Array, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion import union as vocabularies
+from rlae_jax.fusion.feed import Lockstep, Spelling
 from rlae_jax.fusion.operators import FusionOperator, get_operator
-from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed, Policy
+from rlae_jax.fusion.policy import EVERY_STEP, UNTRAINED, BoundPolicy, Dims, Draw, Fixed, Policy
 from rlae_jax.fusion.sampling import Sampling
-from rlae_jax.models import LM, Adapter, lora
+from rlae_jax.models import LM, Adapter, lora, transformer
 from rlae_jax.models.lm import AdapterChoice, load_adapters
 
 SMALLEST_PROMPT_BUCKET = 16
 DEFAULT_SPAN_LENGTH = 4
+# Steps between two looks at what was written, where stop strings may end a row.
+_STOP_STEPS = 16
 
-Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | Policy | BoundPolicy | None
+Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | str | Policy | BoundPolicy | None
+# A prompt's ids; of members with different tokenizers, each member's own.
+Row = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,11 @@ class Generation:
     weights: Float[np.ndarray, "B P K"]  # used in each span; NaN after a row's end
     finish_reasons: list[str]  # "stop" | "length"
     steps: list[int]  # fused steps, the one that chose the end token included
+    # With `scores=True`, the chosen tokens' log-probabilities under the fused distribution and under each member (of a
+    # token that a member lacks, through the first token of its spelling, -inf if there is none); NaN after a row's end.
+    scores: Float[np.ndarray, "B T"] | None = None
+    attribution: Float[np.ndarray, "B T K"] | None = None
+    kept: "_Kept | None" = dataclasses.field(default=None, repr=False)  # with `keep=True`, for `Ensemble.extend`
 
     @property
     def texts(self) -> list[str]:
@@ -90,71 +102,174 @@ def normalise_weights(weights: Any, batch: int, members: int) -> Float[np.ndarra
     return rows / rows.sum(axis=1, keepdims=True)
 
 
-def check_same_tokenizer(members: Sequence[LM]) -> None:
-    """Raises an `InputError` unless all members read and write the same ids."""
+def same_tokenizer(members: Sequence[LM]) -> bool:
+    """Whether all members read and write the same ids.
+
+    Raises:
+      InputError: members that cannot be told: some or all without a tokenizer, and vocabularies that differ.
+    """
     first = members[0]
+    same = True
     for other in members[1:]:
         if (first.tokenizer is None) != (other.tokenizer is None):
             raise InputError(f"{first.name} and {other.name}: one has a tokenizer and the other has none")
-        if first.tokenizer is None:
-            if first.config.vocab != other.config.vocab:
-                raise InputError(
-                    f"{first.name} and {other.name} have no tokenizers and differ in vocabulary "
-                    f"({first.config.vocab} and {other.config.vocab}): this fusion needs one tokenizer"
-                )
-            continue
-        ours, theirs = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-        differing = [
-            f"{token!r} is {ours.get(token, 'absent')} and {theirs.get(token, 'absent')}"
-            for token in sorted(ours.keys() | theirs.keys())
-            if ours.get(token) != theirs.get(token)
-        ]
-        if differing:
-            raise grouped_error(
-                f"{first.name} and {other.name} have different tokenizers; this fusion needs one tokenizer",
-                [("tokens with different ids", token) for token in differing],
+        if first.tokenizer is not None:
+            same = same and first.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        elif first.config.vocab != other.config.vocab:
+            raise InputError(
+                f"{first.name} and {other.name} have no tokenizers and differ in vocabulary "
+                f"({first.config.vocab} and {other.config.vocab}): without tokenizers their ids must be the same"
             )
+    return same
+
+
+def device_tables(union: vocabularies.UnionVocabulary) -> decoding.UnionTables:
+    """What the compiled loop reads of a union vocabulary."""
+    spellings = tuple(
+        Spelling(
+            partner=jnp.asarray(union.partner[k]),
+            first=jnp.asarray(union.first(k)),
+            own=jnp.asarray(union.own[k]),
+            ids=jnp.asarray(union.spell_ids[k]),
+            offsets=jnp.asarray(union.spell_offsets[k]),
+        )
+        for k in range(union.members)
+    )
+    return decoding.UnionTables(spellings, jnp.asarray(np.where(union.choosable, union.utf8, -1).astype(np.int8)))
+
+
+def same_tables(vocab: int, members: int) -> decoding.UnionTables:
+    """The tables of members with one tokenizer, for decoding in which some may be skipped."""
+    ids = jnp.arange(vocab, dtype=jnp.int32)
+    spelling = Spelling(ids, ids, ids, ids, jnp.arange(vocab + 1, dtype=jnp.int32))
+    return decoding.UnionTables((spelling,) * members, jnp.zeros((8, vocab), jnp.int8))
+
+
+def _begin(
+    params: Any, ids: Any, mask: Any, seed: Array, spec: decoding.DecodeSpec, active: Array, samples: int
+) -> decoding.DecodeState:
+    key = jax.random.key(seed) if seed.ndim == 0 else jax.vmap(jax.random.key)(seed)
+    state = decoding.prefill(params, ids, mask, key, spec, active)
+    return state if samples == 1 else decoding.repeat_rows(state, spec, samples)
+
+
+def _result(state: decoding.DecodeState) -> decoding.DecodeState:
+    """What the host reads: without caches, which would be copied out of the loop, and keys, which have no host form."""
+    return state._replace(feed=(), row_keys=(), seen=(), prompt_scores=())
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def _decode(
+    params: Any, ids: Any, mask: Any, policy_params: Any, seed: Array, spec: Any, active: Array, samples: int
+) -> decoding.DecodeState:
+    state = _begin(params, ids, mask, seed, spec, active, samples)
+    return _result(decoding.decode_spans(params, state, policy_params, spec))
+
+
+_start = functools.partial(jax.jit, static_argnames="samples")(_begin)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def _advance(
+    params: Any, state: decoding.DecodeState, policy_params: Any, spec: Any, until: Array
+) -> decoding.DecodeState:
+    return decoding.decode_spans(params, state, policy_params, spec, until)
 
 
 @jax.jit
-def _decode(
-    params: Any, ids: Array, mask: Array, policy_params: Any, seed: Array, spec: decoding.DecodeSpec, active: Array
+def _lengthen(
+    state: decoding.DecodeState, old: decoding.DecodeSpec, longer: decoding.DecodeSpec
 ) -> decoding.DecodeState:
-    key = jax.random.key(seed) if seed.ndim == 0 else jax.vmap(jax.random.key)(seed)
-    state = decoding.decode(params, ids, mask, policy_params, key, spec, active)
-    # Returned caches would be copied out of the loop for nobody, and keys have no host form.
-    return state._replace(caches=(), row_keys=())
+    """Room for more steps. Rows that ended stay ended; rows that were full go on."""
+    steps = longer.max_new_tokens - old.max_new_tokens
+    if isinstance(state.feed, Lockstep):
+        caches = tuple(transformer.extend_cache(cache, cache.slots + steps) for cache in state.feed.caches)
+        feed: Any = state.feed._replace(caches=caches)
+        # A row that stopped before the others was fed filling since.
+        whole = state.steps == state.step
+    else:
+        room = longer.member_tokens - old.member_tokens
+        feed = tuple(
+            member._replace(
+                text=jnp.pad(member.text, ((0, 0), (0, room))),
+                cache=transformer.extend_cache(member.cache, member.cache.slots + room),
+            )
+            for member in state.feed
+        )
+        whole = jnp.ones_like(state.done)
+    active = state.steps > 0
+
+    def along(axis: int, by: int) -> Any:
+        return lambda leaf: jnp.pad(leaf, [(0, by) if i == axis else (0, 0) for i in range(leaf.ndim)])
+
+    return state._replace(
+        feed=feed,
+        done=state.ended | ~whole | ~active,
+        tokens=along(1, steps)(state.tokens),
+        trajectory=jax.tree.map(along(0, longer.spans - old.spans), state.trajectory),
+        limits=jnp.full_like(state.limits, longer.max_new_tokens),
+        scores=jax.tree.map(along(1, steps), state.scores),
+        attribution=jax.tree.map(along(1, steps), state.attribution),
+    )
 
 
 class Ensemble:
     """K language models that write one text together.
 
     Args:
-      members: at least one LM; all with the same tokenizer.
-      fusion: a name in `rlae_jax.fusion.operators.OPERATORS`, or a pure function like the ones there.
-      end_ids: ids that end a text; by default every member's own.
+      members: at least one LM. Their tokenizers may differ; then they write over the union of their vocabularies.
+      fusion: a name ("linear", "loglinear", "topk[:k]", "primary[:member]", "proxy[:alpha]"), or a pure function like
+        the ones in `rlae_jax.fusion.operators`.
+      end_ids: ids that end a text; by default every member's own. With different tokenizers one list per member.
 
     Raises:
-      InputError: no members, tokenizers that differ, an unknown operator.
+      InputError: no members, members that cannot write one text, an unknown operator.
     """
 
-    def __init__(
-        self, members: Sequence[LM], fusion: str | FusionOperator = "linear", *, end_ids: Sequence[int] | None = None
-    ):
+    def __init__(self, members: Sequence[LM], fusion: str | FusionOperator = "linear", *, end_ids: Any = None):
         if isinstance(members, LM):
             raise InputError("members must be a list; put a single model in a list")
         if not members:
             raise InputError("an ensemble needs at least one member")
-        check_same_tokenizer(members)
         self.members = tuple(members)
         self.shared: lora.Stack | None = None  # the members' adapters, where they are all of one base
-        self.fusion = get_operator(fusion)
+        self.fusion = get_operator(fusion, len(members))
+        self.union: vocabularies.UnionVocabulary | None = None
+        if not same_tokenizer(members):
+            self._unite(end_ids)
+            return
         ids = [i for lm in members for i in lm.config.end_ids] if end_ids is None else end_ids
         self.end_ids = tuple(sorted(set(ids)))
         vocab = min(lm.config.usable_vocab for lm in members)
         outside = [i for i in self.end_ids if not 0 <= i < vocab]
         if outside and end_ids is not None:
             raise InputError(f"end_ids {outside} lie outside the vocabulary of {vocab}")
+
+    def _unite(self, end_ids: Any) -> None:
+        """The union vocabulary of members with different tokenizers."""
+        names = [lm.name for lm in self.members]
+        for lm in self.members:
+            if lm.config.encoder is not None:
+                raise InputError(f"{lm.name} is an encoder-decoder: it needs members with its own tokenizer")
+        ends = [lm.config.end_ids for lm in self.members] if end_ids is None else end_ids
+        if len(ends) != len(names) or any(isinstance(ids, int | np.integer) for ids in ends):
+            raise InputError(f"end_ids of members with different tokenizers must be {len(names)} lists, one per member")
+        self.union = vocabularies.load_or_build([lm.tokenizer for lm in self.members], names, ends)
+        self.end_ids = tuple(np.flatnonzero(self.union.ends).tolist())
+
+    def _room(self, entries: int) -> int:
+        """The tokens that members get room for by default: what 90% of the entries take at most, at least 2 each."""
+        if self.union is None:
+            return entries
+        kept = self.union.choosable
+        each = max(2, *(int(np.quantile(self.union.lengths(k)[kept], 0.9)) for k in range(len(self.members))))
+        return each * entries + 8
+
+    @functools.cached_property
+    def _tables(self) -> decoding.UnionTables:
+        if self.union is not None:
+            return device_tables(self.union)
+        return same_tables(min(lm.config.usable_vocab for lm in self.members), len(self.members))
 
     @classmethod
     def from_adapters(
@@ -227,9 +342,13 @@ class Ensemble:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         ignore_eos: bool = False,
         sample_weights: bool = False,
         record: bool = False,
+        scores: bool = False,
+        member_tokens: int | None = None,
     ) -> decoding.DecodeSpec:
         """The `DecodeSpec` of this ensemble; see `generate` for the options.
 
@@ -242,8 +361,14 @@ class Ensemble:
             )
         if not 0 <= min_new_tokens <= max_new_tokens:
             raise InputError(f"min_new_tokens must be between 0 and max_new_tokens, not {min_new_tokens}")
+        if member_tokens is not None and member_tokens < 1:
+            raise InputError(f"member_tokens must be at least 1, not {member_tokens}")
+        alone = self.shared is not None or any(lm.config.encoder is not None for lm in self.members)
+        ragged = self.union is not None or (isinstance(policy, Draw) and not alone)
+        if member_tokens is None:
+            member_tokens = self._room(max_new_tokens)
         return decoding.DecodeSpec(
-            sampling=Sampling.create(temperature, top_k, top_p),
+            sampling=Sampling.create(temperature, top_k, top_p, min_p, repetition_penalty),
             min_new_tokens=min_new_tokens,
             members=tuple(lm.config for lm in self.members),
             shared_base=self.shared is not None,
@@ -254,10 +379,14 @@ class Ensemble:
             span_length=span_length,
             max_new_tokens=max_new_tokens,
             end_ids=() if ignore_eos else self.end_ids,
+            scores=scores,
+            union=self._tables if ragged else None,
+            member_tokens=member_tokens if ragged else 0,
         )
 
-    def encode(self, prompts: Sequence[str], *, chat: bool = False) -> list[list[int]]:
-        """Token ids of each prompt; `chat` puts each into the tokenizer's chat template as a user's message.
+    def encode(self, prompts: Sequence[str], *, chat: bool = False) -> list[Row]:
+        """Token ids of each prompt; `chat` puts each into the tokenizer's chat template as a user's message. With
+        different tokenizers each prompt's ids are a tuple, every member's own.
 
         Raises:
           InputError: no prompts, a single string, an empty prompt, no chat template.
@@ -266,20 +395,9 @@ class Ensemble:
             raise InputError("prompts must be a list of strings; put a single prompt in a list")
         if not len(prompts):
             raise InputError("no prompts: give at least one")
-        if chat:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise InputError(f"{self.members[0].name} has no chat template; use chat=False")
-            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            ids = [
-                self.tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=True)["input_ids"]
-                for m in messages
-            ]
-        else:
-            ids = self.tokenizer(list(prompts))["input_ids"]
-        empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
-        if empty:
-            raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
-        return ids
+        if self.union is None:
+            return list(_encode(self.members[0], prompts, chat))
+        return list(zip(*(_encode(lm, prompts, chat) for lm in self.members), strict=True))
 
     @property
     def continues(self) -> bool:
@@ -287,11 +405,13 @@ class Ensemble:
         return self.members[0].config.encoder is None
 
     def decode(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each row's tokens.
+        """The text of each row's tokens, or union entries.
 
         Raises:
           InputError: the members have no tokenizer.
         """
+        if self.union is not None:
+            return [_whole_characters(b"".join(map(self.union.entry_bytes, row))) for row in tokens]
         return decode_texts(self.tokenizer, prompts if self.continues else [()] * len(tokens), tokens)
 
     def _cover(self, prompt: Sequence[int], tokens: list[int], text: str) -> list[int]:
@@ -301,13 +421,13 @@ class Ensemble:
                 return tokens[:n]
         return tokens
 
-    def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
+    def check_ids(self, rows: Sequence[Row]) -> None:
         """Raises an `InputError` for ids that some member's embedding does not have: a lookup would clamp them."""
         vocab = min(lm.config.vocab for lm in self.members)
         outside = [
             ("ids", f"prompt {b} has {i}")
             for b, row in enumerate(rows)
-            if min(row) < 0 or max(row) >= vocab
+            if self.union is None and (min(row) < 0 or max(row) >= vocab)
             for i in row
             if not 0 <= i < vocab
         ]
@@ -321,6 +441,20 @@ class Ensemble:
         if stop and self.members[0].tokenizer is None:
             raise InputError(f"stop strings need a tokenizer, and {self.members[0].name} has none")
         return tuple(stop)
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """The number of tokens of each prompt, of the member that needs most."""
+        if self.union is None:
+            return [len(row) for row in rows]
+        return [max(map(len, row)) for row in rows]
+
+    def pad(self, rows: Sequence[Row]) -> tuple[Any, Any]:
+        """Ids and mask, padded on the left into a bucket; with different tokenizers K of each."""
+        if self.union is None:
+            return pad_rows(rows, bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET))
+        members = [pad_rows(own, bucket(max(map(len, own)), SMALLEST_PROMPT_BUCKET)) for own in zip(*rows, strict=True)]
+        ids, masks = zip(*members, strict=True)
+        return ids, masks
 
     def check_lengths(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         """Raises an `InputError` for prompts that do not fit the context together with the answer."""
@@ -345,18 +479,83 @@ class Ensemble:
                     f"these have {list(self.widths)}"
                 )
             return weights.policy, weights.params, weights.sample
+        if isinstance(weights, str):
+            if weights not in UNTRAINED:
+                raise InputError(f"policy {weights!r} is unknown; known: {', '.join(UNTRAINED)}")
+            weights = UNTRAINED[weights]
         if weights is None:
             return Fixed(), np.full((batch, len(self.members)), 1 / len(self.members), np.float32), False
         if isinstance(weights, Policy):
-            return weights, weights.init(jax.random.key(0), Dims(self.widths, spans)), False
+            if "prompt" in weights.reads and not self.continues:
+                raise InputError(
+                    f"{type(weights).__name__} reads how likely a prompt is; an encoder-decoder cannot say"
+                )
+            params = weights.init(jax.random.key(0), Dims(self.widths, spans))
+            return weights, params, isinstance(weights, Draw)
         return Fixed(), normalise_weights(weights, batch, len(self.members)), False
+
+    def _prepare(
+        self,
+        prompts: Sequence[str] | None,
+        weights: Weights,
+        span_length: int | None,
+        max_new_tokens: int | Sequence[int],
+        *,
+        seed: Any,
+        stop: Sequence[str],
+        chat: bool,
+        prompt_ids: Any,
+        prompt_mask: Any,
+        adapters: AdapterChoice,
+        samples: int,
+        member_tokens: int | None,
+        options: dict[str, Any],
+    ) -> "_Job":
+        """Everything of `generate` before anything is compiled."""
+        if (prompts is None) == (prompt_ids is None):
+            raise InputError("give either prompts or prompt_ids")
+        if samples < 1:
+            raise InputError(f"samples must be at least 1, not {samples}")
+        stop = self.check_stop(stop)
+        if prompts is not None:
+            rows = self.encode(prompts, chat=chat)
+        elif self.union is not None:
+            raise InputError("the members have different tokenizers: give prompts as text")
+        else:
+            rows = list(_rows(prompt_ids, prompt_mask))
+        batch = len(rows)
+        longest, limits = _limits(max_new_tokens, batch)
+        self.check_ids(rows)
+        lengths = self.lengths(rows)
+        self.check_lengths(lengths, longest)
+        if isinstance(weights, str):
+            weights = UNTRAINED.get(weights, weights)
+        if span_length is None:
+            span_length = 1 if isinstance(weights, EVERY_STEP) else DEFAULT_SPAN_LENGTH
+            span_length = weights.span_length if isinstance(weights, BoundPolicy) else span_length
+        if span_length < 1:
+            raise InputError(f"span_length must be at least 1, not {span_length}")
+        policy, policy_params, sample = self.bind(weights, batch, -(-longest // span_length))
+        spec = self.spec(
+            policy=policy,
+            sample_weights=sample,
+            span_length=span_length,
+            max_new_tokens=longest,
+            member_tokens=member_tokens,
+            **options,
+        )
+        if spec.union is not None:  # no member is led beyond what it was made for
+            room = min(spec.member_tokens, self.context - max(lengths))
+            spec = dataclasses.replace(spec, member_tokens=room)
+        spec = dataclasses.replace(spec, limits=limits)
+        return _Job(rows, policy_params, seed, spec, self.params_for(adapters, batch), samples, stop)
 
     def generate(
         self,
         prompts: Sequence[str] | None = None,
         weights: Weights = None,
         span_length: int | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         min_new_tokens: int = 0,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -366,120 +565,349 @@ class Ensemble:
         chat: bool = False,
         ignore_eos: bool = False,
         *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        samples: int = 1,
+        scores: bool = False,
+        keep: bool = False,
+        member_tokens: int | None = None,
         prompt_ids: Int[Array, "B T"] | None = None,
         prompt_mask: Array | None = None,
         adapters: AdapterChoice = None,
     ) -> Generation:
-        """Writes one answer per prompt.
+        """Writes answers to prompts.
+
+        With different tokenizers a step writes one entry of the union vocabulary, and steps, spans, `max_new_tokens`
+        and scores count entries.
 
         Args:
           prompts: texts; or give `prompt_ids` and `prompt_mask` (1 where there is a token, padding on either side).
-          weights: None (uniform), [K], Float[B, K] (each row is scaled to sum to 1), or a policy.
-          span_length: L, the steps for which weights are held; by default the trained policy's own, else 4.
-          temperature: 0 is greedy. Then `top_k` (0: no limit) and `top_p` (1: no limit) apply, in that order.
+          weights: None (uniform), [K], Float[B, K] (each row is scaled to sum to 1), or a policy: a trained one, one of
+            `rlae_jax.fusion.policy`, or a name ("perplexity", "confidence", "consistency", "gate", "draw").
+          span_length: L, the steps for which weights are held; by default the trained policy's own, 1 for policies that
+            decide at every step, else 4.
+          max_new_tokens: the longest answer, or one number per prompt.
           min_new_tokens: no end token before this many.
+          temperature: 0 is greedy. Then `top_k` (0: no limit), `top_p` (1: no limit) and `min_p` (0: no limit) apply,
+            in that order.
           seed: row b draws from fold_in(key(seed), b); or one seed per row.
           stop: strings that end an answer; the text is cut before the first of them.
           chat: put each prompt into the tokenizer's chat template.
           ignore_eos: write max_new_tokens whatever is chosen.
+          repetition_penalty: multiplies the log-probabilities of tokens in the prompt and the answer; 1 is none.
+          samples: answers per prompt, which share its prefill; they follow one another in the result.
+          scores: also return the chosen tokens' log-probabilities, fused and of each member.
+          keep: keep caches on the device, so that `extend` can go on.
+          member_tokens: with different tokenizers, the tokens that any member has room for in an answer; by default per
+            step what 90% of the union's entries take at most. A row ends with "length" before an entry for which some
+            member has no room.
           adapters: for members with several adapters (`LM.with_adapters`), each row's by number or name, or weights
             Float[B, M] of a sum of adapters.
 
         Raises:
           InputError: unusable prompts, weights or options, told before anything is compiled.
         """
-        if (prompts is None) == (prompt_ids is None):
-            raise InputError("give either prompts or prompt_ids")
-        stop = self.check_stop(stop)
-        rows = _rows(prompt_ids, prompt_mask) if prompts is None else self.encode(prompts, chat=chat)
-        self.check_ids(rows)
-        self.check_lengths([len(row) for row in rows], max_new_tokens)
-        if isinstance(weights, BoundPolicy):
-            span_length = weights.span_length if span_length is None else span_length
-        elif isinstance(weights, Confidence):
-            span_length = 1 if span_length is None else span_length
-        span_length = DEFAULT_SPAN_LENGTH if span_length is None else span_length
-
-        batch = len(rows)
-        spec = self.spec(
-            span_length=span_length,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            ignore_eos=ignore_eos,
+        options = {
+            "min_new_tokens": min_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "ignore_eos": ignore_eos,
+            "scores": scores,
+        }
+        job = self._prepare(
+            *(prompts, weights, span_length, max_new_tokens),
+            seed=seed,
+            stop=stop,
+            chat=chat,
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            adapters=adapters,
+            samples=samples,
+            member_tokens=member_tokens,
+            options=options,
         )
-        policy, policy_params, sample = self.bind(weights, batch, spec.spans)
-        spec = dataclasses.replace(spec, policy=policy, sample_weights=sample)
-        state = self.run(rows, policy_params, seed, spec, self.params_for(adapters, batch))
-        return self._collect(rows, state, spec, stop)
+        if not (stop or keep):
+            state = self.run(job.rows, job.policy_params, seed, job.spec, job.params, samples)
+            return self._collect(job, state)
+        on_device: list[decoding.DecodeState] = []
+        *_, state = self._chunks(job, _STOP_STEPS if stop else job.spec.max_new_tokens, on_device)
+        generation = self._collect(job, state)
+        if not keep:
+            return generation
+        return dataclasses.replace(generation, kept=_Kept(job, on_device[-1]))
+
+    def extend(self, generation: Generation, max_new_tokens: int = 64) -> Generation:
+        """Goes on from where answers ended for want of room, without reading anything again.
+
+        The result is what one call with the longer limit gives. Rows that ended otherwise stay as they are; with one
+        tokenizer also those that had a limit of their own. `generation` can be extended once; its result again.
+
+        Raises:
+          InputError: a generation without `keep=True`, or that was extended already; no room in the context.
+        """
+        if generation.kept is None or generation.kept.used:
+            raise InputError("only what generate(keep=True) or extend returned can be extended, and once")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        job, old = generation.kept.job, generation.kept.job.spec
+        longest = old.max_new_tokens + max_new_tokens
+        self.check_lengths(self.lengths(job.rows), longest)
+        room = old.member_tokens
+        if old.union is not None:
+            room = min(room + self._room(max_new_tokens), self.context - max(self.lengths(job.rows)))
+        spec = dataclasses.replace(old, max_new_tokens=longest, member_tokens=room, limits=None)
+        job = dataclasses.replace(job, spec=spec)
+        generation.kept.used = True
+        on_device = [_lengthen(generation.kept.state, old, spec)]
+        *_, state = self._chunks(job, _STOP_STEPS if job.stop else longest, on_device)
+        return dataclasses.replace(self._collect(job, state), kept=_Kept(job, on_device[-1]))
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        weights: Weights = None,
+        span_length: int | None = None,
+        max_new_tokens: int | Sequence[int] = 64,
+        *,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        samples: int = 1,
+        member_tokens: int | None = None,
+        adapters: AdapterChoice = None,
+        **options: Any,
+    ) -> Iterator[list[str]]:
+        """Writes answers as `generate` does, and yields what each of them gains by every span.
+
+        Joined, the pieces are `generate`'s texts: what may still become part of a stop string or of a broken character
+        is held back.
+
+        Args:
+          options: `generate`'s other options.
+
+        Raises:
+          InputError: as `generate`, at the call.
+        """
+        known = ("min_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "ignore_eos")
+        if set(options) - set(known):
+            raise TypeError(f"stream() takes no {', '.join(sorted(set(options) - set(known)))}")
+        self.members[0].require_tokenizer()
+        job = self._prepare(
+            *(prompts, weights, span_length, max_new_tokens),
+            seed=seed,
+            stop=stop,
+            chat=chat,
+            prompt_ids=None,
+            prompt_mask=None,
+            adapters=adapters,
+            samples=samples,
+            member_tokens=member_tokens,
+            options=options,
+        )
+
+        def pieces() -> Iterator[list[str]]:
+            given = [""] * (len(job.rows) * samples)
+            for state in self._chunks(job, job.spec.span_length):
+                generation = self._collect(job, state)
+                ready = [
+                    text if done or reason == "stop" else _settled(text, job.stop)
+                    for text, done, reason in zip(generation.texts, state.done, generation.finish_reasons, strict=True)
+                ]
+                yield [text[len(before) :] for text, before in zip(ready, given, strict=True)]
+                given = ready
+
+        return pieces()
 
     def run(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         policy_params: Any,
         seed: Any,
         spec: decoding.DecodeSpec,
         params: tuple[Any, ...] | None = None,
+        samples: int = 1,
     ) -> decoding.DecodeState:
         """Decodes rows of ids under a spec: pads them into a bucket, calls the compiled loop, cuts the filling off.
 
         Args:
           params: from `params_for`; by default `params`.
+          samples: answers per row, which share its prefill.
 
         Returns a state of host arrays without caches.
 
         Raises:
           InputError: seeds that are neither one integer nor one per row.
         """
+        arguments = self._arguments(rows, policy_params, seed, spec, params, samples)
+        return _rows_of(jax.device_get(_decode(*arguments, samples)), len(rows) * samples)
+
+    def _arguments(
+        self,
+        rows: Sequence[Row],
+        policy_params: Any,
+        seed: Any,
+        spec: Any,
+        params: tuple[Any, ...] | None,
+        samples: int,
+    ) -> tuple[Any, ...]:
+        """What the compiled programs take, with the batch filled up to its bucket."""
         batch = len(rows)
-        ids, mask = pad_rows(rows, bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET))
         filling = bucket(batch) - batch
-        ids, mask = (np.concatenate([array, np.repeat(array[:1], filling, axis=0)]) for array in (ids, mask))
+
+        def fill(array: Any) -> Any:
+            return np.concatenate([array, np.repeat(array[:1], filling, axis=0)])
+
+        if spec.union is not None and self.union is None:  # members with one tokenizer, some of which may be skipped
+            ids, mask = pad_rows(rows, bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET))
+            ids, mask = ((fill(array),) * len(self.members) for array in (ids, mask))  # type: ignore[assignment]
+        else:
+            ids, mask = jax.tree.map(fill, self.pad(rows))
         seed = _seeds(seed, batch)
         if seed.ndim:
-            seed = np.concatenate([seed, np.zeros(filling, np.uint32)])
-        if isinstance(spec.policy, Fixed) and policy_params.shape[0] == batch:
-            policy_params = np.concatenate([policy_params, np.repeat(policy_params[:1], filling, axis=0)])
+            seed = fill(seed)
+        if isinstance(spec.policy, Fixed | Draw) and policy_params.shape[0] == batch:
+            policy_params = np.repeat(fill(np.asarray(policy_params)), samples, axis=0)
+        if spec.limits is not None:
+            spec = dataclasses.replace(spec, limits=fill(spec.limits))
         active = np.arange(batch + filling) < batch
         params = self.params if params is None else params
         if self.shared is None:
             params = tuple(_fill(p, batch, filling) for p in params)
-        state = jax.device_get(_decode(params, ids, mask, policy_params, seed, spec, active))
-        rows_first = state._replace(
-            span=jax.tree.map(lambda leaf: leaf[:batch], state.span),
-            trajectory=jax.tree.map(lambda leaf: leaf[:, :batch], state.trajectory),
-        )
-        return rows_first._replace(
-            **{
-                name: getattr(state, name)[:batch]
-                for name in ("pending", "lengths", "starts", "done", "ended", "steps", "tokens")
-            }
-        )
+        return params, ids, mask, policy_params, seed, spec, active
 
-    def _collect(
-        self,
-        rows: Sequence[Sequence[int]],
-        state: decoding.DecodeState,
-        spec: decoding.DecodeSpec,
-        stop: Sequence[str],
-    ) -> Generation:
-        tokens = [state.tokens[b, : state.steps[b] - int(state.ended[b])].tolist() for b in range(len(rows))]
+    def _chunks(
+        self, job: "_Job", steps: int, on_device: list[decoding.DecodeState] | None = None
+    ) -> Iterator[decoding.DecodeState]:
+        """Decodes `steps` steps at a time and yields the state on the host after each.
+
+        Args:
+          on_device: holds the state to start from, if there is one, and at the end the last state.
+        """
+        params, ids, mask, policy_params, seed, spec, active = self._arguments(
+            job.rows, job.policy_params, job.seed, job.spec, job.params, job.samples
+        )
+        start = functools.partial(_start, params, ids, mask, seed, spec, active, job.samples)
+        state = on_device.pop() if on_device else start()
+        rows = len(job.rows) * job.samples
+        spec = dataclasses.replace(spec, limits=None)  # the state has them
+        until = int(state.step)
+        while True:
+            until += steps
+            state = _advance(params, state, policy_params, spec, np.int32(until))
+            host = _rows_of(jax.device_get(_result(state)), rows)
+            if job.stop:
+                stopped = np.zeros(len(state.done), bool)
+                stopped[:rows] = [reason == "stop" for reason in self._collect(job, host).finish_reasons]
+                state = state._replace(done=state.done | stopped)
+                host = host._replace(done=host.done | stopped[:rows])
+            finished = bool(np.all(host.done))
+            if finished and on_device is not None:
+                on_device.append(state)
+            yield host
+            if finished:
+                return
+
+    def _collect(self, job: "_Job", state: decoding.DecodeState) -> Generation:
+        spec, stop = job.spec, job.stop
+        rows = [row for row in job.rows for _ in range(job.samples)]
+        chosen = [state.tokens[b, : state.steps[b] - int(state.ended[b])].tolist() for b in range(len(rows))]
         first_steps = np.arange(spec.spans) * spec.span_length
         used_bp = first_steps[None] < state.steps[:, None]
         weights = np.where(used_bp[..., None], np.swapaxes(state.trajectory.weights, 0, 1), np.nan)
         reasons = ["stop" if ended else "length" for ended in state.ended]
         texts = None
         if self.members[0].tokenizer is not None:
-            texts = self.decode(rows, tokens)
+            texts = self.decode(rows, chosen)
             if stop:
                 for b, text in enumerate(texts):
                     cuts = [text.index(s) for s in stop if s in text]
                     if cuts:
                         texts[b], reasons[b] = text[: min(cuts)], "stop"
-                        tokens[b] = self._cover(rows[b], tokens[b], texts[b])
-        return Generation(texts, tokens, weights, reasons, state.steps.tolist())
+                        chosen[b] = self._cover(rows[b], chosen[b], texts[b])
+        tokens = chosen
+        if self.union is not None:
+            ids, offsets = self.union.spell_ids[0], self.union.spell_offsets[0]
+            tokens = [[i for e in row for i in ids[offsets[e] : offsets[e + 1]].tolist()] for row in chosen]
+        scores = attribution = None
+        if spec.scores:
+            written = np.arange(spec.max_new_tokens) < state.steps[:, None]
+            scores = np.where(written, state.scores, np.nan)
+            attribution = np.where(written[..., None], state.attribution, np.nan)
+        return Generation(texts, tokens, weights, reasons, state.steps.tolist(), scores, attribution)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """A checked call: what is decoded, and how."""
+
+    rows: list[Row]
+    policy_params: Any
+    seed: Any
+    spec: decoding.DecodeSpec
+    params: tuple[Any, ...]
+    samples: int
+    stop: tuple[str, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class _Kept:
+    """What goes on from where an answer ended; going on uses its state up."""
+
+    job: _Job
+    state: decoding.DecodeState
+    used: bool = False
+
+
+def _rows_of(state: decoding.DecodeState, rows: int) -> decoding.DecodeState:
+    """A state on the host without the filling of its bucket."""
+    whole = {"step": state.step, "trajectory": jax.tree.map(lambda leaf: leaf[:, :rows], state.trajectory)}
+    per_row = {name: value for name, value in state._asdict().items() if name not in whole}
+    return decoding.DecodeState(**whole, **jax.tree.map(lambda leaf: leaf[:rows], per_row))
+
+
+def _limits(max_new_tokens: Any, batch: int) -> tuple[int, Any]:
+    """The longest answer, and each row's own limit if there is one per row."""
+    limits = np.asarray(max_new_tokens)
+    if limits.dtype.kind not in "iu" or limits.shape not in ((), (batch,)):
+        raise InputError(f"max_new_tokens must be a whole number or one per prompt ([{batch}]), not {max_new_tokens}")
+    if np.any(limits < 1):
+        raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    return int(limits.max()), limits.astype(np.int32) if limits.ndim else None
+
+
+def _encode(lm: LM, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """One member's ids of prompts; see `Ensemble.encode`."""
+    tokenizer = lm.require_tokenizer()
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"{lm.name} has no chat template; use chat=False")
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [
+            tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for m in messages
+        ]
+    else:
+        ids = tokenizer(list(prompts))["input_ids"]
+    empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
+    if empty:
+        raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
+    return ids
+
+
+def _whole_characters(data: bytes) -> str:
+    """The text of bytes whose last character may have been cut; all others are whole."""
+    return data.decode("utf-8", errors="ignore")
+
+
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """The part of a text that further tokens cannot change: without the bytes of an unfinished character and without
+    what may be the beginning of a stop string."""
+    text = text.rstrip("\ufffd")
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - held]
 
 
 def _fill(params: Any, batch: int, filling: int) -> Any:

@@ -4,16 +4,22 @@ An operator is a pure function `(log_probs, weights) -> fused`, with log_probs a
 row's log-probabilities under one member), weights Float[B, K] and fused Float[B, V]: log-probabilities up to a constant
 per row, which neither the choice of a token nor a softmax sees. Give `Ensemble` one of the names below or a function of
 your own; it is traced into the decoding loop.
+
+With different tokenizers V is the union vocabulary and a member's log-probability is -inf for entries that it lacks.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from rlae_jax.errors import InputError
 
-FusionOperator = Callable[[tuple[Array, ...], Array], Array]
+FusionOperator = Callable[..., Array]  # (log_probs, weights) -> fused; hashable
 
 
 def linear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B V"]:
@@ -39,17 +45,93 @@ def loglinear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, 
     return sum(terms[1:], terms[0])
 
 
-OPERATORS: dict[str, FusionOperator] = {"linear": linear, "loglinear": loglinear}
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The weighted mean of probabilities over a few candidates: the k most probable tokens of each member with weight
+    (UniTE, arXiv 2410.12777), or of one chosen member.
+
+    A member that lacks a candidate is read through the first token of its spelling. Each member's probabilities are
+    normalised over the candidates.
+    """
+
+    k: int = 10
+    primary: int | None = None  # the only member that names candidates; None: every member with weight
+
+    def __call__(
+        self,
+        log_probs: tuple[Float[Array, "B V"], ...],
+        weights: Float[Array, "B K"],
+        read: tuple[Float[Array, "B V"], ...] | None = None,
+    ) -> Float[Array, "B V"]:
+        """`read` is like `log_probs`, but through first tokens where a member lacks one; by default the same."""
+        candidate = jnp.zeros(log_probs[0].shape, bool)
+        for m, log_p in enumerate(log_probs):
+            if self.primary in (None, m):
+                least = lax.top_k(log_p, min(self.k, log_p.shape[1]))[0][:, -1:]
+                named = (log_p >= least) & jnp.isfinite(log_p)
+                candidate = candidate | (named if self.primary == m else named & (weights[:, m, None] > 0))
+        normalised = []
+        for log_p in log_probs if read is None else read:
+            kept = jnp.where(candidate, log_p, -jnp.inf)
+            total = jax.nn.logsumexp(kept, axis=-1, keepdims=True)
+            # A member that can read no candidate has no say.
+            normalised.append(jnp.where(jnp.isfinite(total), kept - total, -jnp.inf))
+        return linear(tuple(normalised), weights)
 
 
-def get_operator(fusion: str | FusionOperator) -> FusionOperator:
-    """The operator of a name, or the function itself.
+@dataclasses.dataclass(frozen=True)
+class Proxy:
+    """log p_base + alpha (log p_expert - log p_anti-expert) of three members in this order (proxy tuning, Liu et al.,
+    2024, on log-probabilities). Weights are not read. The difference counts where both have the token."""
+
+    alpha: float = 1.0
+
+    def __call__(self, log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B V"]:
+        del weights
+        base, expert, anti = log_probs
+        both = jnp.isfinite(expert) & jnp.isfinite(anti)
+        return base + self.alpha * jnp.where(both, jnp.where(both, expert, 0.0) - jnp.where(both, anti, 0.0), 0.0)
+
+
+def _whole(text: str, name: str, least: int) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise InputError(f"fusion {name}:{text}: expected a whole number of at least {least}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"fusion proxy:{text}: expected a number") from None
+
+
+# Names; some take a number after a colon.
+OPERATORS: dict[str, Any] = {
+    "linear": lambda: linear,
+    "loglinear": lambda: loglinear,
+    "topk": lambda k="10": Candidates(_whole(k, "topk", 1)),
+    "primary": lambda member="0": Candidates(primary=_whole(member, "primary", 0)),
+    "proxy": lambda alpha="1": Proxy(_number(alpha)),
+}
+
+
+def get_operator(fusion: str | FusionOperator, members: int) -> FusionOperator:
+    """The operator of a name ("linear", "loglinear", "topk[:k]", "primary[:member]", "proxy[:alpha]"), or the function
+    itself.
 
     Raises:
-      InputError: an unknown name.
+      InputError: an unknown name, a number it cannot take, or another number of members than it needs.
     """
-    if callable(fusion):
-        return fusion
-    if fusion not in OPERATORS:
-        raise InputError(f"fusion {fusion!r} is unknown; use one of {', '.join(OPERATORS)}, or a pure function")
-    return OPERATORS[fusion]
+    if not isinstance(fusion, str):
+        operator = fusion
+    else:
+        name, *number = fusion.split(":", 1)
+        if name not in OPERATORS or (number and name in ("linear", "loglinear")):
+            raise InputError(f"fusion {fusion!r} is unknown; use one of {', '.join(OPERATORS)}, or a pure function")
+        operator = OPERATORS[name](*number)
+    if isinstance(operator, Proxy) and members != 3:
+        raise InputError(f"proxy needs three members (base, expert, anti-expert), not {members}")
+    if isinstance(operator, Candidates) and operator.primary is not None and operator.primary >= members:
+        raise InputError(f"primary:{operator.primary}: the members are numbered 0 to {members - 1}")
+    return operator

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-OBSERVATION_PARTS = ("hidden", "stats", "span")
+OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt")
 # The columns of Observation.stats.
 STATS = ("entropy", "top_prob", "span_log_prob", "disagreement")
 
@@ -28,6 +28,9 @@ class Observation(NamedTuple):
     hidden: tuple[Float[Array, "B D"], ...]  # each member's last hidden state, which predicts the span's first token
     stats: Any  # Float[B, K, 4]: per member, see STATS
     span: Any  # Int[B]: the span's index p
+    # Float[B, K]: each member's log-probability of the prompt, per token of member 0 (with one tokenizer, minus the
+    # logarithm of its perplexity).
+    prompt: Any = ()
 
 
 class Dims(NamedTuple):
@@ -126,6 +129,115 @@ class Confidence:
         entropies_bk = observation.stats[..., STATS.index("entropy")]
         weights = jax.nn.one_hot(jnp.argmin(entropies_bk, axis=-1), entropies_bk.shape[-1])
         return Deterministic(weights), jnp.zeros(weights.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Weights by how well each member predicts the prompt: softmax(-log perplexity / temperature), held for the whole
+    answer (PackLLM-sim, Mavromatis et al., 2024, arXiv 2404.11531)."""
+
+    temperature: float = 1.0
+    reads: tuple[str, ...] = ("prompt",)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
+        del key, dims
+        return ()
+
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+        del params
+        weights = jax.nn.softmax(observation.prompt / self.temperature, axis=-1)
+        return Deterministic(weights), jnp.zeros(weights.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistency:
+    """Weights by agreement: softmax(-KL(member || uniform mixture) / temperature), so that a member that contradicts
+    the others loses its say (the idea of CoRE, at the level of members)."""
+
+    temperature: float = 0.25
+    reads: tuple[str, ...] = ("stats",)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
+        del key, dims
+        return ()
+
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+        del params
+        disagreement_bk = observation.stats[..., STATS.index("disagreement")]
+        weights = jax.nn.softmax(-disagreement_bk / self.temperature, axis=-1)
+        return Deterministic(weights), jnp.zeros(weights.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """One member writes alone unless its largest probability is below `threshold`; then all write with equal weights
+    (the threshold of GaC, arXiv 2406.12585)."""
+
+    threshold: float = 0.5
+    member: int = 0
+    reads: tuple[str, ...] = ("stats",)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
+        del key, dims
+        return ()
+
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+        del params
+        sure_b = observation.stats[:, self.member, STATS.index("top_prob")] >= self.threshold
+        k = observation.stats.shape[1]
+        alone, together = jnp.arange(k) == self.member, jnp.full((k,), 1 / k)
+        return Deterministic(jnp.where(sure_b[:, None], alone, together)), jnp.zeros(sure_b.shape[0])
+
+
+class OneHot(NamedTuple):
+    """One member, k with probability `probs[b, k]`."""
+
+    probs: Float[Array, "B K"]
+
+    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K"]:
+        log_probs = jnp.broadcast_to(jnp.log(self.probs), (len(keys), self.probs.shape[1]))
+        chosen = jax.vmap(jax.random.categorical)(keys, log_probs)
+        return jax.nn.one_hot(chosen, self.probs.shape[1])
+
+    def mode(self) -> Float[Array, "B K"]:
+        return jax.nn.one_hot(jnp.argmax(self.probs, axis=1), self.probs.shape[1])
+
+    def log_prob(self, weights: Float[Array, "B K"]) -> Float[Array, "B"]:
+        return jnp.log(jnp.sum(self.probs * weights, axis=1))
+
+    def entropy(self) -> Float[Array, "B"]:
+        return jnp.sum(jax.scipy.special.entr(self.probs), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One member per step, drawn with the probability of its weight (ME, arXiv 2605.00419).
+
+    Sampling from the drawn member at temperature 1 is sampling from the linear ensemble, at the cost of one forward: a
+    member that no row has drawn is not run and catches up later. Its parameters are the weights, as those of `Fixed`.
+    """
+
+    reads: tuple[str, ...] = ()
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 K"]:
+        """Uniform probabilities, for any number of rows."""
+        del key
+        return jnp.full((1, dims.members), 1.0 / dims.members)
+
+    def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[OneHot, Float[Array, "B"]]:
+        del observation
+        return OneHot(params), jnp.zeros(params.shape[0])
+
+
+# Policies that need no training, by name; all but the first decide anew at every step.
+UNTRAINED: dict[str, Policy] = {
+    "perplexity": Perplexity(),
+    "confidence": Confidence(),
+    "consistency": Consistency(),
+    "gate": Gate(),
+    "draw": Draw(),
+}
+EVERY_STEP = (Confidence, Consistency, Gate, Draw)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

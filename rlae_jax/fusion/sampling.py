@@ -1,10 +1,11 @@
-"""Choosing one token per row from fused log-probabilities: greedy, temperature, top-k, top-p.
+"""Choosing one token per row from fused log-probabilities: greedy, temperature, top-k, top-p, min-p, penalties.
 
 Sampling is by the Gumbel-max trick with a key per row and position, so that what a row draws depends on nothing else in
 its batch: argmax_v(log p_v / temperature + g_v) with g_v ~ Gumbel(0, 1) is a draw from softmax(log p / temperature).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from rlae_jax.errors import InputError
 class Sampling:
     """How a token is chosen. Make one with `Sampling.create`.
 
-    `temperature` and `top_p` are data, so that sweeping them compiles once; the others shape the program.
+    Numbers are data, so that sweeping them compiles once; the static fields shape the program.
     """
 
     temperature: Float[Array, ""] | float
@@ -27,13 +28,24 @@ class Sampling:
     greedy: bool = dataclasses.field(metadata={"static": True})
     top_k: int = dataclasses.field(metadata={"static": True})  # 0: no limit
     nucleus: bool = dataclasses.field(metadata={"static": True})  # whether top_p < 1
+    min_p: Float[Array, ""] | float = 0.0
+    repetition_penalty: Float[Array, ""] | float = 1.0
+    has_floor: bool = dataclasses.field(default=False, metadata={"static": True})  # whether min_p > 0
+    penalised: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def create(cls, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
-        """Temperature 0 is greedy. The order is temperature, then top-k, then top-p, as in transformers.
+    def create(
+        cls,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
+        """Temperature 0 is greedy. The order is penalty, temperature, top-k, top-p, min-p, as in transformers.
 
         Raises:
-          InputError: a negative temperature or top_k, or top_p outside (0, 1].
+          InputError: a number outside its range.
         """
         if not temperature >= 0 or temperature == float("inf"):
             raise InputError(f"temperature must be at least 0 and finite (0 is greedy), not {temperature}")
@@ -41,9 +53,33 @@ class Sampling:
             raise InputError(f"top_k must be at least 0 (0 is no limit), not {top_k}")
         if not 0 < top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], not {top_p}")
-        if temperature == 0:
-            return cls(1.0, 1.0, greedy=True, top_k=0, nucleus=False)
-        return cls(float(temperature), float(top_p), greedy=False, top_k=top_k, nucleus=top_p < 1)
+        if not 0 <= min_p <= 1:
+            raise InputError(f"min_p must be in [0, 1] (0 is no limit), not {min_p}")
+        if not 0 < repetition_penalty < float("inf"):
+            raise InputError(f"repetition_penalty must be positive and finite (1 is none), not {repetition_penalty}")
+        penalised = repetition_penalty != 1
+        if temperature == 0:  # what is cut off never holds the maximum
+            temperature, top_k, top_p, min_p, greedy = 1.0, 0, 1.0, 0.0, True
+        else:
+            greedy = False
+        return cls(
+            float(temperature),
+            float(top_p),
+            greedy=greedy,
+            top_k=top_k,
+            nucleus=top_p < 1,
+            min_p=float(min_p),
+            repetition_penalty=float(repetition_penalty),
+            has_floor=min_p > 0,
+            penalised=penalised,
+        )
+
+    def penalise(self, log_probs_bv: Float[Array, "B V"], seen_bv: Any) -> Float[Array, "B V"]:
+        """log p times `repetition_penalty` where a token stands in the prompt or the answer (Keskar et al., 2019, on
+        log-probabilities, since the members' logits share no scale)."""
+        if not self.penalised:
+            return log_probs_bv
+        return jnp.where(seen_bv, log_probs_bv * self.repetition_penalty, log_probs_bv)
 
 
 def argmax(scores_bv: Float[Array, "B V"]) -> Int[Array, "B"]:
@@ -57,7 +93,8 @@ def argmax(scores_bv: Float[Array, "B V"]) -> Int[Array, "B"]:
 
 def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """-inf outside the `top_k` largest (ties with the k-th stay) and then outside the nucleus: the fewest most likely
-    tokens whose probability reaches `top_p` (Holtzman et al., 2020)."""
+    tokens whose probability reaches `top_p` (Holtzman et al., 2020), and below `min_p` times the largest probability
+    (Nguyen et al., 2024)."""
     if 0 < sampling.top_k < scaled_bv.shape[-1]:
         smallest = lax.top_k(scaled_bv, sampling.top_k)[0][:, -1:]
         scaled_bv = jnp.where(scaled_bv < smallest, -jnp.inf, scaled_bv)
@@ -68,6 +105,9 @@ def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
         kept = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True)
         smallest = jnp.take_along_axis(descending, jnp.maximum(kept, 1) - 1, axis=-1)
         scaled_bv = jnp.where(scaled_bv < smallest, -jnp.inf, scaled_bv)
+    if sampling.has_floor:
+        floor = jnp.max(scaled_bv, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        scaled_bv = jnp.where(scaled_bv < floor, -jnp.inf, scaled_bv)
     return scaled_bv
 
 

@@ -83,6 +83,50 @@ def attend_cached(
     return lax.platform_dependent(weights_bgms, v_bghs, cpu=per_head, default=together).reshape(b, n, h)
 
 
+def attend_behind(
+    q_bwnh: Array,
+    cache: LayerCache,
+    new: LayerCache,
+    behind_bws: Bool[Array, "B W S"],
+    among_ww: Bool[Array, "W W"],
+    config: ModelConfig,
+    scale: float,
+) -> Float[Array, "B W N H"]:
+    """W queries per row against the cache as it is and their own keys and values, softmax in float32.
+
+    The two parts are not joined: the cache is only read, so that it may be closed over by a branch.
+    """
+    b, w, n, h = q_bwnh.shape
+    g = cache[0].shape[1]
+    precision = config.precision
+    # Queries of one key head lie together: [B, G, W * M, H], M = N / G.
+    q_bgqh = jnp.einsum("bwgmh->bgwmh", (q_bwnh * scale).reshape(b, w, g, n // g, h)).reshape(b, g, -1, h)
+
+    def scores_of(k_bghs: Array, mask_bws: Array) -> Array:
+        scores = jnp.einsum("bgqh,bghs->bgqs", q_bgqh, k_bghs, precision=precision).astype(jnp.float32)
+        scores = _capped(scores, config.attention_cap).reshape(b, g, w, n // g, -1)
+        return jnp.where(mask_bws[:, None, :, None], scores, LOWEST).reshape(b, g, w * (n // g), -1)
+
+    old_scores, new_scores = scores_of(cache[0], behind_bws), scores_of(new[0], among_ww[None])
+    largest = jnp.maximum(jnp.max(old_scores, axis=-1), jnp.max(new_scores, axis=-1))[..., None]
+    old_weights, new_weights = jnp.exp(old_scores - largest), jnp.exp(new_scores - largest)
+    total = jnp.sum(old_weights, axis=-1) + jnp.sum(new_weights, axis=-1)
+
+    def per_query(weights: Array, v: Array) -> Array:
+        # As in `attend_cached`: the CPU compiler vectorises matrix-vector products only.
+        queries = [jnp.einsum("bgs,bghs->bgh", weights[:, :, q], v, precision=precision) for q in range(w * (n // g))]
+        return jnp.stack(queries, axis=2)
+
+    def together(weights: Array, v: Array) -> Array:
+        return jnp.einsum("bgqs,bghs->bgqh", weights, v, precision=precision)
+
+    values = (old_weights.astype(cache[1].dtype), cache[1])
+    out = lax.platform_dependent(*values, cpu=per_query if w * (n // g) <= 8 else together, default=together)
+    out = out + together(new_weights.astype(new[1].dtype), new[1])
+    out = (out / total[..., None].astype(out.dtype)).reshape(b, g, w, n // g, h)
+    return jnp.einsum("bgwmh->bwgmh", out).reshape(b, w, n, h)
+
+
 def cache_layout(k_btgh: Array, v_btgh: Array) -> LayerCache:
     """Keys and values [B, T, G, H] as the cache holds them, [B, G, H, T]."""
     return jnp.einsum("btgh->bght", k_btgh), jnp.einsum("btgh->bght", v_btgh)
@@ -214,6 +258,23 @@ class Attention(nnx.Module):
         if self.window:
             visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1]) > slot - self.window)
         return self.read(x_btd, angles, (keys, values), visible_bs, bias_bns), (keys, values)
+
+    def chunk(
+        self, x_bwd: Array, angles: Angles, cache: LayerCache, behind_bs: Bool[Array, "B S"], slot_b: Array
+    ) -> tuple[Array, LayerCache]:
+        """The next W tokens of every row, the first of which belongs into `slot_b`, against the slots behind it.
+        Returns the output [B, W, D] and the W keys and values, which are not written."""
+        new = cache_layout(*self.keys_values(x_bwd, angles))
+        w = x_bwd.shape[1]
+        behind_bws = jnp.broadcast_to(behind_bs[:, None], (len(x_bwd), w, behind_bs.shape[1]))
+        among = np.tri(w, dtype=bool)
+        if self.window:
+            places_bw1 = (slot_b[:, None] + jnp.arange(w))[..., None]
+            behind_bws = behind_bws & (jnp.arange(behind_bs.shape[1]) > places_bw1 - self.window)
+            among = among & ~np.tri(w, k=-self.window, dtype=bool)
+        q = self._queries(x_bwd, angles)
+        out = attend_behind(q, cache, new, behind_bws, jnp.asarray(among), self.config, self.scale)
+        return self.o(out), new
 
     def read(
         self,

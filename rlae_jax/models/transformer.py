@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.models.attention import (
@@ -119,12 +120,25 @@ class Layer(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         """One token per row, written to `slot`. `source` is the cache of the encoder's states and their mask."""
         out, cache = self.attention.step(self._enter("attention", x), angles, cache, slot, visible_bs, bias)
-        if self.config.parallel_branches:
-            return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x)), cache
+        if self.cross is None or source is None:
+            return self._after_attention(x, out), cache
         x = self._leave("attention", x, out)
-        if self.cross is not None and source is not None:
-            x = self._leave("cross", x, self.cross.read(self._enter("cross", x), angles, *source))
+        x = self._leave("cross", x, self.cross.read(self._enter("cross", x), angles, *source))
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), cache
+
+    def chunk(
+        self, x: Float[Array, "B W D"], angles: Angles, cache: LayerCache, behind_bs: Array, slot_b: Array
+    ) -> tuple[Array, LayerCache]:
+        """The next W tokens of every row; see `Attention.chunk`."""
+        out, new = self.attention.chunk(self._enter("attention", x), angles, cache, behind_bs, slot_b)
+        return self._after_attention(x, out), new
+
+    def _after_attention(self, x: Array, out: Array) -> Array:
+        """The rest of a layer without attention to a source, from its input and what attention gave."""
+        if self.config.parallel_branches:
+            return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x))
+        x = self._leave("attention", x, out)
+        return self._leave("ffn", x, self.ffn(self._enter("ffn", x)))
 
 
 class ScoringHead(nnx.Module):
@@ -276,6 +290,26 @@ class Transformer(nnx.Module):
             new.append(layer_cache)
         return self._finish(x)[:, 0], cache._replace(layers=tuple(new))
 
+    def chunk(
+        self,
+        ids_bw: Int[Array, "B W"],
+        count_b: Int[Array, "B"],
+        position_b: Int[Array, "B"],
+        cache: Cache,
+        behind_bs: Bool[Array, "B S"],
+        slot_b: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+        """Up to W tokens per row; see `decode_chunk`."""
+        positions_bw = position_b[:, None] + jnp.arange(ids_bw.shape[1])
+        angles = self._angles(positions_bw)
+        x = self._embed(self._table, ids_bw, positions_bw)
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, keys_values = layer.chunk(x, angles, cache.layers[i], behind_bs, slot_b)
+            new.append(keys_values)
+        last_b1d = jnp.take_along_axis(x, jnp.maximum(count_b - 1, 0)[:, None, None], axis=1)
+        return self._finish(last_b1d)[:, 0], tuple(new)
+
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The output head, float32."""
         if self.head is None:
@@ -407,6 +441,49 @@ def decode_step(
     return _merge(config, params, adapters).step(ids_b, position_b, cache, slot, visible_bs)
 
 
+def decode_chunk(
+    config: ModelConfig,
+    params: Params,
+    ids_bw: Int[Array, "B W"],
+    count_b: Int[Array, "B"],
+    position_b: Int[Array, "B"],
+    cache: Cache,
+    behind_bs: Bool[Array, "B S"],
+    slot_b: Int[Array, "B"],
+    adapters: Adapters | None = None,
+) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+    """Feeds the first `count_b` of W tokens of every row, which begin at `position_b` and see the slots `behind_bs`.
+
+    The cache is only read. Returns the state of each row's last token and the W keys and values of every layer
+    [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on. What lies beyond a row's count is filling.
+    """
+    return _merge(config, params, adapters).chunk(ids_bw, count_b, position_b, cache, behind_bs, slot_b)
+
+
+# Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
+_UNROLLED_ROWS = 16
+
+
+def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, "B"]) -> Cache:
+    """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
+    the end would move back and overwrite others."""
+
+    def write(b: Any, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+        def one(cached: Array, values: Array) -> Array:
+            row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
+            return lax.dynamic_update_slice(cached, row, (b, 0, 0, slot_b[b]))
+
+        return jax.tree.map(one, layers, new)
+
+    rows = len(slot_b)
+    if rows > _UNROLLED_ROWS:
+        return cache._replace(layers=lax.fori_loop(0, rows, write, cache.layers))
+    layers = cache.layers
+    for b in range(rows):
+        layers = write(b, layers)
+    return cache._replace(layers=layers)
+
+
 def output_head(
     config: ModelConfig, params: Params, hidden: Float[Array, "*B D"], adapters: Adapters | None = None
 ) -> Float[Array, "*B V"]:
@@ -454,7 +531,7 @@ def target_log_probs(
     pad = groups * c - t
     hidden = jnp.pad(hidden_btd, ((0, 0), (0, pad), (0, 0))).reshape(b, groups, c, d)
     targets = jnp.pad(targets_bt, ((0, 0), (0, pad))).reshape(b, groups, c)
-    log_probs = jax.lax.map(
+    log_probs = lax.map(
         lambda group: jax.checkpoint(of_positions)(*group), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
     )
     return jnp.moveaxis(log_probs, 0, 1).reshape(b, groups * c)[:, :t]

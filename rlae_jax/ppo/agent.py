@@ -60,6 +60,8 @@ class PPOAgent:
             inputs += dims.members * config.projection
         if "stats" in config.reads:
             inputs += dims.members * len(STATS)
+        if "prompt" in config.reads:
+            inputs += dims.members
         if "span" in config.reads:
             params["span_embedding"] = jax.random.normal(keys[0], (dims.spans, config.span_embedding)) * 0.1
             inputs += config.span_embedding
@@ -78,6 +80,8 @@ class PPOAgent:
                 parts.append(normed @ params["projections"][f"member_{k}"])
         if "stats" in self.reads:
             parts.append(observation.stats.reshape(observation.stats.shape[0], -1))
+        if "prompt" in self.reads:
+            parts.append(observation.prompt)
         if "span" in self.reads:
             # Answers longer than in training reuse the last span's embedding.
             last = params["span_embedding"].shape[0] - 1

@@ -57,8 +57,8 @@ class _Samples(NamedTuple):
 class Batch(NamedTuple):
     """Prompts and reference tokens of one iteration."""
 
-    ids: Int[Array | np.ndarray, "B T"]
-    mask: Int[Array | np.ndarray, "B T"]
+    ids: Any  # Int[B, T]; with different tokenizers K of them, as `decode` takes them
+    mask: Any
     references: Int[Array | np.ndarray, "B R"]
     reference_lengths: Int[Array | np.ndarray, "B"]
 

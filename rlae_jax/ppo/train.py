@@ -29,7 +29,7 @@ from rlae_jax.checkpoint import Checkpoints
 from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.fusion.decode import DecodeSpec, DecodeState
-from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, pad_rows
+from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.metrics import MetricsLog
 from rlae_jax.ppo import iteration as ppo
@@ -37,6 +37,7 @@ from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks import Examples, Task
 
 CONFIG_FILE = "config.json"
+UNION_FILE = "union.npz"  # of members with different tokenizers
 _EVALUATION_ROWS = 256
 
 
@@ -124,13 +125,14 @@ class _Prompts:
     """A split, tokenised once."""
 
     examples: Examples
-    ids: list[list[int]]
+    ensemble: Ensemble
+    ids: list[Any]  # rows as `Ensemble.encode` gives them
     references: list[list[int]]  # empty lists where the reward is computed from text
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> ppo.Batch:
         prompts = [self.ids[i] for i in rows]
         references = [self.references[i] for i in rows]
-        ids, mask = pad_rows(prompts, bucket(max(map(len, prompts)), SMALLEST_PROMPT_BUCKET))
+        ids, mask = self.ensemble.pad(prompts)
         lengths = np.array([len(reference) for reference in references], np.int32)
         padded = np.zeros((len(references), max(int(lengths.max()), 1)), np.int32)
         for b, reference in enumerate(references):
@@ -143,11 +145,16 @@ def _prepare(ensemble: Ensemble, task: Task, split: str, limit: int | None, max_
     if limit is not None:
         examples = examples.take(limit)
     ids = ensemble.encode(examples.prompts)
-    ensemble.check_lengths([len(row) for row in ids], max_new_tokens)
+    ensemble.check_lengths(ensemble.lengths(ids), max_new_tokens)
     references: list[list[int]] = [[] for _ in ids]
-    if task.token_reward:
+    if rewards_tokens(ensemble, task):
         references = ensemble.tokenizer(list(examples.references), add_special_tokens=False)["input_ids"]
-    return _Prompts(examples, ids, references)
+    return _Prompts(examples, ensemble, ids, references)
+
+
+def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
+    """Whether rewards are computed from ids on the device. With different tokenizers a text has many spellings."""
+    return task.token_reward and ensemble.union is None
 
 
 def score_texts(task: Task, texts: Sequence[str], references: Sequence[str]) -> Float[np.ndarray, "B"]:
@@ -217,6 +224,8 @@ def train(
     prompts = _prepare(ensemble, task, "train", None, max_new_tokens)
     dev = _prepare(ensemble, task, "dev", config.eval_prompts, max_new_tokens)
     claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
+    if ensemble.union is not None:
+        ensemble.union.save(out / UNION_FILE)
 
     state = ppo.init_learner(jax.random.key(config.seed), spec.policy, spec.dims, config)
     # What compiled programs depend on; the rest may change without compiling again.
@@ -234,7 +243,7 @@ def train(
                 started = time.perf_counter()
                 rows = epoch_rows(len(prompts.ids), config.prompts, config.seed, iteration)
                 batch = prompts.batch(rows)
-                if task.token_reward:
+                if rewards_tokens(ensemble, task):
                     state, metrics = ppo.iterate(state, ensemble.params, batch, seed, spec, static)
                 else:
                     experience = ppo.rollout_for_text(

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlae_jax.fusion.policy import OBSERVATION_PARTS
-
 
 class SoftmaxNoise(NamedTuple):
     """softmax(logits + Gumbel noise); its mode is softmax(logits)."""
@@ -33,7 +31,7 @@ class SoftmaxNoise(NamedTuple):
 class Reader:
     """Scores each member by a fixed linear function of everything in the observation."""
 
-    reads: tuple[str, ...] = OBSERVATION_PARTS
+    reads: tuple[str, ...] = ("hidden", "stats", "span")
 
     def init(self, key, dims):
         rng = np.random.default_rng(int(jax.random.key_data(key)[-1]))

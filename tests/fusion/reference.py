@@ -59,11 +59,11 @@ def truncate(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     return out
 
 
-def read(lm: LM, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def read(lm: LM, ids: Sequence[int], width: int = WIDTH) -> tuple[np.ndarray, np.ndarray]:
     """(last hidden state, log-probabilities of the next token) after `ids`."""
-    padded = np.zeros((1, WIDTH), np.int32)
+    padded = np.zeros((1, width), np.int32)
     padded[0, : len(ids)] = ids
-    mask = (np.arange(WIDTH) < len(ids)).astype(np.int32)[None]
+    mask = (np.arange(width) < len(ids)).astype(np.int32)[None]
     hidden = np.asarray(lm.hidden(padded, mask), np.float64)[0, len(ids) - 1]
     logits = np.asarray(lm.logits(padded, mask), np.float64)[0, len(ids) - 1]
     return hidden, log_softmax(logits)

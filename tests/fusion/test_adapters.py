@@ -18,6 +18,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion import ensemble as ensemble_module
+from rlae_jax.fusion import feed
 from rlae_jax.fusion.ensemble import pad_rows
 from rlae_jax.fusion.policy import Confidence, Dims
 from tests.adapters import EVERY_LAYER, add_by_hand, random_adapter
@@ -281,16 +282,16 @@ class TestPrograms:
         spec = ensemble.spec(max_new_tokens=2)
         ids, mask = batch_of(6)
         read: list[tuple[int, ...]] = []
-        original = decoding.transformer.read_prompt
+        original = feed.transformer.read_prompt
 
         def spy(config, params, ids, *rest):
             read.append(ids.shape)
             return original(config, params, ids, *rest)
 
-        monkeypatch.setattr(decoding.transformer, "read_prompt", spy)
+        monkeypatch.setattr(feed.transformer, "read_prompt", spy)
         caches = []
         for tokens in (2048, 14):
-            monkeypatch.setattr(decoding, "_PREFILL_TOKENS", tokens)
+            monkeypatch.setattr(feed, "_PREFILL_TOKENS", tokens)
             run = jax.jit(lambda *args: decoding.prefill(*args, jax.random.key(0), spec).caches)
             caches.append(run(params, ids, mask))
         rows = 6 * len(ensemble.members)

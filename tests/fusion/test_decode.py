@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.fusion.decode import decode_spans, left_align_padding, prefill, row_keys
+from rlae_jax.fusion.decode import decode_spans, prefill, row_keys
 from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion.feed import left_align_padding
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
 from tests.fusion import reference
 from tests.fusion.policies import Reader

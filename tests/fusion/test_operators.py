@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rlae_jax.fusion.operators import OPERATORS, get_operator, linear, loglinear
+from rlae_jax.fusion.operators import Candidates, Proxy, get_operator, linear, loglinear
 from tests.fusion import reference
 
 B, K, V = 3, 4, 11
+OPERATORS = {"linear": linear, "loglinear": loglinear}
 
 
 def random_inputs(seed, spread=3.0):
@@ -88,7 +89,63 @@ def test_the_order_of_members_does_not_matter_and_linear_stays_between_them(scor
     assert np.all(fused >= stacked.min(axis=0) - 1e-4)
 
 
+@pytest.mark.parametrize("primary", [None, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_candidates_equal_the_plain_sum(primary, seed):
+    """Also where a member reads some of them through another token's probability."""
+    log_probs, weights = random_inputs(seed)
+    weights[0] = [0.5, 0.0, 0.5, 0.0]
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, V, (K, V))
+    own = tuple(jnp.where(jnp.asarray(first[m] % 4 == 0), -jnp.inf, log_p) for m, log_p in enumerate(log_probs))
+    read = tuple(
+        jnp.where(jnp.isfinite(mine), mine, log_p[:, first[m]])
+        for m, (mine, log_p) in enumerate(zip(own, log_probs, strict=True))
+    )
+    fused = np.asarray(Candidates(3, primary)(own, jnp.asarray(weights), read))
+    for b in range(B):
+        named = set()
+        for m in range(K):
+            if m == primary or (primary is None and weights[b, m] > 0):
+                named |= set(np.argsort(-np.asarray(own[m][b]))[:3].tolist())
+        total = np.zeros(V)
+        for m in range(K):
+            p = np.zeros(V)
+            p[list(named)] = np.exp(np.asarray(read[m][b], np.float64))[list(named)]
+            total += weights[b, m] * p / p.sum()
+        np.testing.assert_allclose(np.exp(fused[b]), total, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("member", range(K))
+def test_one_hot_weights_choose_the_members_own_best_candidate(member):
+    """Nobody else's candidates tie with it through their first tokens."""
+    log_probs, _ = random_inputs(5)
+    weights = jnp.tile(jax.nn.one_hot(member, K), (B, 1))
+    read = tuple(jnp.broadcast_to(jnp.max(log_p, axis=1, keepdims=True), log_p.shape) for log_p in log_probs)
+    read = tuple(log_p if m == member else r for m, (log_p, r) in enumerate(zip(log_probs, read, strict=True)))
+    fused = Candidates(2)(log_probs, weights, read)
+    np.testing.assert_array_equal(jnp.argmax(fused, axis=1), jnp.argmax(log_probs[member], axis=1))
+    assert np.all(np.isfinite(fused).sum(axis=1) == 2)
+
+
+def test_proxy():
+    base, expert, anti = (jnp.log(jnp.array([row])) for row in ([0.5, 0.3, 0.2, 0], [0.1, 0.9, 0, 0], [0.4, 0.6, 0, 0]))
+    fused = normalised(Proxy(0.5)((base, expert, anti), None))
+    expected = np.array([0.5 * (0.1 / 0.4) ** 0.5, 0.3 * (0.9 / 0.6) ** 0.5, 0.2, 0])
+    np.testing.assert_allclose(np.exp(fused[0]), expected / expected.sum(), rtol=1e-5)
+
+
 def test_get_operator(raises_input_error):
-    assert get_operator("linear") is linear
-    assert get_operator(loglinear) is loglinear
-    raises_input_error(lambda: get_operator("mean"), "'mean'", "linear", "loglinear")
+    assert get_operator("linear", 2) is linear
+    assert get_operator(loglinear, 2) is loglinear
+    assert get_operator("topk:3", 2) == Candidates(3)
+    assert get_operator("topk", 2) == Candidates(10)
+    assert get_operator("primary:1", 2) == Candidates(primary=1)
+    assert get_operator("proxy:-0.5", 3) == Proxy(-0.5)
+    raises_input_error(lambda: get_operator("mean", 2), "'mean'", "linear", "loglinear", "topk")
+    raises_input_error(lambda: get_operator("linear:2", 2), "'linear:2'")
+    raises_input_error(lambda: get_operator("topk:0", 2), "topk:0", "at least 1")
+    raises_input_error(lambda: get_operator("topk:many", 2), "topk:many", "whole number")
+    raises_input_error(lambda: get_operator("primary:2", 2), "numbered 0 to 1")
+    raises_input_error(lambda: get_operator("proxy", 2), "three members")
+    raises_input_error(lambda: get_operator("proxy:x", 3), "expected a number")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from rlae_jax.fusion.operators import OPERATORS
+from rlae_jax.fusion.operators import get_operator
 from rlae_jax.fusion.sampling import Sampling, argmax, choose_token, truncate
 from tests.fusion import reference
 
@@ -87,7 +87,7 @@ def draws(fused, sampling, n, seed=0):
     return np.asarray(choose_token(jnp.tile(fused, (n, 1)), keys, jnp.int32(5), sampling))
 
 
-@pytest.mark.parametrize("fusion", OPERATORS)
+@pytest.mark.parametrize("fusion", ["linear", "loglinear"])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 5, 1.0), (1.0, 6, 0.9), (1.3, 0, 0.7)]
 )
@@ -100,7 +100,7 @@ def test_frequencies_match_the_fused_distribution(fusion, temperature, top_k, to
 
     n = 4000
     members = tuple(jnp.asarray(log_p, jnp.float32)[None] for log_p in log_probs)
-    ours = OPERATORS[fusion](members, jnp.asarray(weights, jnp.float32)[None])
+    ours = get_operator(fusion, 2)(members, jnp.asarray(weights, jnp.float32)[None])
     counts = np.bincount(draws(ours, Sampling.create(temperature, top_k, top_p), n), minlength=8)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0

@@ -70,6 +70,56 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
         np.testing.assert_allclose(hidden, whole[:, slot], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tied_head": True, "heads": 6, "kv_heads": 3, "head_width": 6, "layers": 1},
+        {"local_layers": (0,), "window": 3, "attention_cap": 2.0},
+        {"parallel_branches": True, "rope": None, "learned_positions": 40, "layers": 2},
+    ],
+    ids=["grouped", "tied", "window", "parallel"],
+)
+def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
+    """Rows take 0 to W tokens at a time; what lies beyond a row's count is garbage and changes nothing."""
+    lm = make_lm(4, **fields)
+    batch, t, total, w = 3, 4, 16, 3
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, lm.config.vocab, (batch, total))
+    starts = np.array([0, 2, 1])
+    mask = (np.arange(total) >= starts[:, None]).astype(int)
+    whole = np.asarray(lm.hidden(ids, mask))
+    cache = jax.jit(transformer.forward, static_argnums=0)(lm.config, lm.params, ids[:, :t], mask[:, :t])[1]
+    cache = transformer.extend_cache(cache, total + w)
+    chunk = jax.jit(transformer.decode_chunk, static_argnums=0)
+    write = jax.jit(transformer.write_chunk)
+    slots, filled = np.arange(total + w), np.full(batch, t)
+    while np.any(filled < total):
+        count = np.minimum(rng.integers(0, w + 1, batch), total - filled)
+        places = filled[:, None] + np.arange(w)
+        chosen = np.take_along_axis(np.pad(ids, ((0, 0), (0, w))), places, axis=1)
+        chosen = np.where(np.arange(w) < count[:, None], chosen, 7)
+        behind = (slots >= starts[:, None]) & (slots < filled[:, None])
+        hidden, new = chunk(lm.config, lm.params, chosen, count, filled - starts, cache, behind, filled)
+        cache = write(cache, new, filled)
+        filled = filled + count
+        for b in np.flatnonzero(count):
+            np.testing.assert_allclose(hidden[b], whole[b, filled[b] - 1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 17])
+def test_chunks_are_written_at_each_rows_own_slot(make_lm, rows):
+    cache = transformer.Cache(((jnp.zeros((rows, 1, 2, 9)), jnp.zeros((rows, 1, 2, 9))),))
+    new = ((jnp.ones((rows, 1, 2, 3)), 2 * jnp.ones((rows, 1, 2, 3))),)
+    slots = np.arange(rows) % 7
+    expected = np.zeros((rows, 1, 2, 9))
+    for b, slot in enumerate(slots):
+        expected[b, ..., slot : slot + 3] = 1
+    ((keys, values),) = transformer.write_chunk(cache, new, jnp.asarray(slots)).layers
+    np.testing.assert_array_equal(keys, expected)
+    np.testing.assert_array_equal(values, 2 * expected)
+
+
 def test_positions_count_the_tokens_before():
     mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 0, 1]])
     positions = np.asarray(transformer.positions(mask))

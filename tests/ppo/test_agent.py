@@ -22,6 +22,7 @@ def observe(batch=7, seed=0, spans=3, scale=1.0):
         hidden=tuple(jnp.asarray(rng.normal(0, scale, (batch, width)), jnp.float32) for width in DIMS.widths),
         stats=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members, len(STATS))), jnp.float32),
         span=jnp.asarray(rng.integers(0, spans, batch), jnp.int32),
+        prompt=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members)), jnp.float32),
     )
 
 
@@ -126,7 +127,7 @@ def test_equal_settings_share_compiled_programs():
 
 
 class TestSettings:
-    @pytest.mark.parametrize("reads", [(), ("hiden",), ("stats", "prompt")], ids=str)
+    @pytest.mark.parametrize("reads", [(), ("hiden",), ("stats", "text")], ids=str)
     def test_reads_must_name_parts(self, reads, raises_input_error):
         raises_input_error(lambda: AgentConfig(reads=reads), "hidden, stats, span")
 
