@@ -2,7 +2,7 @@
 
     python examples/two_models.py DIR_A DIR_B "Once upon a time"
 
-The directories hold Llama-architecture models with one tokenizer in common.
+The directories hold language models; their tokenizers may differ.
 """
 
 import dataclasses

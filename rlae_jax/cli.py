@@ -1,4 +1,4 @@
-"""The commands: `rlae-jax demo | generate | train | evaluate`. Parses, calls the library, prints.
+"""The commands: `rlae-jax demo | generate | train | evaluate | inspect`. Parses, calls the library, prints.
 
 A command bears the name of the library function behind it, which it therefore imports inside.
 """
@@ -18,13 +18,15 @@ from tyro.conf import arg
 from rlae_jax.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
-    from rlae_jax.fusion.ensemble import Ensemble
+    from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights
     from rlae_jax.tasks import Task
 
 CACHE_VARIABLE = "RLAE_JAX_COMPILATION_CACHE"
 Models = Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]
 Adapters = Annotated[tuple[str, ...], arg(metavar="ADAPTER [ADAPTER ...]")]
+EndIds = Annotated[tuple[str, ...], arg(metavar="IDS [IDS ...]")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+INSPECTED_TOKENS = 1024  # or the shortest context
 
 
 def _turn_on_compilation_cache() -> None:
@@ -39,17 +41,46 @@ def _turn_on_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _load_ensemble(models: tuple[str, ...], adapters: tuple[str, ...], fusion: str, dtype: str) -> "Ensemble":
-    from rlae_jax.fusion.ensemble import Ensemble
+def _read_end_ids(end_ids: tuple[str, ...], members: int) -> list[list[int]] | None:
+    """--end-ids as lists of ids; None where there are none.
+
+    Raises:
+      InputError: what is no id; neither one list nor one per member.
+    """
+    if not end_ids:
+        return None
+    lists = []
+    for text in end_ids:
+        if not all(part.isdecimal() for part in text.split(",")):
+            raise InputError(f"--end-ids {text!r}: expected ids with commas between them, such as 50256 or 1,2")
+        lists.append([int(part) for part in text.split(",")])
+    if len(lists) not in (1, members):
+        raise InputError(
+            f"--end-ids: {len(lists)} lists for {members} members; give one per member, such as "
+            f"--end-ids {' '.join(['1,2', *['0'] * (members - 1)])}"
+        )
+    return lists
+
+
+def _load_ensemble(
+    models: tuple[str, ...], adapters: tuple[str, ...], fusion: str, dtype: str, end_ids: tuple[str, ...] = ()
+) -> "Ensemble":
+    from rlae_jax.fusion.ensemble import Ensemble, same_tokenizer
+    from rlae_jax.fusion.operators import get_operator
     from rlae_jax.models import load
 
     if not models:
         raise InputError("no models: give at least one directory or Hub id with --models")
-    if not adapters:
-        return Ensemble([load(model, dtype=dtype) for model in models], fusion)
-    if len(models) > 1:
+    if adapters and len(models) > 1:
         raise InputError(f"--adapters needs one base model, not {len(models)}")
-    return Ensemble.from_adapters(load(models[0], dtype=dtype), adapters, fusion)
+    count = len(adapters or models)
+    lists = _read_end_ids(end_ids, count)
+    get_operator(fusion, count)  # tells now, not after reading gigabytes
+    of_all = None if lists is None else [i for ids in lists for i in ids]
+    if adapters:
+        return Ensemble.from_adapters(load(models[0], dtype=dtype), adapters, fusion, end_ids=of_all)
+    members = [load(model, dtype=dtype) for model in models]
+    return Ensemble(members, fusion, end_ids=of_all if same_tokenizer(members) else lists)
 
 
 def _load_task(
@@ -83,79 +114,172 @@ def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -
     run_demo(seed, out, QUICK if quick else DemoSettings())
 
 
+def _choose_weights(weights: tuple[float, ...] | None, policy: str | None) -> "Weights":
+    from rlae_jax.fusion.policy import UNTRAINED
+    from rlae_jax.ppo.train import load_policy
+
+    if weights is not None and policy is not None:
+        raise InputError("give either --weights or --policy")
+    if policy is None:
+        return None if weights is None else list(weights)
+    if policy in UNTRAINED and not Path(policy).is_dir():
+        return policy
+    if not Path(policy).is_dir():
+        raise InputError(f"{policy} is not a run directory, and no policy either; known: {', '.join(UNTRAINED)}")
+    return load_policy(policy)
+
+
+def _say_where_a_member_was_full(
+    ensemble: "Ensemble",
+    generation: "Generation",
+    prompts: list[str],
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    member_tokens: int | None,
+) -> None:
+    """A hint on standard error if answers ended before their longest length for want of room."""
+    ends = zip(generation.finish_reasons, generation.steps, strict=True)
+    early = sum(reason == "length" and steps < max_new_tokens for reason, steps in ends)
+    if not early:
+        return
+    room = ensemble.spec(max_new_tokens=max_new_tokens, member_tokens=member_tokens).member_tokens
+    room = room if member_tokens is None else member_tokens
+    allowed = ensemble.context - max(ensemble.lengths(ensemble.encode(prompts, chat=chat)))
+    way_out = f"--member-tokens gives them more, up to {allowed}"
+    if room >= allowed:
+        way_out = f"the shortest context, of {ensemble.context} tokens, allows no more"
+    print(
+        f"hint: {early} of {len(generation.steps)} answers ended before {max_new_tokens} steps, because the next entry "
+        f"did not fit into the {min(room, allowed)} tokens that each member has for an answer; {way_out}",
+        file=sys.stderr,
+    )
+
+
+def _scores_line(generation: "Generation", names: list[str], row: int) -> str:
+    assert generation.scores is not None
+    assert generation.attribution is not None
+    steps = generation.steps[row]
+    if not steps:
+        return "  mean log-probability: nothing was written"
+    fused, members = generation.scores[row, :steps].mean(), generation.attribution[row, :steps].mean(axis=0)
+    each = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(names, members, strict=True))
+    return f"  mean log-probability: {fused:.3f} ({each})"
+
+
 def generate(
     *,
     models: Models,
     prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")],
     weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
-    policy: Path | None = None,
+    policy: Annotated[str | None, arg(metavar="RUN|NAME")] = None,
     adapters: Adapters = (),
-    fusion: Literal["linear", "loglinear"] = "linear",
+    fusion: Annotated[str, arg(metavar="NAME")] = "linear",
     max_new_tokens: int = 64,
     min_new_tokens: int = 0,
+    member_tokens: int | None = None,
     span_length: int | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    samples: int = 1,
     seed: int = 0,
     stop: tuple[str, ...] = (),
+    end_ids: EndIds = (),
     chat: bool = False,
     ignore_eos: bool = False,
     dtype: Dtype = "float32",
+    stream: bool = False,
     show_weights: bool = False,
+    scores: bool = False,
 ) -> None:
     """Let several language models write one answer together.
 
+    Models with different tokenizers write over the union of their vocabularies. Then steps, spans and --max-new-tokens
+    count entries of that union: tokens of any of them. `rlae-jax inspect` says how well models fit together.
+
     Args:
-        models: Hugging Face directories or Hub ids (org/name), with one tokenizer in common.
+        models: Hugging Face directories or Hub ids (org/name).
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         prompt: one or more prompts; each is answered.
         weights: one per model, e.g. 1 2 (scaled to sum to 1). Default: equal weights.
-        policy: a run directory whose trained agent sets the weights, span by span.
-        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
-        max_new_tokens: the longest answer.
-        min_new_tokens: no end before this many tokens.
+        policy: a run directory whose trained agent sets the weights, span by span; or a policy that needs no training:
+            perplexity (of the prompt), confidence (the most certain member), consistency (agreement with the others),
+            gate (the first member alone where it is certain), draw (one member per step).
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities, topk[:k] = linear over
+            each member's k (10) best tokens, primary[:member] = over the best of one member (0), proxy[:alpha] = the
+            first of three members + alpha (1) * (second - third), in log-probabilities.
+        max_new_tokens: the longest answer, in tokens or, with different tokenizers, in entries of the union vocabulary.
+        min_new_tokens: no end before this many.
+        member_tokens: with different tokenizers, how many of its own tokens any member has room for in an answer.
+            Default: ample for nearly all entries; a hint says when it was too few.
         span_length: steps for which weights are held. Default: the policy's own, else 4.
         temperature: 0 always takes the most probable token.
         top_k: sample among the k most probable tokens only; 0 is no limit.
         top_p: sample within the smallest set of tokens with this probability.
+        min_p: sample only tokens at least this often as probable as the most probable one.
+        repetition_penalty: multiplies the log-probabilities of tokens that came already; 1 is none.
+        samples: answers per prompt.
         seed: of the sampling.
         stop: strings that end an answer.
+        end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         chat: put each prompt into the tokenizer's chat template.
         ignore_eos: go on after the end token.
         dtype: of the parameters.
+        stream: print the answer span by span, while it is written; for one prompt and one sample.
         show_weights: print the weights of each span under each answer.
+        scores: print under each answer the mean log-probability of what was chosen, together and of each member.
     """
-    from rlae_jax.ppo.train import load_policy
-
-    if weights is not None and policy is not None:
-        raise InputError("give either --weights or --policy")
     if not prompt:
         raise InputError("no prompts: give at least one with --prompt")
-    chosen: Any = list(weights) if weights is not None else load_policy(policy) if policy is not None else None
-    ensemble = _load_ensemble(models, adapters, fusion, dtype)
-    generation = ensemble.generate(
-        list(prompt),
-        chosen,
-        span_length=span_length,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        chat=chat,
-        ignore_eos=ignore_eos,
-    )
-    names = ", ".join(lm.name for lm in ensemble.members)
+    if stream and (len(prompt) > 1 or samples > 1):
+        raise InputError(f"--stream needs one prompt and one sample, not {len(prompt)} and {samples}")
+    if stream and (show_weights or scores):
+        raise InputError("--stream prints text only; leave out --show-weights and --scores, or --stream")
+    chosen = _choose_weights(weights, policy)
+    ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
+    options: dict[str, Any] = {
+        "span_length": span_length,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "member_tokens": member_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "samples": samples,
+        "seed": seed,
+        "stop": stop,
+        "chat": chat,
+        "ignore_eos": ignore_eos,
+    }
+    if stream:
+        pieces = ensemble.stream(list(prompt), chosen, **options)
+        print(prompt[0] if ensemble.continues else "", end="", flush=True)
+        for (piece,) in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    generation = ensemble.generate(list(prompt), chosen, scores=scores, **options)
+    names = [lm.name for lm in ensemble.members]
     for b, text in enumerate(generation.texts):
-        print(f"{prompt[b]}{text}" if ensemble.continues else text)
+        print(f"{prompt[b // samples]}{text}" if ensemble.continues else text)
+        if scores:
+            print(_scores_line(generation, names, b))
         if show_weights:
-            print(f"  weights of {names}:")
+            print(f"  weights of {', '.join(names)}:")
             for p, row in enumerate(generation.weights[b]):
                 if row[0] == row[0]:
                     print(f"    span {p + 1}: " + " ".join(f"{weight:.3f}" for weight in row))
+    _say_where_a_member_was_full(
+        *(ensemble, generation, list(prompt)),
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        member_tokens=member_tokens,
+    )
 
 
 def train(
@@ -181,6 +305,7 @@ def train(
     resume: bool = False,
     adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
+    end_ids: EndIds = (),
     dtype: Dtype = "float32",
 ) -> None:
     """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
@@ -188,7 +313,8 @@ def train(
     Ctrl-C saves and says how to go on. At the end the agent and equal weights are scored on the dev split.
 
     Args:
-        models: Hugging Face directories or Hub ids (org/name), with one tokenizer in common.
+        models: Hugging Face directories or Hub ids (org/name). With different tokenizers, steps, spans and
+            --max-new-tokens count entries of the union of their vocabularies.
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         out: the run's directory (config.json, metrics.jsonl, results.json, predictions.jsonl, checkpoints/, curve.png).
         task: an embedded task: skills.
@@ -209,6 +335,7 @@ def train(
         seed: of everything random.
         resume: go on with the run in OUT.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """
     from rlae_jax import files, report
@@ -233,7 +360,7 @@ def train(
     if reads is not None:
         changes["agent"] = AgentConfig(reads=tuple(reads), concentration_floor=config.agent.concentration_floor)
     config = PRESETS[preset](**changes)
-    ensemble = _load_ensemble(models, adapters, fusion, dtype)
+    ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
     began = time.perf_counter()
     try:
         with report.progress("training", config.iterations, "iterations") as update:
@@ -273,12 +400,14 @@ def evaluate(
     limit: int | None = None,
     adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
+    end_ids: EndIds = (),
     dtype: Dtype = "float32",
 ) -> None:
     """Compare each member alone, fixed mixtures and trained agents on the same prompts.
 
     Args:
-        models: Hugging Face directories or Hub ids (org/name), with one tokenizer in common.
+        models: Hugging Face directories or Hub ids (org/name). With different tokenizers, steps, spans and
+            --max-new-tokens count entries of the union of their vocabularies.
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         out: a new directory for config.json, results.json and predictions.jsonl.
         task: an embedded task: skills.
@@ -293,6 +422,7 @@ def evaluate(
         max_new_tokens: the longest answer. Default: the task's.
         limit: only the first so many prompts of the split.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """
     from rlae_jax import files, report
@@ -306,7 +436,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
     found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
-    ensemble = _load_ensemble(models, adapters, fusion, dtype)
+    ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
     examples = found.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
     ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts)), found.max_new_tokens)
@@ -326,13 +456,55 @@ def evaluate(
             "split": split,
             "members": [lm.name for lm in ensemble.members],
             "fusion": fusion,
+            "end_ids": list(end_ids),
             "policies": dict(zip(names, map(str, policy), strict=True)),
         },
     )
     report.console.print(report.results_table(results))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "train": train, "evaluate": evaluate}
+def inspect(
+    *,
+    models: Models,
+    end_ids: EndIds = (),
+    bandwidth: Annotated[float, arg(metavar="GB/S")] = 1000.0,
+    batch: int = 1,
+    tokens: int | None = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Show how models fit together, and how fast they could write, without running them.
+
+    For models with different tokenizers: how many of a vocabulary's texts another member has as one token, how many
+    tokens of each member an entry of their union takes, what some member cannot write at all.
+
+    Args:
+        models: Hugging Face directories or Hub ids (org/name).
+        end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
+        bandwidth: of the memory that holds the weights, in 10^9 bytes per second: the limit of a step is reading all
+            weights and the cache once.
+        batch: answers written together.
+        tokens: length of each text so far. Default: 1024, or the shortest context.
+        dtype: of the parameters.
+    """
+    from rlae_jax.inspect_members import inspect_members, show
+    from rlae_jax.models import load
+
+    if not models:
+        raise InputError("no models: give at least one directory or Hub id with --models")
+    lists = _read_end_ids(end_ids, len(models))
+    members = [load(model, dtype=dtype) for model in models]
+    if tokens is None:
+        tokens = min(INSPECTED_TOKENS, *(lm.config.context for lm in members))
+    show(inspect_members(members, lists, bandwidth_gb_s=bandwidth, batch=batch, tokens=tokens))
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "generate": generate,
+    "train": train,
+    "evaluate": evaluate,
+    "inspect": inspect,
+}
 
 
 def main() -> None:

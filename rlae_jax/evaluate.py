@@ -196,7 +196,8 @@ def baseline_methods(ensemble: Ensemble, task: Task, names: Sequence[str] | None
     methods: dict[str, Method] = {}
     for name in names:
         if name in singles:
-            alone = Ensemble([singles[name]], ensemble.fusion, end_ids=ensemble.end_ids)
+            ends = ensemble.member_ends[list(singles).index(name)]
+            alone = Ensemble([singles[name]], end_ids=ends)  # alone, a member is itself under any operator
             methods[name] = Method(alone, None, task.span_length)
         elif name == "uniform":
             methods[name] = Method(ensemble, None, task.span_length)

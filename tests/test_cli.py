@@ -10,17 +10,26 @@ from pathlib import Path
 import jax
 import pytest
 
+import rlae_jax as rj
 from rlae_jax import cli
 from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
 from rlae_jax.tasks import skills
+from tests.fusion.test_union import byte_level, sentencepiece
 
 TRAIN = ["--iterations", "2", "--prompts", "8", "--eval-every", "1"]
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A home directory, where union vocabularies are kept."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(monkeypatch, capsys, home):
     """call(*arguments) -> (exit status, standard output, standard error)."""
     monkeypatch.setenv(cli.CACHE_VARIABLE, "off")
+    monkeypatch.setenv("HOME", str(home))
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlae-jax", *map(str, arguments)])
@@ -44,6 +53,17 @@ def models(tmp_path_factory, make_lm):
     for k, name in enumerate(("alpha", "beta")):
         make_lm(k, vocab=len(skills.TOKENS), layers=1, context=40, end_ids=(1,), tokenizer=tokenizer).save(root / name)
     return [root / "alpha", root / "beta"]
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory, make_lm):
+    """Two untrained members with different tokenizers: byte-level, whose end is its last id, and SentencePiece."""
+    root = tmp_path_factory.mktemp("mixed")
+    one, two = byte_level([b"ab", b" a", b"abc"]), sentencepiece(["▁", "a", "b", "c", "ab"])
+    fields = {"layers": 1, "context": 200}
+    make_lm(0, tokenizer=one, vocab=len(one), end_ids=(one.eos_token_id,), **fields).save(root / "one")
+    make_lm(1, tokenizer=two, vocab=len(two), end_ids=(two.eos_token_id,), **fields).save(root / "two")
+    return [root / "one", root / "two"]
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +102,7 @@ class TestHelp:
     def test_of_the_program(self, call):
         status, out, _ = call("--help")
         assert status == 0
-        for command in ("demo", "generate", "train", "evaluate"):
+        for command in ("demo", "generate", "train", "evaluate", "inspect"):
             assert command in out
         assert cli.CACHE_VARIABLE in out
 
@@ -91,8 +111,10 @@ class TestHelp:
         [
             ("demo", "--seed --out --quick"),
             ("generate", "--models --prompt --weights --policy --max-new-tokens --span-length --temperature --seed"),
-            ("train", "--models --task --data --out --algo --iterations --seed --resume"),
-            ("evaluate", "--models --task --split --policy --methods --out --limit"),
+            ("generate", "--min-p --repetition-penalty --samples --stream --scores --end-ids --member-tokens --fusion"),
+            ("train", "--models --task --data --out --algo --iterations --seed --resume --end-ids"),
+            ("evaluate", "--models --task --split --policy --methods --out --limit --end-ids"),
+            ("inspect", "--models --end-ids --bandwidth --batch --tokens --dtype"),
         ],
     )
     def test_of_a_command(self, call, command, options):
@@ -139,6 +161,115 @@ class TestGenerate:
         assert len(rows) == 2  # the task's span length is 4
         for row in rows:
             assert sum(row) == pytest.approx(1.0, abs=2e-3)
+
+    @pytest.mark.parametrize("fusion", ["linear", "topk:3"])
+    def test_streaming_prints_the_same(self, call, models, fusion):
+        arguments = ["generate", "--models", *models, "--prompt", "rs4821=", "--max-new-tokens", 6, "--fusion", fusion]
+        plain = call(*arguments, "--ignore-eos")
+        assert plain[0] == 0
+        assert len(plain[1]) > len("rs4821=\n")
+        assert call(*arguments, "--ignore-eos", "--stream") == plain
+
+    def test_samples_and_scores(self, call, models):
+        arguments = ["generate", "--models", *models, "--prompt", "rs4821=", "ic0990=", "--max-new-tokens", 6]
+        sampling = ["--temperature", 1, "--samples", 2, "--seed", 3, "--min-p", 0.01, "--repetition-penalty", 1.2]
+        status, out, errors = call(*arguments, *sampling, "--scores")
+        assert (status, errors) == (0, "")
+        answers, scores = out.splitlines()[::2], out.splitlines()[1::2]
+        assert [line[:7] for line in answers] == ["rs4821=", "rs4821=", "ic0990=", "ic0990="]
+        ensemble = rj.Ensemble([rj.load(model) for model in models])
+        options = {"temperature": 1, "samples": 2, "seed": 3, "min_p": 0.01, "repetition_penalty": 1.2}
+        found = ensemble.generate(["rs4821=", "ic0990="], max_new_tokens=6, scores=True, **options)
+        assert [line[7:] for line in answers] == found.texts
+        for b, line in enumerate(scores):
+            steps = found.steps[b]
+            alpha, beta = found.attribution[b, :steps].mean(axis=0)
+            mean = found.scores[b, :steps].mean()
+            assert line == f"  mean log-probability: {mean:.3f} (alpha {alpha:.3f}, beta {beta:.3f})"
+
+    def test_a_policy_by_name(self, call, models, tmp_path, monkeypatch):
+        arguments = ["generate", "--models", *models, "--prompt", "rs4821=", "--max-new-tokens", 3, "--ignore-eos"]
+        status, out, errors = call(*arguments, "--policy", "confidence", "--show-weights")
+        assert status == 0, errors
+        rows = [line.split(":")[1].split() for line in out.splitlines() if "span " in line]
+        assert len(rows) == 3  # it decides at every step
+        assert {tuple(row) for row in rows} <= {("1.000", "0.000"), ("0.000", "1.000")}
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "confidence").mkdir()
+        status, _, errors = call(*arguments, "--policy", "confidence")
+        assert (status, "confidence is not a run directory: it has no config.json" in errors) == (2, True)
+
+    def test_end_ids_of_members_with_one_tokenizer(self, call, models):
+        arguments = ["generate", "--models", *models, "--prompt", "rs4821=", "--max-new-tokens", 6]
+        ensemble = rj.Ensemble([rj.load(model) for model in models])
+        first = ensemble.generate(["rs4821="], max_new_tokens=6, ignore_eos=True).tokens[0][0]
+        for lists in ([first], [f"1,{first}", 1]):
+            assert call(*arguments, "--end-ids", *lists)[:2] == (0, "rs4821=\n")
+
+
+class TestMixed:
+    """Members with different tokenizers."""
+
+    @pytest.fixture
+    def arguments(self, mixed):
+        return ["generate", "--models", *mixed, "--prompt", "ab a", "--max-new-tokens", 6]
+
+    def test_generate_and_stream(self, call, mixed, arguments):
+        status, out, errors = call(*arguments, "--weights", 1, 2)
+        assert (status, errors) == (0, "")
+        ensemble = rj.Ensemble([rj.load(model) for model in mixed])
+        assert ensemble.union is not None
+        found = ensemble.generate(["ab a"], [1, 2], max_new_tokens=6)
+        assert out == f"ab a{found.texts[0]}\n"
+        assert call(*arguments, "--weights", 1, 2, "--stream") == (status, out, errors)
+
+    def test_end_ids_are_lists_per_member(self, call, mixed, arguments):
+        ensemble = rj.Ensemble([rj.load(model) for model in mixed])
+        first = ensemble.generate(["ab a"], [1, 0], max_new_tokens=6, ignore_eos=True).tokens[0][0]
+        ends = ["--end-ids", f"{ensemble.members[0].tokenizer.eos_token_id},{first}", 2]
+        assert call(*arguments, "--weights", 1, 0, *ends)[:2] == (0, "ab a\n")
+        status, _, errors = call(*arguments, "--end-ids", first)
+        assert (status, "one per member" in errors) == (2, True)
+
+    def test_a_full_member_is_told(self, call, arguments):
+        status, out, errors = call(*arguments, "--ignore-eos", "--member-tokens", 2)
+        assert status == 0
+        assert errors.startswith("hint: 1 of 1 answers ended before 6 steps")
+        assert "the 2 tokens" in errors
+        assert "--member-tokens gives them more" in errors
+        status, whole, errors = call(*arguments, "--ignore-eos")
+        assert (status, errors) == (0, "")
+        assert len(whole) > len(out)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("policy", ["perplexity", "draw"])
+    def test_policies_by_name(self, call, arguments, policy):
+        status, out, errors = call(*arguments, "--policy", policy)
+        assert status == 0, errors
+        assert out.startswith("ab a")
+
+
+class TestInspect:
+    def test_different_tokenizers(self, call, mixed):
+        status, out, errors = call("inspect", "--models", *mixed, "--end-ids", 259, "2,1", "--batch", 3)
+        assert status == 0, errors
+        for part in ("one", "two", "union vocabulary", "texts with an exact partner", "</s> (2)", "<s> (1)"):
+            assert part in out
+        assert "3 x 200 tokens at 1000 GB/s" in out  # their context
+
+    def test_one_tokenizer_and_one_model(self, call, models):
+        status, out, errors = call("inspect", "--models", *models, "--bandwidth", 10, "--tokens", 20)
+        assert status == 0, errors
+        for part in ("alpha", "beta", "one same tokenizer", "1 x 20 tokens at 10 GB/s"):
+            assert part in out
+        status, out, errors = call("inspect", "--models", models[0], "--dtype", "bfloat16")
+        assert (status, "alpha" in out, "beta" in out) == (0, True, False), errors
+
+    def test_models_that_cannot_write_together(self, call, models, mixed):
+        status, out, errors = call("inspect", "--models", models[0], mixed[0])
+        assert status == 0, errors
+        assert "no union vocabulary" in out
+        assert "WordLevel" in out
 
 
 class TestTrainAndEvaluate:
@@ -218,7 +349,20 @@ class TestBadInput:
             (["--span-length", "0"], ("span_length",)),
             (["--seed", "-1"], ("seed",)),
             (["--chat"], ("chat template",)),
-            (["--policy", "nowhere"], ("nowhere is not a run directory",)),
+            (["--policy", "nowhere"], ("nowhere is not a run directory", "perplexity", "draw")),
+            (["--fusion", "best"], ("fusion 'best' is unknown", "loglinear")),
+            (["--fusion", "topk:0"], ("topk:0", "at least 1")),
+            (["--fusion", "primary:2"], ("primary:2", "0 to 1")),
+            (["--fusion", "proxy"], ("three members", "not 2")),
+            (["--end-ids", "1", "1", "1"], ("3 lists for 2 members", "one per member")),
+            (["--end-ids", "1,x", "1"], ("'1,x'", "50256 or 1,2")),
+            (["--end-ids", "999"], ("999", "outside the vocabulary")),
+            (["--samples", "0"], ("samples",)),
+            (["--min-p", "2"], ("min_p",)),
+            (["--repetition-penalty", "0"], ("repetition_penalty",)),
+            (["--member-tokens", "0"], ("member_tokens",)),
+            (["--stream", "--samples", "2"], ("one prompt and one sample", "1 and 2")),
+            (["--stream", "--scores"], ("--stream prints text only",)),
             (["--policy", "nowhere", "--weights", "1", "1"], ("either --weights or --policy",)),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -226,6 +370,17 @@ class TestBadInput:
     def test_generate(self, refused, models, options, parts):
         base = ["generate", "--models", *models, "--prompt", "rs4821=", "--max-new-tokens", "6"]
         refused(*base, *options, parts=parts)
+
+    def test_streaming_of_several_prompts(self, refused, models):
+        two = ["generate", "--models", *models, "--prompt", "r1=", "r2=", "--stream"]
+        refused(*two, parts=["one prompt and one sample", "2 and 1"])
+
+    def test_inspect(self, refused, mixed):
+        base = ["inspect", "--models", *mixed]
+        refused(*base, "--end-ids", "1", "2", "3", parts=["3 lists for 2 members"])
+        refused(*base, "--end-ids", "1", parts=["1 lists for 2 members"])
+        refused(*base, "--bandwidth", "0", parts=["greater than 0"])
+        refused("inspect", "--models", "nowhere", parts=["nowhere"])
 
     def test_prompts(self, refused, models):
         refused("generate", "--models", *models, "--prompt", "", parts=["1 empty prompts"])

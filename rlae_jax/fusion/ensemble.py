@@ -240,6 +240,7 @@ class Ensemble:
             return
         ids = [i for lm in members for i in lm.config.end_ids] if end_ids is None else end_ids
         self.end_ids = tuple(sorted(set(ids)))
+        self.member_ends = (self.end_ids,) * len(members)  # each member's own
         vocab = min(lm.config.usable_vocab for lm in members)
         outside = [i for i in self.end_ids if not 0 <= i < vocab]
         if outside and end_ids is not None:
@@ -254,6 +255,7 @@ class Ensemble:
         ends = [lm.config.end_ids for lm in self.members] if end_ids is None else end_ids
         if len(ends) != len(names) or any(isinstance(ids, int | np.integer) for ids in ends):
             raise InputError(f"end_ids of members with different tokenizers must be {len(names)} lists, one per member")
+        self.member_ends = tuple(tuple(ids) for ids in ends)
         self.union = vocabularies.load_or_build([lm.tokenizer for lm in self.members], names, ends)
         self.end_ids = tuple(np.flatnonzero(self.union.ends).tolist())
 

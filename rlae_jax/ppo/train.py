@@ -30,6 +30,7 @@ from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.fusion.decode import DecodeSpec, DecodeState
 from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.metrics import MetricsLog
 from rlae_jax.ppo import iteration as ppo
@@ -58,12 +59,20 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         "examples": {
             split: {"n": len(examples), "sha256": examples.digest()} for split, examples in task.splits.items()
         },
-        "members": [{"name": lm.name, "width": lm.config.width, "sha256": lm.fingerprint()} for lm in ensemble.members],
-        "fusion": getattr(ensemble.fusion, "__name__", "custom"),
+        "members": [
+            {"name": lm.name, "width": lm.config.hidden_width, "sha256": lm.fingerprint()} for lm in ensemble.members
+        ],
+        "fusion": fusion_name(ensemble.fusion),
+        "end_ids": [list(ids) for ids in ensemble.member_ends],
         "spans": spec.spans,
         "preset": config.preset,
         "settings": dataclasses.asdict(config),
     }
+
+
+def fusion_name(fusion: FusionOperator) -> str:
+    """What a run's configuration calls an operator."""
+    return repr(fusion) if dataclasses.is_dataclass(fusion) else getattr(fusion, "__name__", "custom")
 
 
 def _plain(value: Any) -> Any:
