@@ -8,9 +8,10 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.fusion.decode import decode_spans, prefill
-from rlae_jax.fusion.policy import Confidence, Dims, Fixed
+from rlae_jax.fusion.policy import Confidence, Dims, Draw, Fixed
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
+from tests.fusion.test_union import byte_level, sentencepiece
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -57,6 +58,50 @@ def test_prefill_and_decode(ensemble, policy, fusion, options):
     state = jax.eval_shape(lambda *args: prefill(*args, spec), params, ids, mask, key)
     assert_lowers(lambda *args: prefill(*args, spec).caches, params, ids, mask, key)
     assert_lowers(lambda *args: decode_spans(*args, spec).tokens, params, state, policy_params)
+
+
+@pytest.fixture(scope="module")
+def mixed(make_lm):
+    """A byte-level tokenizer and a SentencePiece-like one."""
+    tokenizers = [byte_level([b" the", b"th"], ["</s>"]), sentencepiece(["▁the", "é"])]
+    members = []
+    for seed, tokenizer in enumerate(tokenizers):
+        end = (tokenizer.eos_token_id,)
+        members.append(make_lm(seed, layers=1, vocab=len(tokenizer) + seed, tokenizer=tokenizer, end_ids=end))
+    return members
+
+
+@pytest.mark.parametrize(
+    ("policy", "fusion", "options"),
+    [
+        (Fixed(), "linear", SAMPLED | {"min_p": 0.1, "repetition_penalty": 1.2, "scores": True}),
+        (Fixed(), "topk:3", {}),
+        (Draw(), "linear", {"temperature": 1.0}),
+    ],
+    ids=["linear-sampled", "topk-greedy", "draw"],
+)
+def test_members_with_different_tokenizers(mixed, policy, fusion, options):
+    ensemble = rj.Ensemble(mixed, fusion)
+    assert ensemble.union is not None
+    lower_mixed(ensemble, policy, options)
+
+
+def test_drawn_members_with_one_tokenizer(ensemble):
+    lower_mixed(ensemble, Draw(), {"temperature": 1.0})
+
+
+def lower_mixed(ensemble, policy, options):
+    """Prefill, the loop up to a step, both in one; the tables of a union vocabulary are data."""
+    drawn = isinstance(policy, Draw)
+    spec = ensemble.spec(max_new_tokens=6, span_length=2, policy=policy, sample_weights=drawn, **options)
+    ids = tuple(jnp.ones((4, width), jnp.int32) for width in (8, 8 if ensemble.union is None else 12))
+    mask = jax.tree.map(jnp.ones_like, ids)
+    params, key, weights = ensemble.params, jax.random.key(0), jnp.full((4, 2), 0.5)
+    whole = assert_lowers(lambda *args: rj.decode(*args).tokens, params, ids, mask, weights, key, spec)
+    assert whole.out_avals[0].shape == (4, 6)
+    state = jax.eval_shape(prefill, params, ids, mask, key, spec)
+    assert_lowers(lambda *args: prefill(*args).caches, params, ids, mask, key, spec)
+    assert_lowers(lambda *args: decode_spans(*args).tokens, params, state, weights, spec, jnp.int32(3))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -178,15 +178,13 @@ def _advance(
 
 @jax.jit
 def _lengthen(
-    state: decoding.DecodeState, old: decoding.DecodeSpec, longer: decoding.DecodeSpec
+    state: decoding.DecodeState, stopped: Array, old: decoding.DecodeSpec, longer: decoding.DecodeSpec
 ) -> decoding.DecodeState:
-    """Room for more steps. Rows that ended stay ended; rows that were full go on."""
+    """Room for more steps, for the rows that wrote up to the last step and did not stop there."""
     steps = longer.max_new_tokens - old.max_new_tokens
     if isinstance(state.feed, Lockstep):
         caches = tuple(transformer.extend_cache(cache, cache.slots + steps) for cache in state.feed.caches)
         feed: Any = state.feed._replace(caches=caches)
-        # A row that stopped before the others was fed filling since.
-        whole = state.steps == state.step
     else:
         room = longer.member_tokens - old.member_tokens
         feed = tuple(
@@ -196,15 +194,15 @@ def _lengthen(
             )
             for member in state.feed
         )
-        whole = jnp.ones_like(state.done)
-    active = state.steps > 0
+    # The next token's place is the step's: only rows that wrote up to here go on.
+    whole = (state.steps == state.step) & (state.steps > 0)
 
     def along(axis: int, by: int) -> Any:
         return lambda leaf: jnp.pad(leaf, [(0, by) if i == axis else (0, 0) for i in range(leaf.ndim)])
 
     return state._replace(
         feed=feed,
-        done=state.ended | ~whole | ~active,
+        done=stopped | ~whole,
         tokens=along(1, steps)(state.tokens),
         trajectory=jax.tree.map(along(0, longer.spans - old.spans), state.trajectory),
         limits=jnp.full_like(state.limits, longer.max_new_tokens),
@@ -644,8 +642,8 @@ class Ensemble:
     def extend(self, generation: Generation, max_new_tokens: int = 64) -> Generation:
         """Goes on from where answers ended for want of room, without reading anything again.
 
-        The result is what one call with the longer limit gives. Rows that ended otherwise stay as they are; with one
-        tokenizer also those that had a limit of their own. `generation` can be extended once; its result again.
+        The result is what one call with the longer limit gives. Rows that ended otherwise stay as they are, also by a
+        limit of their own or for want of a member's room. `generation` can be extended once; its result again.
 
         Raises:
           InputError: a generation without `keep=True`, or that was extended already; no room in the context.
@@ -663,7 +661,9 @@ class Ensemble:
         spec = dataclasses.replace(old, max_new_tokens=longest, member_tokens=room, limits=None)
         job = dataclasses.replace(job, spec=spec)
         generation.kept.used = True
-        on_device = [_lengthen(generation.kept.state, old, spec)]
+        stopped = np.ones(len(generation.kept.state.done), bool)  # and so is the filling of the batch
+        stopped[: len(generation.steps)] = [reason == "stop" for reason in generation.finish_reasons]
+        on_device = [_lengthen(generation.kept.state, stopped, old, spec)]
         *_, state = self._chunks(job, _STOP_STEPS if job.stop else longest, on_device)
         return dataclasses.replace(self._collect(job, state), kept=_Kept(job, on_device[-1]))
 

@@ -24,6 +24,8 @@ class Row:
     weights: list[np.ndarray]  # [K] per span
     hidden: list[list[np.ndarray]]  # [K][D] per span
     stats: list[np.ndarray]  # [K, 4] per span
+    scores: list[float]  # each token's log-probability under the fused distribution, before penalties and masks
+    attribution: list[np.ndarray]  # [K] per token: under each member
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -43,8 +45,9 @@ def loglinear(log_probs: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
 FUSIONS = {"linear": linear, "loglinear": loglinear}
 
 
-def truncate(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Temperature is behind us; top-k, then top-p over what is left, token by token from the likeliest down."""
+def truncate(scaled: np.ndarray, top_k: int, top_p: float, min_p: float = 0.0) -> np.ndarray:
+    """Temperature is behind us; top-k, then top-p over what is left, token by token from the likeliest down, and of
+    these whatever has at least `min_p` times the probability of the likeliest."""
     out = np.full_like(scaled, -np.inf)
     order = list(np.argsort(-scaled, kind="stable"))
     if top_k:
@@ -52,7 +55,8 @@ def truncate(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     probs = np.exp(log_softmax(scaled[order]))
     total = 0.0
     for token, p in zip(order, probs, strict=True):
-        out[token] = scaled[token]
+        if p >= min_p * probs[0]:
+            out[token] = scaled[token]
         total += p
         if top_p < 1 and total >= top_p:
             break
@@ -93,10 +97,12 @@ def decode_row(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     end_ids: Sequence[int] = (),
 ) -> Row:
     """One row. `choose_weights(span, hidden, stats)` gives the span's weights."""
-    ids, row = list(prompt), Row([], False, [], [], [])
+    ids, row = list(prompt), Row([], False, [], [], [], [], [])
     vocab = min(lm.config.vocab for lm in members)
     span_log_probs = np.zeros(len(members))
     for step in range(max_new_tokens):
@@ -108,15 +114,20 @@ def decode_row(
             row.stats.append(stats)
             row.weights.append(np.asarray(choose_weights(step // span_length, hidden, stats), np.float64))
             span_log_probs = np.zeros(len(members))
-        fused = FUSIONS[fusion](log_probs, row.weights[-1])
+        fused = log_softmax(FUSIONS[fusion](log_probs, row.weights[-1]))
+        plain = fused.copy()
+        for token in set(ids):
+            fused[token] *= repetition_penalty
         if step < min_new_tokens:
             fused[list(end_ids)] = -np.inf
         if temperature == 0:
             token = int(np.argmax(fused))
         else:
             noise = np.asarray(jax.random.gumbel(jax.random.fold_in(key, step), (vocab,)), np.float64)
-            token = int(np.argmax(truncate(fused / temperature, top_k, top_p) + noise))
-        span_log_probs += [log_p[token] for log_p in log_probs]
+            token = int(np.argmax(truncate(fused / temperature, top_k, top_p, min_p) + noise))
+        row.scores.append(plain[token])
+        row.attribution.append(np.array([log_p[token] for log_p in log_probs]))
+        span_log_probs += row.attribution[-1]
         ids.append(token)
         row.tokens.append(token)
         if token in end_ids:

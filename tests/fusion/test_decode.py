@@ -67,6 +67,10 @@ OPTIONS = {
     "everything": {"temperature": 2.0, "top_k": 8, "top_p": 0.6, "min_new_tokens": 5},
     "min": {"temperature": 2.0, "min_new_tokens": N},
     "ignore-eos": {"temperature": 2.0, "ignore_eos": True},
+    "min-p": {"temperature": 2.5, "min_p": 0.2, "scores": True},
+    "penalty": {"repetition_penalty": 3.0, "min_new_tokens": 4, "scores": True},
+    "reward": {"repetition_penalty": 0.3, "ignore_eos": True},
+    "penalty-min-p": {"temperature": 2.5, "repetition_penalty": 2.0, "min_p": 0.1, "top_k": 12, "scores": True},
 }
 
 
@@ -80,6 +84,7 @@ def expected_rows(pair):
         options = dict(OPTIONS[name])
         if options.pop("ignore_eos", False):
             options["end_ids"] = ()
+        options.pop("scores", None)
         return weights, expect(pair, PROMPTS, lambda b, key: lambda *_: weights[b], seed=3, fusion=fusion, **options)
 
     return make
@@ -90,7 +95,7 @@ def expected_rows(pair):
     [("linear", name) for name in OPTIONS]
     + [
         pytest.param("loglinear", name, marks=[] if name == "greedy" else pytest.mark.slow)
-        for name in ("greedy", "temperature", "everything")
+        for name in ("greedy", "temperature", "everything", "penalty-min-p")
     ],
 )
 def test_the_loop_equals_the_reference(pair, expected_rows, fusion, name):
@@ -101,6 +106,11 @@ def test_the_loop_equals_the_reference(pair, expected_rows, fusion, name):
     assert int(state.step) == max(len(row.tokens) for row in rows)
     assert np.asarray(state.done).all()
     assert not np.asarray(state.tokens)[np.arange(N) >= np.asarray(state.steps)[:, None]].any()
+    if OPTIONS[name].get("scores"):  # of the fused distribution itself, whatever was penalised or forbidden
+        for b, row in enumerate(rows):
+            n = len(row.tokens)
+            np.testing.assert_allclose(np.asarray(state.scores)[b, :n], row.scores, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(np.asarray(state.attribution)[b, :n], row.attribution, rtol=0, atol=1e-4)
 
 
 def test_the_options_are_told_apart(expected_rows):
@@ -288,7 +298,8 @@ def test_decode_can_be_mapped_over_keys(make_lm):
 
 
 def test_data_fields_of_the_spec_do_not_compile_anew(make_lm):
-    """Temperature, top_p, min_new_tokens, weights and the key are data; what shapes the program is static."""
+    """Temperature, top_p, min_p, the penalty, min_new_tokens, weights and the key are data; what shapes the
+    program is static."""
     lm = make_lm(0, layers=1)
     fresh = jax.jit(functools.partial(rj.decode))  # an object of its own: jit caches by the function
     ensemble = rj.Ensemble([lm, lm], end_ids=END_IDS)
@@ -302,7 +313,8 @@ def test_data_fields_of_the_spec_do_not_compile_anew(make_lm):
     assert call(0, 0.5, temperature=1.0, top_p=0.9) == 1
     assert call(1, 0.3, temperature=0.3, top_p=0.5) == 1
     assert call(1, 0.3, temperature=0.3, top_p=0.5, min_new_tokens=2) == 1
-    assert call(1, 0.3, temperature=0.3, top_p=1.0) == 2
+    assert call(1, 0.3, temperature=0.3, min_p=0.5, repetition_penalty=1.1) == 2
+    assert call(2, 0.4, temperature=1.3, min_p=0.1, repetition_penalty=0.9) == 2
 
 
 @pytest.mark.parametrize("policy", [Fixed(), Reader()], ids=lambda policy: type(policy).__name__)

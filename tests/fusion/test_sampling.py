@@ -76,6 +76,40 @@ def test_top_k_comes_before_top_p(scores, k, p):
             np.testing.assert_array_equal(after, reference.truncate(row, k, p))
 
 
+@FEW
+@given(DISTINCT, st.floats(0.001, 1.0))
+def test_min_p_keeps_what_is_likely_enough(scores, p):
+    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, min_p=p)))
+    for row, after in zip(scores, out, strict=True):
+        ratio = np.exp(row.astype(np.float64) - row.max())
+        clear = np.abs(ratio - p) > 1e-5  # on the very edge rounding decides
+        np.testing.assert_array_equal(np.isfinite(after)[clear], (ratio >= p)[clear])
+        np.testing.assert_array_equal(after[np.isfinite(after)], row[np.isfinite(after)])
+        assert np.isfinite(after[np.argmax(row)])
+
+
+@FEW
+@given(DISTINCT, st.sampled_from([0, 3, 6]), st.floats(0.3, 0.95), st.floats(0.01, 0.9))
+def test_min_p_comes_last(scores, k, top_p, min_p):
+    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, top_k=k, top_p=top_p, min_p=min_p)))
+    for row, after in zip(scores, out, strict=True):
+        descending = np.sort(row.astype(np.float64))[::-1]
+        probs = np.exp(reference.log_softmax(descending[: k or None]))
+        ratio = np.exp(descending - descending[0])
+        if np.abs(np.cumsum(probs) - top_p).min() > 1e-5 and np.abs(ratio - min_p).min() > 1e-5:
+            np.testing.assert_array_equal(after, reference.truncate(row, k, top_p, min_p))
+
+
+def test_the_penalty_multiplies_what_was_seen():
+    log_probs = jnp.asarray(reference.log_softmax(np.random.default_rng(0).normal(size=7)), jnp.float32)[None]
+    seen = np.array([[True, False, False, True, False, True, False]])
+    for factor in (0.5, 1.3):
+        out = Sampling.create(repetition_penalty=factor).penalise(log_probs, jnp.asarray(seen))
+        np.testing.assert_allclose(out, np.where(seen, log_probs * factor, log_probs), rtol=1e-6)
+        assert np.all((np.asarray(out) < np.asarray(log_probs))[seen] == (factor > 1))
+    assert Sampling.create(repetition_penalty=1.0).penalise(log_probs, ()) is log_probs
+
+
 def test_no_limits_change_nothing():
     scores = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
     np.testing.assert_array_equal(truncate(scores, Sampling.create(1.0)), scores)
@@ -89,19 +123,28 @@ def draws(fused, sampling, n, seed=0):
 
 @pytest.mark.parametrize("fusion", ["linear", "loglinear"])
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.7, 5, 1.0), (1.0, 6, 0.9), (1.3, 0, 0.7)]
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.7, 5, 1.0, 0.0),
+        (1.0, 6, 0.9, 0.0),
+        (1.3, 0, 0.7, 0.0),
+        (1.5, 0, 1.0, 0.2),
+        (1.5, 6, 0.95, 0.1),
+    ],
 )
-def test_frequencies_match_the_fused_distribution(fusion, temperature, top_k, top_p):
+def test_frequencies_match_the_fused_distribution(fusion, temperature, top_k, top_p, min_p):
     rng = np.random.default_rng(3)
     log_probs = [reference.log_softmax(rng.normal(0, 1.0, 8)) for _ in range(2)]
     weights = np.array([0.3, 0.7])
     fused = reference.FUSIONS[fusion](log_probs, weights)
-    expected = np.exp(reference.log_softmax(reference.truncate(fused / temperature, top_k, top_p)))
+    expected = np.exp(reference.log_softmax(reference.truncate(fused / temperature, top_k, top_p, min_p)))
 
     n = 4000
     members = tuple(jnp.asarray(log_p, jnp.float32)[None] for log_p in log_probs)
     ours = get_operator(fusion, 2)(members, jnp.asarray(weights, jnp.float32)[None])
-    counts = np.bincount(draws(ours, Sampling.create(temperature, top_k, top_p), n), minlength=8)
+    counts = np.bincount(draws(ours, Sampling.create(temperature, top_k, top_p, min_p), n), minlength=8)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     assert possible.sum() > 1
@@ -123,7 +166,7 @@ def test_a_draw_depends_on_the_rows_key_and_the_step_alone():
 
 
 def test_greedy_ignores_the_limits():
-    greedy = Sampling.create(0.0, top_k=3, top_p=0.2)
+    greedy = Sampling.create(0.0, top_k=3, top_p=0.2, min_p=0.5)
     assert greedy == Sampling.create()
     fused = jnp.asarray([[0.0, 2.0, 1.0]])
     assert int(choose_token(fused, jax.random.split(jax.random.key(0), 1), jnp.int32(0), greedy)[0]) == 1
@@ -140,6 +183,13 @@ def test_greedy_ignores_the_limits():
         ({"temperature": 1.0, "top_p": 1.5}, ("top_p", "1.5")),
         ({"temperature": 1.0, "top_p": float("nan")}, ("top_p", "nan")),
         ({"top_p": -1.0}, ("top_p", "-1.0")),
+        ({"temperature": 1.0, "min_p": -0.1}, ("min_p", "-0.1", "[0, 1]")),
+        ({"temperature": 1.0, "min_p": 1.1}, ("min_p", "1.1")),
+        ({"min_p": float("nan")}, ("min_p", "nan")),
+        ({"repetition_penalty": 0.0}, ("repetition_penalty", "0.0", "positive")),
+        ({"repetition_penalty": -1.2}, ("repetition_penalty", "-1.2")),
+        ({"repetition_penalty": float("inf")}, ("repetition_penalty", "inf")),
+        ({"repetition_penalty": float("nan")}, ("repetition_penalty", "nan")),
     ],
     ids=str,
 )
