@@ -9,12 +9,14 @@ rarely many. Each member keeps the tokens of its own text per row, and how many 
     text     d  e0 e1 f .  .        written 4: the last prompt token and two entries, of two tokens and one
     fed      ^^^^^^^^              fed 3: one token is pending
 
-Before a member's prediction is needed, its pending tokens enter in one forward of the width that the longest row asks
-for, chosen among a few while the program runs; more than the widest takes several passes. The forward only reads the
+Before a member's prediction is needed, its pending tokens enter in one forward, whose size is chosen among a few while
+the program runs; more than the largest holds takes several passes. Few rows have several tokens pending at a time, so a
+pass holds one token of every row and a number of further ones, whatever rows they belong to. The forward only reads the
 cache, since a cache that passes through a branch is copied; each row's keys and values are then written at its own
 length. A member whose prediction is not needed is not run: it catches up later.
 """
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,14 +26,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.models import ModelConfig, lora, transformer
+from rlae_jax.models.attention import Packing
 
 MemberParams = transformer.Params | lora.Adapted
 # Prompts are read in groups of rows of about this many tokens: activations stay small, and on the CPU inside its cache
 # (half the time of one pass at 256 prompts of 64 tokens).
 _PREFILL_TOKENS = 2048
-# Tokens per row and pass. Each is a forward of its own in the program, so there are few; 98% of the entries of a pair
-# of real vocabularies take at most 3 tokens.
-WIDTHS = (1, 2, 4, 8)
+WIDEST = 8  # tokens of a row in one pass
 
 
 class Spelling(NamedTuple):
@@ -183,6 +184,14 @@ class Lockstep(NamedTuple):
         return self._replace(lengths=self.lengths + 1, caches=tuple(caches)), tuple(hidden)
 
 
+def _pass_sizes(rows: int) -> tuple[int, ...]:
+    """How many tokens a pass may take beyond one per row. Each size is a forward of its own in the program, so there
+    are few. Most entries of a pair of real vocabularies take one token, 98% at most 3."""
+    if rows == 1:
+        return (0, 1, 3, WIDEST - 1)
+    return (0, rows // 4 + 1, rows // 2 + 2, rows + WIDEST)
+
+
 class Ragged(NamedTuple):
     """One member that takes in the text at its own pace."""
 
@@ -212,35 +221,60 @@ class Ragged(NamedTuple):
             starts=t - counts,
             hidden=jnp.zeros((b, model.config.hidden_width), model.config.dtype),
             # The filling of a pass lies beyond a row's tokens, so the last row's last pass must fit, too.
-            cache=transformer.extend_cache(cache, t - 1 + capacity + WIDTHS[-1]),
+            cache=transformer.extend_cache(cache, t - 1 + capacity + WIDEST),
         )
 
     def read(self, model: Model, needed: Bool[Array, "B"]) -> "Ragged":
         """Feeds the pending tokens of the rows whose prediction is needed."""
-        prompt_slots = self.cache.slots - self.text.shape[1] - WIDTHS[-1]
+        b = len(self.fed)
+        prompt_slots = self.cache.slots - self.text.shape[1] - WIDEST
         slots = jnp.arange(self.cache.slots)
+        sizes = _pass_sizes(b)
 
         def one_pass(state: "Ragged") -> "Ragged":
             pending = jnp.where(needed, state.written - state.fed, 0)
             slot = prompt_slots + state.fed
             behind = (slots >= state.starts[:, None]) & (slots < slot[:, None])
-            ahead = jnp.pad(state.text, ((0, 0), (0, WIDTHS[-1])))
 
-            def forward(width: int) -> tuple[Array, Any]:
-                ids = jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, width))(ahead, state.fed)
-                count = jnp.minimum(pending, width)
+            def forward(further: int) -> tuple[Array, Array, Any]:
+                adapters = model.adapters
+                if b == 1:
+                    count = jnp.minimum(pending, 1 + further)
+                    row, place, packing = jnp.zeros((1, 1), jnp.int32), jnp.arange(1 + further)[None], None
+                    width = 1 + further
+                elif not further:
+                    count = jnp.minimum(pending, 1)
+                    row, place, packing = jnp.arange(b)[:, None], jnp.zeros((b, 1), jnp.int32), None
+                    width = 1
+                else:
+                    width = WIDEST
+                    want = jnp.clip(pending - 1, 0, width - 1)
+                    first = jnp.cumsum(want) - want  # of each row's further tokens among all
+                    more = jnp.clip(further - first, 0, want)
+                    count = jnp.minimum(pending, 1) + more
+                    row = jnp.searchsorted(jnp.cumsum(more), jnp.arange(further), side="right")
+                    row = jnp.minimum(row, b - 1)
+                    place = jnp.clip(1 + jnp.arange(further) - first[row], 1, width - 1)
+                    later = jnp.minimum(b + first[:, None] + jnp.arange(width - 1), b + further - 1)
+                    packing = Packing(row, place, jnp.concatenate([jnp.arange(b)[:, None], later], axis=1))
+                    row = jnp.concatenate([jnp.arange(b), row])[:, None]
+                    place = jnp.pad(place, (b, 0))[:, None]
+                    if adapters is not None:
+                        adapters = adapters._replace(rows=adapters.rows[row[:, 0]])
+                at = state.fed[row] + place
+                ids = state.text[row, jnp.minimum(at, state.text.shape[1] - 1)]
                 hidden, new = transformer.decode_chunk(
-                    *(model.config, model.params, ids, count, state.lengths + state.fed, state.cache, behind, slot),
-                    model.adapters,
+                    *(model.config, model.params, ids, state.lengths[row] + at, count, state.cache, behind, slot),
+                    adapters,
+                    packing,
                 )
-                pad = ((0, 0), (0, 0), (0, 0), (0, WIDTHS[-1] - width))
-                return hidden, jax.tree.map(lambda array: jnp.pad(array, pad), new)
+                pad = ((0, 0), (0, 0), (0, 0), (0, WIDEST - width))
+                return count, hidden, jax.tree.map(lambda array: jnp.pad(array, pad), new)
 
-            longest = jnp.max(pending)
-            choice = sum(((longest > width).astype(jnp.int32) for width in WIDTHS[:-1]), jnp.int32(0))
-            branches = [lambda width=width: forward(width) for width in WIDTHS]
-            hidden, new = lax.switch(choice, branches)
-            count = jnp.minimum(pending, jnp.asarray(WIDTHS)[choice])
+            # The first size that holds everything, or else the last.
+            wanted = jnp.sum(jnp.clip(pending - 1, 0, WIDEST - 1))
+            choice = jnp.argmin(jnp.stack([*(wanted > size for size in sizes[:-1]), jnp.zeros((), bool)]))
+            count, hidden, new = lax.switch(choice, [functools.partial(forward, size) for size in sizes])
             return state._replace(
                 fed=state.fed + count,
                 hidden=jnp.where((count > 0)[:, None], hidden, state.hidden),

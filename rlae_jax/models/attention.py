@@ -6,14 +6,14 @@ is the layout in which the batched products of a decoding step are fastest on th
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.models.config import ModelConfig, RelativeBias, Rope
 from rlae_jax.models.layers import Linear, RMSNorm, rotate
@@ -88,11 +88,11 @@ def attend_behind(
     cache: LayerCache,
     new: LayerCache,
     behind_bws: Bool[Array, "B W S"],
-    among_ww: Bool[Array, "W W"],
+    among_bww: Bool[Array, "B W X"],
     config: ModelConfig,
     scale: float,
 ) -> Float[Array, "B W N H"]:
-    """W queries per row against the cache as it is and their own keys and values, softmax in float32.
+    """W queries per row against the cache as it is and X new keys and values, softmax in float32.
 
     The two parts are not joined: the cache is only read, so that it may be closed over by a branch.
     """
@@ -107,7 +107,7 @@ def attend_behind(
         scores = _capped(scores, config.attention_cap).reshape(b, g, w, n // g, -1)
         return jnp.where(mask_bws[:, None, :, None], scores, LOWEST).reshape(b, g, w * (n // g), -1)
 
-    old_scores, new_scores = scores_of(cache[0], behind_bws), scores_of(new[0], among_ww[None])
+    old_scores, new_scores = scores_of(cache[0], behind_bws), scores_of(new[0], among_bww)
     largest = jnp.maximum(jnp.max(old_scores, axis=-1), jnp.max(new_scores, axis=-1))[..., None]
     old_weights, new_weights = jnp.exp(old_scores - largest), jnp.exp(new_scores - largest)
     total = jnp.sum(old_weights, axis=-1) + jnp.sum(new_weights, axis=-1)
@@ -182,6 +182,22 @@ def projections(
         Linear("btd,dgh->btgh", (source, g, h), ("embed", "kv_heads", "head"), config, rngs, bias=bias),
         Linear("btnh,nhd->btd", (n, h, d), ("heads", "head", "embed"), config, rngs, bias=config.attention_out_bias),
     )
+
+
+class Packing(NamedTuple):
+    """The next token of each of B rows and then E further ones of some rows, R = B + E in all: [R, 1, ...].
+
+    A row seldom has more than one token to take in at the same time as others have one. What lies beyond a row's tokens
+    is filling.
+    """
+
+    row_e: Int[Array, "E"]
+    place_e: Int[Array, "E"]  # from 1: how many tokens of the row stand before
+    source_bw: Int[Array, "B W"]  # where each row's tokens lie among the R
+
+    def unpack(self, x_r1: Float[Array, "R 1 *X"]) -> Float[Array, "B W *X"]:
+        """By row."""
+        return x_r1[:, 0][self.source_bw]
 
 
 class Attention(nnx.Module):
@@ -260,20 +276,40 @@ class Attention(nnx.Module):
         return self.read(x_btd, angles, (keys, values), visible_bs, bias_bns), (keys, values)
 
     def chunk(
-        self, x_bwd: Array, angles: Angles, cache: LayerCache, behind_bs: Bool[Array, "B S"], slot_b: Array
+        self,
+        x_btd: Array,
+        angles: Angles,
+        cache: LayerCache,
+        behind_bs: Bool[Array, "B S"],
+        slot_b: Array,
+        packing: Packing | None,
     ) -> tuple[Array, LayerCache]:
         """The next W tokens of every row, the first of which belongs into `slot_b`, against the slots behind it.
-        Returns the output [B, W, D] and the W keys and values, which are not written."""
-        new = cache_layout(*self.keys_values(x_bwd, angles))
-        w = x_bwd.shape[1]
-        behind_bws = jnp.broadcast_to(behind_bs[:, None], (len(x_bwd), w, behind_bs.shape[1]))
-        among = np.tri(w, dtype=bool)
-        if self.window:
-            places_bw1 = (slot_b[:, None] + jnp.arange(w))[..., None]
-            behind_bws = behind_bws & (jnp.arange(behind_bs.shape[1]) > places_bw1 - self.window)
-            among = among & ~np.tri(w, k=-self.window, dtype=bool)
-        q = self._queries(x_bwd, angles)
-        out = attend_behind(q, cache, new, behind_bws, jnp.asarray(among), self.config, self.scale)
+        Returns the output like the input, [B, W, D] or packed, and the W keys and values, which are not written."""
+        q_btnh, k_bwgh, v_bwgh = self._queries(x_btd, angles), *self.keys_values(x_btd, angles)
+        if packing is not None:
+            k_bwgh, v_bwgh = packing.unpack(k_bwgh), packing.unpack(v_bwgh)
+        new = cache_layout(k_bwgh, v_bwgh)
+        b, w = k_bwgh.shape[:2]
+
+        def attend(q: Array, rows: Array | None, places: Array) -> Array:
+            """Queries [., W', N, H] of some rows (None: all), which stand at `places` [., W'] of their W tokens."""
+            of_rows = (cache, new, behind_bs, slot_b)
+            (cache_r, new_r, behind, slot) = of_rows if rows is None else jax.tree.map(lambda a: a[rows], of_rows)
+            behind = jnp.broadcast_to(behind[:, None], (*places.shape, behind.shape[1]))
+            among = jnp.arange(w) <= places[..., None]
+            if self.window:
+                first_seen = slot[:, None] + places - self.window  # and one more
+                behind = behind & (jnp.arange(behind.shape[-1]) > first_seen[..., None])
+                among = among & (jnp.arange(w) > places[..., None] - self.window)
+            return attend_behind(q, cache_r, new_r, behind, among, self.config, self.scale)
+
+        if packing is None:
+            out = attend(q_btnh, None, jnp.broadcast_to(jnp.arange(w), (b, w)))
+        else:
+            next_token = attend(q_btnh[:b], None, jnp.zeros((b, 1), jnp.int32))
+            further = attend(q_btnh[b:], packing.row_e, packing.place_e[:, None])
+            out = jnp.concatenate([next_token, further])
         return self.o(out), new
 
     def read(

@@ -32,6 +32,7 @@ from rlae_jax.models.attention import (
     Angles,
     Attention,
     LayerCache,
+    Packing,
     RelativeBiasTable,
     cache_layout,
 )
@@ -127,10 +128,10 @@ class Layer(nnx.Module):
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), cache
 
     def chunk(
-        self, x: Float[Array, "B W D"], angles: Angles, cache: LayerCache, behind_bs: Array, slot_b: Array
+        self, x: Array, angles: Angles, cache: LayerCache, behind_bs: Array, slot_b: Array, packing: Packing | None
     ) -> tuple[Array, LayerCache]:
         """The next W tokens of every row; see `Attention.chunk`."""
-        out, new = self.attention.chunk(self._enter("attention", x), angles, cache, behind_bs, slot_b)
+        out, new = self.attention.chunk(self._enter("attention", x), angles, cache, behind_bs, slot_b, packing)
         return self._after_attention(x, out), new
 
     def _after_attention(self, x: Array, out: Array) -> Array:
@@ -292,22 +293,26 @@ class Transformer(nnx.Module):
 
     def chunk(
         self,
-        ids_bw: Int[Array, "B W"],
+        ids_bt: Int[Array, "B W"],
+        positions_bt: Int[Array, "B W"],
         count_b: Int[Array, "B"],
-        position_b: Int[Array, "B"],
         cache: Cache,
         behind_bs: Bool[Array, "B S"],
         slot_b: Int[Array, "B"],
+        packing: Packing | None,
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
         """Up to W tokens per row; see `decode_chunk`."""
-        positions_bw = position_b[:, None] + jnp.arange(ids_bw.shape[1])
-        angles = self._angles(positions_bw)
-        x = self._embed(self._table, ids_bw, positions_bw)
+        angles = self._angles(positions_bt)
+        x = self._embed(self._table, ids_bt, positions_bt)
         new = []
         for i, layer in enumerate(self.layers):
-            x, keys_values = layer.chunk(x, angles, cache.layers[i], behind_bs, slot_b)
+            x, keys_values = layer.chunk(x, angles, cache.layers[i], behind_bs, slot_b, packing)
             new.append(keys_values)
-        last_b1d = jnp.take_along_axis(x, jnp.maximum(count_b - 1, 0)[:, None, None], axis=1)
+        last_b1 = jnp.maximum(count_b - 1, 0)[:, None]
+        if packing is None:
+            last_b1d = jnp.take_along_axis(x, last_b1[..., None], axis=1)
+        else:
+            last_b1d = x[jnp.take_along_axis(packing.source_bw, last_b1, axis=1)[:, 0]]
         return self._finish(last_b1d)[:, 0], tuple(new)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -444,20 +449,26 @@ def decode_step(
 def decode_chunk(
     config: ModelConfig,
     params: Params,
-    ids_bw: Int[Array, "B W"],
+    ids_bt: Int[Array, "B W"],
+    positions_bt: Int[Array, "B W"],
     count_b: Int[Array, "B"],
-    position_b: Int[Array, "B"],
     cache: Cache,
     behind_bs: Bool[Array, "B S"],
     slot_b: Int[Array, "B"],
     adapters: Adapters | None = None,
+    packing: Packing | None = None,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-    """Feeds the first `count_b` of W tokens of every row, which begin at `position_b` and see the slots `behind_bs`.
+    """Feeds the first `count_b` of W tokens of every row, which see the slots `behind_bs` and each other.
 
     The cache is only read. Returns the state of each row's last token and the W keys and values of every layer
     [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on. What lies beyond a row's count is filling.
+
+    Args:
+      ids_bt, positions_bt: [B, W], or [R, 1] with a packing: then all but attention is done for R tokens.
+      adapters: their rows are those of `ids_bt`.
     """
-    return _merge(config, params, adapters).chunk(ids_bw, count_b, position_b, cache, behind_bs, slot_b)
+    model = _merge(config, params, adapters)
+    return model.chunk(ids_bt, positions_bt, count_b, cache, behind_bs, slot_b, packing)
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.

@@ -100,7 +100,8 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
         chosen = np.take_along_axis(np.pad(ids, ((0, 0), (0, w))), places, axis=1)
         chosen = np.where(np.arange(w) < count[:, None], chosen, 7)
         behind = (slots >= starts[:, None]) & (slots < filled[:, None])
-        hidden, new = chunk(lm.config, lm.params, chosen, count, filled - starts, cache, behind, filled)
+        positions = filled[:, None] - starts[:, None] + np.arange(w)
+        hidden, new = chunk(lm.config, lm.params, chosen, positions, count, cache, behind, filled)
         cache = write(cache, new, filled)
         filled = filled + count
         for b in np.flatnonzero(count):
