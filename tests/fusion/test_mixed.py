@@ -96,7 +96,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+FAST = ("greedy", "sampled")
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_compiled_loop_equals_the_reference(pair, mixed, weights, name):
     options, fusion, fuse = OPTIONS[name]
     if fuse == "topk":
@@ -149,6 +153,7 @@ def test_one_hot_weights_are_the_members_own_greedy_text(pair, mixed, member):
         assert out.texts[b] == text.decode("utf-8", errors="ignore")
 
 
+@pytest.mark.slow
 def test_rows_limits_and_samples(pair, mixed, weights):
     limits = [3, 8, 1, 5]
     out = rj.Ensemble(pair).generate(PROMPTS, weights, max_new_tokens=limits)
@@ -162,6 +167,7 @@ def test_rows_limits_and_samples(pair, mixed, weights):
     assert len(set(many.texts)) > 3
 
 
+@pytest.mark.slow
 def test_a_row_ends_where_a_member_is_full(pair, mixed, weights):
     rows = expect(mixed, weights, member_tokens=9, temperature=1.0)
     out = rj.Ensemble(pair).generate(PROMPTS, weights, max_new_tokens=N, member_tokens=9, temperature=1.0)
@@ -169,6 +175,7 @@ def test_a_row_ends_where_a_member_is_full(pair, mixed, weights):
     assert any(len(row.entries) < N and not row.ended for row in rows)
 
 
+@pytest.mark.slow
 def test_going_on_and_streaming_write_what_one_call_writes(pair, weights):
     ensemble = rj.Ensemble(pair)
     options = {"weights": weights, "temperature": 1.0, "seed": 3}
@@ -201,6 +208,7 @@ def test_a_drawn_member_writes_and_the_others_catch_up(pair, mixed):
         assert out.texts[b] == row.text.decode("utf-8", errors="ignore")
 
 
+@pytest.mark.slow
 def test_drawing_needs_one_forward_where_tokenizers_are_the_same(make_lm):
     """Members that nobody drew are not run, and what they read later is the same."""
     members = [make_lm(seed, layers=1) for seed in range(2)]
@@ -231,6 +239,7 @@ class _Replay:
         return Deterministic(weights), jax.numpy.zeros(b)
 
 
+@pytest.mark.slow
 def test_stop_strings_may_span_entries(pair, weights):
     ensemble = rj.Ensemble(pair)
     options = {"weights": weights, "max_new_tokens": 12, "temperature": 1.0}
@@ -262,6 +271,7 @@ def test_no_cache_is_copied_inside_the_loop(pair):
     assert not copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["perplexity", "confidence", "consistency", "gate"])
 def test_untrained_policies_run(pair, name):
     out = rj.Ensemble(pair).generate(PROMPTS, name, max_new_tokens=4)
