@@ -7,9 +7,10 @@ lines of the run say how often.
 import collections
 import dataclasses
 import functools
+import gc
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def _own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists that error messages point to land in the test's own directory."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+# Every program that XLA compiles for the CPU maps memory of its own, and Linux allows a process 65,530 mappings. A run of
+# all tests needs more than that, and beyond it the compiler crashes.
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Drops compiled programs between modules, before there are too many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
