@@ -64,8 +64,8 @@ def _own_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
-# Every program that XLA compiles for the CPU maps memory of its own, and Linux allows a process 65,530 mappings. A run of
-# all tests needs more than that, and beyond it the compiler crashes.
+# Every program that XLA compiles for the CPU maps memory of its own, and Linux allows a process 65,530 mappings. A run
+# of all tests needs more than that, and beyond it the compiler crashes.
 MOST_MAPPINGS = 20_000
 
 

@@ -475,10 +475,9 @@ def decode_chunk(
 _UNROLLED_ROWS = 16
 
 
-def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, "B"]) -> Cache:
-    """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
-    the end would move back and overwrite others."""
-
+def _write_row_by_row(
+    layers: tuple[LayerCache, ...], new: tuple[LayerCache, ...], slot_b: Array
+) -> tuple[LayerCache, ...]:
     def write(b: Any, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
         def one(cached: Array, values: Array) -> Array:
             row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
@@ -488,11 +487,25 @@ def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, "B
 
     rows = len(slot_b)
     if rows > _UNROLLED_ROWS:
-        return cache._replace(layers=lax.fori_loop(0, rows, write, cache.layers))
-    layers = cache.layers
+        return lax.fori_loop(0, rows, write, layers)
     for b in range(rows):
         layers = write(b, layers)
-    return cache._replace(layers=layers)
+    return layers
+
+
+def _write_at_once(
+    layers: tuple[LayerCache, ...], new: tuple[LayerCache, ...], slot_b: Array
+) -> tuple[LayerCache, ...]:
+    one = jax.vmap(lambda cached, values, slot: lax.dynamic_update_slice(cached, values, (0, 0, slot)))
+    return jax.tree.map(lambda cached, values: one(cached, values, slot_b), layers, new)
+
+
+def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, "B"]) -> Cache:
+    """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
+    the end would move back and overwrite others."""
+    # A scatter is one kernel per array on an accelerator; the CPU compiler makes a slow loop of it.
+    ways = {"cpu": _write_row_by_row, "default": _write_at_once}
+    return cache._replace(layers=lax.platform_dependent(cache.layers, new, slot_b, **ways))
 
 
 def output_head(

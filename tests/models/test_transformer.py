@@ -116,9 +116,11 @@ def test_chunks_are_written_at_each_rows_own_slot(make_lm, rows):
     expected = np.zeros((rows, 1, 2, 9))
     for b, slot in enumerate(slots):
         expected[b, ..., slot : slot + 3] = 1
-    ((keys, values),) = transformer.write_chunk(cache, new, jnp.asarray(slots)).layers
-    np.testing.assert_array_equal(keys, expected)
-    np.testing.assert_array_equal(values, 2 * expected)
+    here = transformer.write_chunk(cache, new, jnp.asarray(slots)).layers
+    elsewhere = transformer._write_at_once(cache.layers, new, jnp.asarray(slots))
+    for ((keys, values),) in (here, elsewhere):
+        np.testing.assert_array_equal(keys, expected)
+        np.testing.assert_array_equal(values, 2 * expected)
 
 
 def test_positions_count_the_tokens_before():
