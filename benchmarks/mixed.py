@@ -54,7 +54,7 @@ class Forced:
     reads: tuple[str, ...] = ("span",)
 
     def init(self, key: Any, dims: Dims) -> Any:
-        raise NotImplementedError
+        return jnp.zeros((dims.spans, 1))
 
     def apply(self, params: Any, observation: Observation) -> tuple[Deterministic, Any]:
         entries_b = params[observation.span[0]]

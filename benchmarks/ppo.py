@@ -44,11 +44,12 @@ def measure(repeats: int) -> common.Timing:
     batch = ppo.Batch(ids, np.ones_like(ids), references, lengths)
     # An end token would shorten the answers of random members.
     spec = dataclasses.replace(spec, end_ids=())
-    state = ppo.init_learner(jax.random.key(0), spec.policy, spec.dims, config)
+    seeds = np.zeros(1, np.uint32)
+    state = ppo.init_learners(seeds, spec.policy, spec.dims, config)
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        state, metrics = ppo.iterate(state, ensemble.params, batch, np.uint32(0), spec, config)
+        state, metrics = ppo.iterate(state, ensemble.params, batch, seeds, spec, config)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - began)
     return common.Timing(tuple(seconds[1:]))

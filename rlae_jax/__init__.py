@@ -1,6 +1,7 @@
 """Several language models write one answer together, and an agent learns how much to trust each, span by span."""
 
 from rlae_jax.config import AgentConfig as AgentConfig
+from rlae_jax.config import MAPPOConfig as MAPPOConfig
 from rlae_jax.config import PPOConfig as PPOConfig
 from rlae_jax.errors import InputError as InputError
 from rlae_jax.fusion.decode import DecodeSpec as DecodeSpec
@@ -20,5 +21,6 @@ from rlae_jax.models import save as save
 from rlae_jax.models import save_adapter as save_adapter
 from rlae_jax.ppo.train import load_policy as load_policy
 from rlae_jax.ppo.train import train as train
+from rlae_jax.ppo.train import train_seeds as train_seeds
 
 __version__ = "0.1.0"

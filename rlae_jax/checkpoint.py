@@ -1,4 +1,4 @@
-"""Checkpoints of a run through Orbax: atomic, the newest and the best (by dev score) kept."""
+"""Checkpoints of a run through Orbax: atomic, the newest kept."""
 
 import logging
 from pathlib import Path
@@ -6,15 +6,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import LatestN
 
 from rlae_jax.errors import InputError
 
 DIRECTORY_NAME = "checkpoints"
-
-
-def _score(metrics: Any) -> float:
-    return float(metrics["dev"])
 
 
 class Checkpoints:
@@ -25,29 +21,22 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.path = (run / DIRECTORY_NAME).resolve()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy([LatestN(n=1), BestN(get_metric_fn=_score, n=1)]),
-            best_fn=_score,
+            preservation_policy=LatestN(n=1),
             enable_async_checkpointing=False,
         )
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
-        except (ValueError, OSError, KeyError, TypeError) as error:  # a damaged file of scores
+        except (ValueError, OSError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: the checkpoints cannot be read ({error})") from error
 
     def newest(self) -> int | None:
         """The iteration of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """The iteration of the checkpoint with the best dev score."""
-        return self._manager.best_step()
-
-    def save(self, iteration: int, state: Any, dev_score: float) -> None:
+    def save(self, iteration: int, state: Any) -> None:
         """Writes a checkpoint; older ones go once it is complete."""
         if iteration != self.newest():
-            self._manager.save(
-                iteration, args=ocp.args.StandardSave(state), metrics={"dev": float(dev_score)}, force=True
-            )
+            self._manager.save(iteration, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, iteration: int, abstract: Any) -> Any:
         """The state of an iteration.

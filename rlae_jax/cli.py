@@ -339,7 +339,7 @@ def train(
         dtype: of the members' parameters.
     """
     from rlae_jax import files, report
-    from rlae_jax.config import PRESETS, AgentConfig
+    from rlae_jax.config import ALGORITHMS, AgentConfig
     from rlae_jax.evaluate import Method, evaluate
     from rlae_jax.metrics import read_metrics
     from rlae_jax.ppo.train import TrainProgress
@@ -356,10 +356,11 @@ def train(
         "seed": seed,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    config = PRESETS[preset]()
+    make = getattr(ALGORITHMS[algo], preset)
+    config = make()
     if reads is not None:
         changes["agent"] = AgentConfig(reads=tuple(reads), concentration_floor=config.agent.concentration_floor)
-    config = PRESETS[preset](**changes)
+    config = make(**changes)
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
     began = time.perf_counter()
     try:

@@ -5,7 +5,7 @@ A run writes its settings to `config.json`; `fingerprint` is what decides whethe
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.policy import OBSERVATION_PARTS
@@ -23,6 +23,9 @@ class AgentConfig:
       ffn_width: hidden width of the actor's and of the critic's MLP.
       concentration_floor: added to every softplus concentration of the Dirichlet.
       initial_concentration: where every concentration starts: 1 draws all weights alike, more keeps near equal ones.
+      distribution: of a single agent's weights, "dirichlet" or "logistic_normal".
+      share_actors: several agents are one network that is told whose agent it is.
+      span_lengths: lengths among which the agent chooses for each span; () keeps `span_length` of the run.
     """
 
     reads: tuple[str, ...] = ("hidden", "stats", "span")
@@ -31,11 +34,32 @@ class AgentConfig:
     ffn_width: int = 256
     concentration_floor: float = 0.05
     initial_concentration: float = 1.0
+    distribution: str = "dirichlet"
+    share_actors: bool = False
+    span_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.distribution not in ("dirichlet", "logistic_normal"):
+            raise InputError(f"distribution must be dirichlet or logistic_normal, not {self.distribution!r}")
+        if len(set(self.span_lengths)) != len(self.span_lengths) or any(n < 1 for n in self.span_lengths):
+            raise InputError(f"span_lengths must be different positive numbers, not {list(self.span_lengths)}")
         unknown = [part for part in self.reads if part not in OBSERVATION_PARTS]
         if unknown or not self.reads:
             raise InputError(f"reads must name some of {', '.join(OBSERVATION_PARTS)}, not {list(self.reads)}")
+
+
+SCHEDULES = ("constant", "linear", "cosine")
+_COUNTS = (
+    "iterations",
+    "prompts",
+    "samples",
+    "epochs",
+    "minibatches",
+    "accumulate",
+    "eval_every",
+    "eval_prompts",
+    "seeds",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,19 +70,31 @@ class PPOConfig:
 
     Attributes:
       iterations: rollouts, each followed by `epochs` passes over it in `minibatches`.
-      prompts: prompts per rollout.
+      prompts, samples: prompts per rollout, and answers to each.
+      accumulate: parts of a minibatch whose gradients are summed before a step.
+      learning_rate, schedule, warmup: Adam's step size, which after `warmup` iterations of linear growth stays
+        ("constant") or falls to 0 at the last iteration ("linear", "cosine").
+      target_kl: an iteration's remaining updates are left out once a minibatch's estimate of KL(old || new) exceeds it.
+      member_cost, length_cost: taken off an answer's reward: for the mean number of members with a weight above 0.05,
+        beyond the first; and for the longest possible answer, shorter ones in proportion.
       discount, gae_lambda: gamma and lambda of the advantage estimate.
       clip, value_clip: of the probability ratio and of the value's change.
       span_length, max_new_tokens: None takes the task's.
       temperature: of the tokens; 0 writes greedily, and only the weights are drawn.
       eval_every, eval_prompts: the dev split is scored, and a checkpoint written, every so many iterations.
+      seed, seeds: agents of the seeds seed, seed + 1, ... are trained side by side in one program.
     """
 
     iterations: int = 200
     prompts: int = 512
+    samples: int = 1
     epochs: int = 4
     minibatches: int = 4
+    accumulate: int = 1
     learning_rate: float = 1e-3
+    schedule: str = "constant"
+    warmup: int = 0
+    target_kl: float | None = None
     discount: float = 1.0
     gae_lambda: float = 0.95
     clip: float = 0.2
@@ -66,30 +102,33 @@ class PPOConfig:
     value_weight: float = 0.5
     entropy_weight: float = 0.003
     gradient_norm: float = 1.0
+    member_cost: float = 0.0
+    length_cost: float = 0.0
     span_length: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
     eval_every: int = 10
     eval_prompts: int = 512
     seed: int = 0
+    seeds: int = 1
     agent: AgentConfig = AgentConfig()
 
+    algorithm: ClassVar[str] = "ppo"
+
     def __post_init__(self) -> None:
-        low = [
-            name
-            for name in ("iterations", "prompts", "epochs", "minibatches", "eval_every", "eval_prompts")
-            if getattr(self, name) < 1
-        ]
+        low = [name for name in _COUNTS if getattr(self, name) < 1]
         if low:
             raise InputError(f"{', '.join(low)} must be at least 1")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
 
     @classmethod
-    def demo(cls, **changes: Any) -> "PPOConfig":
+    def demo(cls, **changes: Any) -> Self:
         """Settings for small members and short answers: fast steps, undiscounted."""
         return cls(**changes)
 
     @classmethod
-    def paper(cls, **changes: Any) -> "PPOConfig":
+    def paper(cls, **changes: Any) -> Self:
         """RLAE's published figures (arXiv 2506.00439, appendix, and its released code)."""
         published: dict[str, Any] = {
             "iterations": 116,  # two passes over GSM8K's 7,473 training prompts
@@ -108,11 +147,28 @@ class PPOConfig:
     def preset(self) -> str:
         """The preset that these settings are, or "custom". How long, from which seed and for which answers a preset
         runs does not make it another one."""
-        neutral = ("iterations", "seed", "span_length", "max_new_tokens", "eval_every", "eval_prompts")
-        for name, preset in PRESETS.items():
+        neutral = ("iterations", "seed", "seeds", "span_length", "max_new_tokens", "eval_every", "eval_prompts")
+        for name in PRESETS:
+            preset = getattr(type(self), name)
             if self == preset(**{field: getattr(self, field) for field in neutral}):
                 return name
         return "custom"
 
 
-PRESETS = {"demo": PPOConfig.demo, "paper": PPOConfig.paper}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MAPPOConfig(PPOConfig):
+    """Training of one agent per member with MAPPO (Yu et al., 2022, arXiv 2103.01955): each has its own observation,
+    action and clipped ratio; the reward is the team's, and one critic sees everything."""
+
+    algorithm: ClassVar[str] = "mappo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not {"hidden", "stats", "prompt"} & set(self.agent.reads):
+            raise InputError("an agent per member must read something of its member: hidden, stats or prompt")
+        if self.agent.distribution != "dirichlet":
+            raise InputError("agents that draw a weight each have a Dirichlet together; leave distribution out")
+
+
+ALGORITHMS: dict[str, type[PPOConfig]] = {"ppo": PPOConfig, "mappo": MAPPOConfig}
+PRESETS = ("demo", "paper")

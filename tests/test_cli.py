@@ -152,6 +152,7 @@ class TestGenerate:
         other = call("generate", "--models", *models, "--prompt", *prompts, "--max-new-tokens", 6, "--weights", 1, 0)
         assert other[1].splitlines() != lines
 
+    @pytest.mark.slow
     def test_a_trained_policy_and_its_weights(self, call, models, trained):
         arguments = ["generate", "--models", *models, "--policy", trained, "--prompt", "rs4821=", "--max-new-tokens", 6]
         status, out, _ = call(*arguments, "--ignore-eos", "--show-weights")
@@ -283,6 +284,7 @@ class TestTrainAndEvaluate:
         assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
         assert not [name for name in listing(trained) if "partial" in name]
 
+    @pytest.mark.slow
     def test_resume(self, call, models, data_options, trained, tmp_path):
         out = Path(shutil.copytree(trained, tmp_path / "run"))
         arguments = ["train", "--models", *models, *data_options, "--reward", "last_number", "--out", out, *TRAIN]
@@ -492,6 +494,7 @@ class TestSettings:
     def test_it_can_be_switched_off(self, cache):
         assert cache(**{cli.CACHE_VARIABLE: "off"}) is None
 
+    @pytest.mark.slow
     def test_a_users_own_setting_stays(self, cache, tmp_path):
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
         assert cache(**{cli.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "own")

@@ -117,14 +117,14 @@ def test_ppo_programs(ensemble):
     agent = PPOAgent(AgentConfig(projection=4, span_embedding=4, ffn_width=8))
     config = PPOConfig(epochs=2, minibatches=2, agent=agent.config)
     spec = ensemble.spec(policy=agent, span_length=2, max_new_tokens=4, sample_weights=True, record=True)
-    params, ids, mask, key = inputs(ensemble)
-    state = ppo.init_learner(key, agent, spec.dims, config)
+    params, ids, mask, _ = inputs(ensemble)
+    seed, iteration = jnp.zeros(2, jnp.uint32), jnp.int32(0)  # two agents of two prompts
+    state = ppo.init_learners(seed, agent, spec.dims, config)
     batch = ppo.Batch(ids, mask, jnp.ones((4, 3), jnp.int32), jnp.full(4, 3))
-    seed, iteration = jnp.uint32(0), jnp.int32(0)
     assert_lowers(lambda *args: ppo.iterate(*args, spec, config), state, params, batch, seed)
 
     def roll(*args):
-        return ppo.rollout_for_text(*args, spec)
+        return ppo.rollout_for_text(*args, spec, config)
 
     assert_lowers(roll, state.params, params, batch, seed, iteration)
     experience = jax.eval_shape(roll, state.params, params, batch, seed, iteration)

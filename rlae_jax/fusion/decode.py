@@ -20,7 +20,7 @@ its own tokens, and V is the union's size U.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Key
 
 from rlae_jax.fusion.feed import Lockstep, MemberParams, Model, Ragged, Spelling, models_of, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, FusionOperator, linear, loglinear
-from rlae_jax.fusion.policy import STATS, Dims, Fixed, Observation, Policy
+from rlae_jax.fusion.policy import STATS, ChoosesLength, Dims, Fixed, Observation, Policy
 from rlae_jax.fusion.sampling import Sampling, choose_token
 from rlae_jax.models import ModelConfig, transformer
 
@@ -72,9 +72,14 @@ class DecodeSpec:
     member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
 
     @property
+    def span_lengths(self) -> tuple[int, ...]:
+        """The lengths among which the policy chooses for each span; () where all have `span_length`."""
+        return getattr(self.policy, "span_lengths", ())
+
+    @property
     def spans(self) -> int:
         """P: the most spans that an answer can have."""
-        return -(-self.max_new_tokens // self.span_length)
+        return -(-self.max_new_tokens // min(self.span_lengths or (self.span_length,)))
 
     @property
     def vocab(self) -> int:
@@ -103,9 +108,11 @@ class Span(NamedTuple):
     """One decision for every row. In a trajectory each field has a leading P axis."""
 
     observation: Any  # an Observation, or () where observations are not recorded
-    weights: Float[Array, "B K"]
-    log_prob: Float[Array, "B"]
+    action: Float[Array, "B A"]
+    weights: Float[Array, "B K"]  # what the action means
+    log_prob: Float[Array, "B *N"]  # of each of N agents, where several act
     value: Float[Array, "B"]
+    length: Any  # Int[B], the steps that it holds, where the policy chooses them; else ()
 
 
 class DecodeState(NamedTuple):
@@ -119,6 +126,8 @@ class DecodeState(NamedTuple):
     tokens: Int[Array, "B N"]  # chosen tokens or union entries; zeros from steps[b] on
     row_keys: Any  # Key[B], or () where a result has left the device
     span: Span  # the decision in force
+    decisions: Int[Array, "B"]  # taken so far
+    next_decision: Any  # Int[B], the step of the next one where the policy chooses how long spans are; else ()
     # Each member's summed log-probability of this span's tokens, Float[B, K]; () where the policy does not read it.
     span_log_probs: Any
     trajectory: Span  # all decisions, [P, B, ...]; spans after a row's end hold no information
@@ -136,10 +145,10 @@ class DecodeState(NamedTuple):
         """Each forward pass's keys and values."""
         return self.feed.caches if isinstance(self.feed, Lockstep) else tuple(member.cache for member in self.feed)
 
-    def span_mask(self, span_length: int) -> Bool[Array, "P B"]:
+    def span_mask(self) -> Bool[Array, "P B"]:
         """True where a row really took a decision."""
-        first_steps = jnp.arange(self.trajectory.value.shape[0]) * span_length
-        return first_steps[:, None] < self.steps[None]
+        spans = np.arange(self.trajectory.value.shape[0])
+        return self.decisions[None] > spans[:, None]
 
 
 def row_keys(key: Key[Array, ""] | Key[Array, "B"], batch: int) -> Key[Array, "B"]:
@@ -191,7 +200,10 @@ def prefill(
         span=jnp.zeros((b,), jnp.int32) if "span" in spec.policy.reads else (),
         prompt=prompt_scores,
     )
-    span = Span(observation if spec.record else (), jnp.full((b, k), 1.0 / k), jnp.zeros((b,)), jnp.zeros((b,)))
+    keys = row_keys(key, b)
+    shapes = jax.eval_shape(lambda: _decision(spec.policy.init(keys[0], spec.dims), observation, keys, spec))
+    span = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    span = span._replace(weights=jnp.full((b, k), 1.0 / k))
     n = spec.max_new_tokens
     limits = jnp.full((b,), n, jnp.int32) if spec.limits is None else jnp.asarray(spec.limits, jnp.int32)
     return DecodeState(
@@ -201,8 +213,10 @@ def prefill(
         ended=jnp.zeros((b,), bool),
         steps=jnp.zeros((b,), jnp.int32),
         tokens=jnp.zeros((b, n), jnp.int32),
-        row_keys=row_keys(key, b),
+        row_keys=keys,
         span=span,
+        decisions=jnp.zeros((b,), jnp.int32),
+        next_decision=jnp.zeros((b,), jnp.int32) if spec.span_lengths else (),
         span_log_probs=jnp.zeros((b, k)) if "stats" in spec.policy.reads else (),
         trajectory=jax.tree.map(lambda leaf: jnp.zeros((spec.spans, *leaf.shape), leaf.dtype), span),
         limits=limits,
@@ -255,27 +269,47 @@ def member_stats(
     return jnp.stack([entropy, top_prob, span_log_probs, disagreement], axis=-1)
 
 
+def _decision(policy_params: Any, observation: Observation, keys: Key[Array, "B"], spec: DecodeSpec) -> Span:
+    """What the policy does about an observation; the keys are its rows' own for this span."""
+    b = len(keys)
+    distribution, value = spec.policy.apply(policy_params, observation)
+    action = distribution.sample(keys) if spec.sample_weights else distribution.mode()
+    action = jnp.broadcast_to(action, (b, action.shape[1]))
+    log_prob = distribution.log_prob(action)
+    return Span(
+        observation=observation if spec.record else (),
+        action=action,
+        weights=distribution.to_weights(action),
+        log_prob=jnp.broadcast_to(log_prob, (b, *log_prob.shape[1:])),
+        value=jnp.broadcast_to(value, (b,)),
+        length=cast(ChoosesLength, distribution).to_length(action) if spec.span_lengths else (),
+    )
+
+
 def _take_decision(
     state: DecodeState, policy_params: Any, hidden: tuple[Array, ...], log_probs: tuple[Array, ...], spec: DecodeSpec
 ) -> Span:
-    b = state.done.shape[0]
     reads = spec.policy.reads
-    index = state.step // spec.span_length
+    index: Array = jnp.full(state.done.shape, state.step // spec.span_length)
+    last_length: Any = spec.span_length
+    if spec.span_lengths:
+        index, last_length = state.decisions, jnp.maximum(state.span.length, 1)[:, None]
     observation = Observation(
         hidden=tuple(h.astype(jnp.float32) for h in hidden) if "hidden" in reads else (),
-        stats=member_stats(log_probs, state.span_log_probs / spec.span_length) if "stats" in reads else (),
-        span=jnp.full((b,), index, jnp.int32) if "span" in reads else (),
+        stats=member_stats(log_probs, state.span_log_probs / last_length) if "stats" in reads else (),
+        span=index if "span" in reads else (),
         prompt=state.prompt_scores,
     )
-    distribution, value = spec.policy.apply(policy_params, observation)
-    if spec.sample_weights:
-        keys = jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, _ACTION_STREAM), index))(state.row_keys)
-        weights = distribution.sample(keys)
-    else:
-        weights = distribution.mode()
-    weights = jnp.broadcast_to(weights, (b, len(spec.members)))
-    log_prob, value = distribution.log_prob(weights), jnp.broadcast_to(value, (b,))
-    return Span(observation if spec.record else (), weights, jnp.broadcast_to(log_prob, (b,)), value)
+
+    def own_key(key: Key[Array, ""], index: Array) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(key, _ACTION_STREAM), index)
+
+    return _decision(policy_params, observation, jax.vmap(own_key)(state.row_keys, index), spec)
+
+
+def _choose_rows(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
+    """Leaves [B, ...] of `new` in some rows and of `old` in the others."""
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), new, old)
 
 
 def _to_union(k: int, log_probs: Float[Array, "B V"], spelling: Spelling) -> Float[Array, "B U"]:
@@ -330,12 +364,16 @@ def _read(
 
 def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState) -> DecodeState:
     union = spec.union
-    boundary = state.step % spec.span_length == 0
+    due = state.step % spec.span_length == 0  # whether rows take a decision: all at once, or each by itself
+    if spec.span_lengths:
+        due = ~state.done & (state.step >= state.next_decision)
     span = state.span
 
     def decide(hidden: tuple[Array, ...], log_probs: tuple[Array, ...]) -> Span:
         take = functools.partial(_take_decision, state, policy_params, hidden, log_probs, spec)
-        return lax.cond(boundary, take, lambda: state.span)
+        if not spec.span_lengths:
+            return lax.cond(due, take, lambda: state.span)
+        return lax.cond(jnp.any(due), lambda: _choose_rows(due, take(), state.span), lambda: state.span)
 
     if spec.decides_first:
         span = decide((), ())
@@ -394,7 +432,7 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         if "stats" in spec.policy.reads:
             # A policy gets finite numbers, also of a token that a member cannot read.
             finite = chosen if union is None else jnp.maximum(chosen, _UNREADABLE)
-            span_log_probs = jnp.where(boundary, 0.0, span_log_probs) + finite
+            span_log_probs = jnp.where(due[..., None], 0.0, span_log_probs) + finite
         if spec.scores:
             score = jnp.take_along_axis(normalised, token[:, None], axis=1)
             scores = lax.dynamic_update_slice(scores, score, (0, state.step))
@@ -402,6 +440,15 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
     seen = state.seen
     if spec.sampling.penalised:
         seen = seen.at[jnp.arange(len(token)), token].max(alive)
+    next_decision = state.next_decision
+    if spec.span_lengths:
+        place = jnp.where(due, state.decisions, spec.spans), jnp.arange(len(due))  # beyond the end nothing is written
+        trajectory = jax.tree.map(lambda spans, one: spans.at[place].set(one, mode="drop"), state.trajectory, span)
+        next_decision = jnp.where(due, state.step + span.length, next_decision)
+    else:
+        # Written at every step, not only at boundaries: an in-place write of a few numbers beats a branch.
+        write = functools.partial(lax.dynamic_update_index_in_dim, index=state.step // spec.span_length, axis=0)
+        trajectory = jax.tree.map(write, state.trajectory, span)
     return DecodeState(
         step=state.step + 1,
         feed=feed,
@@ -412,12 +459,9 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         row_keys=state.row_keys,
         span=span,
         span_log_probs=span_log_probs,
-        trajectory=jax.tree.map(
-            # Written at every step, not only at boundaries: an in-place write of a few numbers beats a branch.
-            lambda all_spans, one: lax.dynamic_update_index_in_dim(all_spans, one, state.step // spec.span_length, 0),
-            state.trajectory,
-            span,
-        ),
+        decisions=state.decisions + (due & alive),
+        next_decision=next_decision,
+        trajectory=trajectory,
         limits=state.limits,
         character=character,
         seen=seen,

@@ -816,8 +816,7 @@ class Ensemble:
         spec, stop = job.spec, job.stop
         rows = [row for row in job.rows for _ in range(job.samples)]
         chosen = [state.tokens[b, : state.steps[b] - int(state.ended[b])].tolist() for b in range(len(rows))]
-        first_steps = np.arange(spec.spans) * spec.span_length
-        used_bp = first_steps[None] < state.steps[:, None]
+        used_bp = np.asarray(state.span_mask()).T
         weights = np.where(used_bp[..., None], np.swapaxes(state.trajectory.weights, 0, 1), np.nan)
         reasons = ["stop" if ended else "length" for ended in state.ended]
         texts = None

@@ -2,12 +2,13 @@
 
 A policy is a frozen (hashable) object with a pair of pure functions, like an optax transformation:
 
-    init(key, dims)            -> params                    a pytree
+    init(key, dims)            -> params                    a pytree; traceable, as shapes are read off it
     apply(params, observation) -> (distribution, value)     value Float[B]
 
 and `reads`, the parts of the observation that it looks at; the decoding loop computes no others. A distribution is a
-pytree with `sample(keys)`, `mode()`, `log_prob(weights)` and `entropy()`, each over a batch of rows. Fixed weights are
-a policy too, so decoding has one path. Trained policies live in `rlae_jax.ppo`.
+pytree over a batch of rows that draws actions and says which weights an action is: most actions are the weights
+themselves, but several agents that act together have an action each. A policy with `span_lengths` also chooses how long
+its action holds. Fixed weights are a policy too, so decoding has one path. Trained policies live in `rlae_jax.ppo`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt")
 # The columns of Observation.stats.
@@ -44,13 +45,24 @@ class Dims(NamedTuple):
         return len(self.widths)
 
 
-class WeightDistribution(Protocol):
-    """A distribution over weights on the simplex, one per row."""
+class Distribution(Protocol):
+    """A distribution over actions, one per row. N agents with a likelihood each give [B, N]."""
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K"]: ...
-    def mode(self) -> Float[Array, "B K"]: ...
-    def log_prob(self, weights: Float[Array, "B K"]) -> Float[Array, "B"]: ...
+    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B A"]: ...
+    def mode(self) -> Float[Array, "B A"]: ...
+    def log_prob(self, action: Float[Array, "B A"]) -> Float[Array, "B *N"]: ...
     def entropy(self) -> Float[Array, "B"]: ...
+    def to_weights(self, action: Float[Array, "B A"]) -> Float[Array, "B K"]:
+        """The weights on the simplex that an action is."""
+        ...
+
+
+class ChoosesLength(Distribution, Protocol):
+    """What a policy with `span_lengths` gives."""
+
+    def to_length(self, action: Float[Array, "B A"]) -> Int[Array, "B"]:
+        """How many steps an action holds."""
+        ...
 
 
 @runtime_checkable
@@ -60,7 +72,7 @@ class Policy(Protocol):
     @property
     def reads(self) -> tuple[str, ...]: ...
     def init(self, key: Key[Array, ""], dims: Dims) -> Any: ...
-    def apply(self, params: Any, observation: Observation) -> tuple[WeightDistribution, Float[Array, "B"]]: ...
+    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, "B"]]: ...
 
 
 class Deterministic(NamedTuple):
@@ -80,6 +92,9 @@ class Deterministic(NamedTuple):
 
     def entropy(self) -> Float[Array, "B"]:
         return jnp.zeros(self.weights.shape[0])
+
+    def to_weights(self, action: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        return action
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +222,9 @@ class OneHot(NamedTuple):
 
     def entropy(self) -> Float[Array, "B"]:
         return jnp.sum(jax.scipy.special.entr(self.probs), axis=1)
+
+    def to_weights(self, action: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        return action
 
 
 @dataclasses.dataclass(frozen=True)

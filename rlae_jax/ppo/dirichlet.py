@@ -47,3 +47,7 @@ class Dirichlet(NamedTuple):
         total = jnp.sum(alpha, axis=-1)
         log_beta = jnp.sum(gammaln(alpha), axis=-1) - gammaln(total)
         return log_beta + (total - alpha.shape[-1]) * digamma(total) - jnp.sum((alpha - 1.0) * digamma(alpha), axis=-1)
+
+    def to_weights(self, action: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+        """An action is the weights themselves."""
+        return action

@@ -3,9 +3,12 @@
     prompts --rollout--> Rollout --score--> [B] --learn--> LearnerState, metrics
 
 `iterate` is all of it as one program, for tasks whose reward the device can compute from tokens; where the reward is a
-Python function of text, `rollout` and `learn` are the programs on its two sides.
+Python function of text, `rollout_for_text` and `learn_from_text` are the programs on its two sides. All three train E
+agents of different seeds side by side: their prompts are rows of one batch, since a `vmap` over the decoding loop would
+turn its slice updates into scatters, and their updates are a `vmap`.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,8 +19,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.config import PPOConfig
-from rlae_jax.fusion.decode import DecodeSpec, decode
-from rlae_jax.fusion.policy import Dims, Observation, Policy
+from rlae_jax.fusion.decode import DecodeSpec, decode_spans, prefill, repeat_rows, row_keys
+from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
+from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
 
 
@@ -30,11 +34,12 @@ class LearnerState(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """One batch of answers and the decisions behind them."""
+    """One batch of answers and the decisions behind them, the samples of a prompt one after another."""
 
     observation: Observation  # leaves [P, B, ...]
+    action: Float[Array, "P B A"]
     weights: Float[Array, "P B K"]
-    log_prob: Float[Array, "P B"]
+    log_prob: Float[Array, "P B *N"]  # of each agent, where several act
     value: Float[Array, "P B"]
     mask: Bool[Array, "P B"]  # True where a decision was really taken
     tokens: Int[Array, "B N"]
@@ -42,12 +47,38 @@ class Rollout(NamedTuple):
     ended: Bool[Array, "B"]
 
 
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """E agents as one policy: rows come in E blocks, and block e is agent e's. Parameters have a leading E axis."""
+
+    policy: Policy
+    agents: int
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.policy.reads
+
+    @property
+    def span_lengths(self) -> tuple[int, ...]:
+        return getattr(self.policy, "span_lengths", ())
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Any:
+        """E agents, for the shapes."""
+        return jax.vmap(lambda k: self.policy.init(k, dims))(jax.random.split(key, self.agents))
+
+    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, "E*B"]]:
+        """Each block under its own agent."""
+        blocks = jax.tree.map(lambda leaf: leaf.reshape(self.agents, -1, *leaf.shape[1:]), observation)
+        both = jax.vmap(self.policy.apply)(params, blocks)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
+
+
 class _Samples(NamedTuple):
     """What the losses read of a rollout, each leaf [P * B, ...] once flattened."""
 
     observation: Observation
-    weights: Float[Array, "M K"]
-    log_prob: Float[Array, "M"]
+    action: Float[Array, "M A"]
+    log_prob: Float[Array, "M *N"]
     value: Float[Array, "M"]
     mask: Bool[Array, "M"]
     advantage: Float[Array, "M"]
@@ -63,9 +94,29 @@ class Batch(NamedTuple):
     reference_lengths: Int[Array | np.ndarray, "B"]
 
 
+def make_policy(config: PPOConfig) -> Policy:
+    """The agent, or the agents, that a configuration trains."""
+    return (MAPPOAgent if config.algorithm == "mappo" else PPOAgent)(config.agent)
+
+
 def make_optimiser(config: PPOConfig) -> optax.GradientTransformation:
     """Adam behind a clip of the global gradient norm."""
-    return optax.chain(optax.clip_by_global_norm(config.gradient_norm), optax.adam(config.learning_rate, eps=1e-5))
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_norm), optax.scale_by_adam(eps=1e-5), optax.scale(-1.0)
+    )
+
+
+def step_size(config: PPOConfig, iteration: Int[Array, ""]) -> Float[Array, ""]:
+    """The learning rate of an iteration."""
+    falling = max(config.iterations - config.warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, falling),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, falling),
+    }[config.schedule]
+    # The first iteration after the warm-up is the first at the full rate.
+    before = config.learning_rate * (iteration + 1) / (config.warmup + 1)
+    return jnp.where(iteration < config.warmup, before, after(iteration - config.warmup))
 
 
 def init_learner(key: Key[Array, ""], policy: Policy, dims: Dims, config: PPOConfig) -> LearnerState:
@@ -74,18 +125,33 @@ def init_learner(key: Key[Array, ""], policy: Policy, dims: Dims, config: PPOCon
     return LearnerState(params, make_optimiser(config).init(params), jnp.int32(0))
 
 
+def init_learners(seeds: Int[Array | np.ndarray, "E"], policy: Policy, dims: Dims, config: PPOConfig) -> LearnerState:
+    """One per seed, leaves [E, ...]."""
+    return jax.vmap(lambda seed: init_learner(jax.random.key(seed), policy, dims, config))(jnp.asarray(seeds))
+
+
 def rollout(
-    params: tuple[Any, ...], policy_params: Any, batch: Batch, key: Key[Array, ""], spec: DecodeSpec
+    params: tuple[Any, ...],
+    policy_params: Any,
+    batch: Batch,
+    key: Key[Array, ""] | Key[Array, "B"],
+    spec: DecodeSpec,
+    samples: int = 1,
 ) -> Rollout:
-    """Decodes a batch with weights drawn from the policy, recording every decision."""
-    state = decode(params, batch.ids, batch.mask, policy_params, key, spec)
+    """Decodes a batch with weights drawn from the policy, recording every decision; `samples` answers to each prompt,
+    which share its prefill."""
+    state = prefill(params, batch.ids, batch.mask, key, spec)
+    if samples > 1:
+        state = repeat_rows(state, spec, samples)
+    state = decode_spans(params, state, policy_params, spec)
     spans = state.trajectory
     return Rollout(
         observation=spans.observation,
+        action=spans.action,
         weights=spans.weights,
         log_prob=spans.log_prob,
         value=spans.value,
-        mask=state.span_mask(spec.span_length),
+        mask=state.span_mask(),
         tokens=state.tokens,
         steps=state.steps,
         ended=state.ended,
@@ -94,6 +160,11 @@ def rollout(
 
 def exact_tokens(experience: Rollout, batch: Batch) -> Float[Array, "B"]:
     """1.0 where the answer is exactly the reference's tokens and then an end token."""
+    samples = len(experience.tokens) // len(batch.references)
+    batch = batch._replace(
+        references=jnp.repeat(batch.references, samples, axis=0),
+        reference_lengths=jnp.repeat(batch.reference_lengths, samples),
+    )
     n, r = experience.tokens.shape[1], batch.references.shape[1]
     width = max(n, r)
     places = jnp.arange(width)
@@ -102,6 +173,15 @@ def exact_tokens(experience: Rollout, batch: Batch) -> Float[Array, "B"]:
     same = (written == expected) | (places >= batch.reference_lengths[:, None])
     right_length = experience.ended & (experience.steps - 1 == batch.reference_lengths)
     return (jnp.all(same, axis=1) & right_length).astype(jnp.float32)
+
+
+def shaped_reward(
+    score: Float[Array, "B"], experience: Rollout, spec: DecodeSpec, config: PPOConfig
+) -> Float[Array, "B"]:
+    """score - member_cost (mean number of members in use - 1) - length_cost steps / max_new_tokens."""
+    in_use = jnp.sum(experience.weights > 0.05, axis=-1)
+    further = jnp.sum(jnp.where(experience.mask, in_use - 1, 0), axis=0) / jnp.maximum(experience.mask.sum(axis=0), 1)
+    return score - config.member_cost * further - config.length_cost * experience.steps / spec.max_new_tokens
 
 
 def learn(
@@ -114,11 +194,11 @@ def learn(
 ) -> tuple[LearnerState, dict[str, Array]]:
     """`config.epochs` passes of clipped updates over one rollout; every decision is one sample."""
     mask = experience.mask
-    rewards = terminal_rewards(score, mask)
+    rewards = terminal_rewards(shaped_reward(score, experience, spec, config), mask)
     advantages, targets = masked_gae(rewards, experience.value, mask, config.discount, config.gae_lambda)
     samples = _Samples(
         experience.observation,
-        experience.weights,
+        experience.action,
         experience.log_prob,
         experience.value,
         mask,
@@ -127,12 +207,14 @@ def learn(
     )
     p, b = mask.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(p * b, *leaf.shape[2:]), samples)
+    policy = spec.policy.policy if isinstance(spec.policy, SideBySide) else spec.policy
     optimiser = make_optimiser(config)
+    rate = step_size(config, state.iteration)
 
     def loss_of(params: Any, taken: _Samples) -> tuple[Array, PPOLoss]:
-        distribution, value = spec.policy.apply(params, taken.observation)
+        distribution, value = policy.apply(params, taken.observation)
         loss = ppo_loss(
-            distribution.log_prob(taken.weights),
+            distribution.log_prob(taken.action),
             taken.log_prob,
             taken.advantage,
             value,
@@ -147,19 +229,38 @@ def learn(
         )
         return loss.total, loss
 
-    def update(carry: tuple[Any, Any], rows: Int[Array, "M"]) -> tuple[tuple[Any, Any], Any]:
-        params, optimiser_state = carry
-        minibatch = jax.tree.map(lambda leaf: leaf[rows], flat)
-        gradients, loss = jax.grad(loss_of, has_aux=True)(params, minibatch)
-        updates, optimiser_state = optimiser.update(gradients, optimiser_state, params)
-        return (optax.apply_updates(params, updates), optimiser_state), loss
+    def gradients_of(params: Any, rows: Int[Array, "M"]) -> tuple[Any, PPOLoss]:
+        """The minibatch's, as the sum over its parts of what each has a share in."""
+
+        def part(rows: Int[Array, "M"]) -> tuple[Any, Any]:
+            taken = jax.tree.map(lambda leaf: leaf[rows], flat)
+            return jax.tree.map(lambda leaf: leaf * jnp.sum(taken.mask), jax.grad(loss_of, has_aux=True)(params, taken))
+
+        total = jnp.maximum(jnp.sum(flat.mask[rows]), 1)
+        parts = rows.reshape(accumulate, -1)
+        sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(part, parts))
+        return jax.tree.map(lambda leaf: leaf / total, sums)
+
+    def update(carry: tuple[Any, Any, Array], rows: Int[Array, "M"]) -> tuple[tuple[Any, Any, Array], Any]:
+        params, optimiser_state, stopped = carry
+        gradients, loss = gradients_of(params, rows)
+        updates, new_optimiser_state = optimiser.update(gradients, optimiser_state, params)
+        new_params = jax.tree.map(lambda leaf, change: leaf + rate * change, params, updates)
+        if config.target_kl is not None:
+            stopped = stopped | (loss.approx_kl > config.target_kl)
+            old, new = (params, optimiser_state), (new_params, new_optimiser_state)
+            new_params, new_optimiser_state = jax.tree.map(lambda x, y: jnp.where(stopped, x, y), old, new)
+        return (new_params, new_optimiser_state, stopped), (loss, stopped)
 
     # The last few samples of an epoch's shuffle are left out where the minibatches do not divide them.
     minibatches = min(config.minibatches, p * b)
     size = p * b // minibatches
+    accumulate = min(config.accumulate, size)
+    size -= size % accumulate
     orders = jax.vmap(lambda k: jax.random.permutation(k, p * b))(jax.random.split(key, config.epochs))
     rows = orders[:, : minibatches * size].reshape(config.epochs * minibatches, size)
-    (params, optimiser_state), losses = jax.lax.scan(update, (state.params, state.optimiser), rows)
+    start = (state.params, state.optimiser, jnp.zeros((), bool))
+    (params, optimiser_state, _), (losses, stopped) = jax.lax.scan(update, start, rows)
 
     losses = jax.tree.map(jnp.mean, losses)
     metrics = {
@@ -169,8 +270,11 @@ def learn(
         "entropy": losses.entropy,
         "approx_kl": losses.approx_kl,
         "clip_fraction": losses.clip_fraction,
+        "updates": jnp.sum(~stopped),
+        "learning_rate": rate,
         "value": masked_mean(experience.value, mask),
         "steps": jnp.mean(experience.steps.astype(jnp.float32)),
+        "spans": jnp.mean(jnp.sum(mask, axis=0).astype(jnp.float32)),
         "ended": jnp.mean(experience.ended.astype(jnp.float32)),
     }
     return LearnerState(params, optimiser_state, state.iteration + 1), metrics
@@ -183,37 +287,83 @@ def iteration_keys(seed: Int[Array, ""], iteration: Int[Array, ""]) -> tuple[Key
     return jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def iterate(
-    state: LearnerState,
+def _rollout_all(
+    policy_params: Any,
     params: tuple[Any, ...],
     batch: Batch,
-    seed: Int[Array, ""],
+    seeds: Array,
+    iteration: Array,
+    spec: DecodeSpec,
+    config: PPOConfig,
+) -> Rollout:
+    """All agents' rollouts, in E blocks of rows."""
+    rows = len(batch.references) // len(seeds)
+    keys = jax.vmap(lambda seed: row_keys(iteration_keys(seed, iteration)[0], rows))(seeds)
+    spec = dataclasses.replace(spec, policy=SideBySide(spec.policy, len(seeds)))
+    return rollout(params, policy_params, batch, keys.reshape(-1), spec, config.samples)
+
+
+def _learn_all(
+    states: LearnerState, experience: Rollout, score: Array, seeds: Array, spec: DecodeSpec, config: PPOConfig
+) -> tuple[LearnerState, dict[str, Array]]:
+    """Every agent's updates from its own block."""
+    e = len(seeds)
+    per_row = experience._asdict()
+    in_time = {name: per_row.pop(name) for name in ("observation", "action", "weights", "log_prob", "value", "mask")}
+    blocks = Rollout(
+        **jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(len(leaf), e, -1, *leaf.shape[2:]), 0, 1), in_time),
+        **jax.tree.map(lambda leaf: leaf.reshape(e, -1, *leaf.shape[1:]), per_row),
+    )
+    keys = jax.vmap(lambda seed, iteration: iteration_keys(seed, iteration)[1])(seeds, states.iteration)
+    update = functools.partial(learn, spec=spec, config=config)
+    return jax.vmap(update)(states, blocks, score.reshape(e, -1), keys)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
+def iterate(
+    states: LearnerState,
+    params: tuple[Any, ...],
+    batch: Batch,
+    seeds: Int[Array, "E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Rollout, reward, advantages and updates as one XLA program."""
-    rollout_key, learn_key = iteration_keys(seed, state.iteration)
-    experience = rollout(params, state.params, batch, rollout_key, spec)
-    return learn(state, experience, exact_tokens(experience, batch), learn_key, spec, config)
+    """Rollout, reward, advantages and updates as one XLA program.
+
+    Args:
+      states: leaves [E, ...].
+      batch: E blocks of prompts, one after another.
+      spec: whose policy is one agent's.
+
+    Returns:
+      The new states, and metrics [E].
+    """
+    experience = _rollout_all(states.params, params, batch, seeds, states.iteration[0], spec, config)
+    return _learn_all(states, experience, exact_tokens(experience, batch), seeds, spec, config)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="config")
 def rollout_for_text(
-    policy_params: Any, params: tuple[Any, ...], batch: Batch, seed: Int[Array, ""], iteration: Array, spec: DecodeSpec
+    policy_params: Any,
+    params: tuple[Any, ...],
+    batch: Batch,
+    seeds: Int[Array, "E"],
+    iteration: Int[Array, ""],
+    spec: DecodeSpec,
+    config: PPOConfig,
 ) -> Rollout:
     """The first half of an iteration whose reward is a Python function of text."""
-    return rollout(params, policy_params, batch, iteration_keys(seed, iteration)[0], spec)
+    return _rollout_all(policy_params, params, batch, seeds, iteration, spec, config)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
 def learn_from_text(
-    state: LearnerState,
+    states: LearnerState,
     experience: Rollout,
-    score: Float[Array, "B"],
-    seed: Int[Array, ""],
+    score: Float[Array, "E*B"],
+    seeds: Int[Array, "E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
     """The second half."""
-    return learn(state, experience, score, iteration_keys(seed, state.iteration)[1], spec, config)
+    return _learn_all(states, experience, score, seeds, spec, config)

@@ -83,11 +83,19 @@ def ppo_loss(
         value  = 1/2 E[max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)]
         total  = policy + value_weight * value - entropy_weight * E[entropy]
 
-    All arrays have one shape; only places where the mask is True count.
+    All arrays have one shape; only places where the mask is True count. Log-probabilities may have a further axis, over
+    agents: each has its own ratio and its own clip, the advantage is the team's, and the surrogate is the mean over
+    agents (MAPPO, Yu et al., 2022, arXiv 2103.01955, eq. 1 of its appendix).
     """
-    log_ratio = jnp.where(mask, log_prob - old_log_prob, 0.0)
+    per_agent = (..., *[None] * (log_prob.ndim - mask.ndim))
+    log_ratio = jnp.where(mask[per_agent], log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
+    advantage = advantage[per_agent]
     surrogate = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
+    estimated_kl, clipped = ratio - 1 - log_ratio, jnp.abs(ratio - 1) > clip
+    if log_prob.ndim > mask.ndim:
+        surrogate, clipped = jnp.mean(surrogate, axis=-1), jnp.mean(clipped, axis=-1)
+        estimated_kl = jnp.sum(estimated_kl, axis=-1)  # of the joint action
     clipped_value = old_value + jnp.clip(value - old_value, -value_clip, value_clip)
     value_error = jnp.maximum((value - target) ** 2, (clipped_value - target) ** 2)
     policy_loss = -masked_mean(surrogate, mask)
@@ -98,6 +106,6 @@ def ppo_loss(
         policy=policy_loss,
         value=value_loss,
         entropy=mean_entropy,
-        approx_kl=masked_mean(ratio - 1 - log_ratio, mask),
-        clip_fraction=masked_mean(jnp.abs(ratio - 1) > clip, mask),
+        approx_kl=masked_mean(estimated_kl, mask),
+        clip_fraction=masked_mean(clipped, mask),
     )

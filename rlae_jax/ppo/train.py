@@ -2,10 +2,10 @@
 
     runs/x/config.json       settings, members, task: what decides whether a directory belongs to a run
           metrics.jsonl      a line per iteration
-          checkpoints/       newest and best (on dev)
+          checkpoints/       the newest state, which holds the agents that were best on dev
 
-Every iteration is a function of (state, settings, its own number), so that a run that was killed and resumed ends with
-the same parameters as one that was not.
+A run trains E agents of different seeds side by side, most often one. Every iteration is a function of (state,
+settings, its own number), so that a run that was killed and resumed ends with the same parameters as one that was not.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlae_jax import files
 from rlae_jax.checkpoint import Checkpoints
-from rlae_jax.config import AgentConfig, PPOConfig
+from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.fusion.decode import DecodeSpec, DecodeState
 from rlae_jax.fusion.ensemble import Ensemble
@@ -34,7 +34,6 @@ from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.metrics import MetricsLog
 from rlae_jax.ppo import iteration as ppo
-from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks import Examples, Task
 
 CONFIG_FILE = "config.json"
@@ -42,19 +41,27 @@ UNION_FILE = "union.npz"  # of members with different tokenizers
 _EVALUATION_ROWS = 256
 
 
+class TrainState(NamedTuple):
+    """What a checkpoint holds; every leaf has a leading E axis."""
+
+    learner: ppo.LearnerState
+    best: Any  # each agent's parameters when it was best on dev
+    best_dev: Float[Array, "E"]  # its score then; -inf before the first
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainProgress:
     """What the loop reports after each iteration."""
 
     iteration: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
 
 
 def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec) -> dict[str, Any]:
     """The content of config.json: everything that the result of a run depends on."""
     return {
         "schema": 1,
-        "algorithm": "ppo",
+        "algorithm": config.algorithm,
         "task": task.name,
         "examples": {
             split: {"n": len(examples), "sha256": examples.digest()} for split, examples in task.splits.items()
@@ -166,7 +173,7 @@ def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
     return task.token_reward and ensemble.union is None
 
 
-def score_texts(task: Task, texts: Sequence[str], references: Sequence[str]) -> Float[np.ndarray, "B"]:
+def score_texts(task: Task, texts: Sequence[str], references: Sequence[Any]) -> Float[np.ndarray, "B"]:
     """The task's reward of each text."""
     return np.array([task.reward(text, ref) for text, ref in zip(texts, references, strict=True)], np.float32)
 
@@ -199,9 +206,10 @@ def train(
     out: str | os.PathLike[str] = "runs/train",
     *,
     resume: bool = False,
+    max_minutes: float | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> BoundPolicy:
-    """Trains a weight agent with PPO and returns the checkpoint that was best on dev.
+    """Trains a weight agent with PPO (or, with a `MAPPOConfig`, one per member) and returns what was best on dev.
 
     Where the task's reward can be computed from tokens, an iteration is one XLA program; otherwise the reward is called
     between two.
@@ -211,19 +219,39 @@ def train(
       config: settings; `span_length` and `max_new_tokens` default to the task's.
       out: the run's directory.
       resume: continue the run in `out` (or begin it, if there is none).
+      max_minutes: after this long the run stops, with a checkpoint from which it can be resumed.
       on_progress: called after every iteration.
 
     Raises:
       InputError: prompts that do not fit, a directory that belongs to another run. Told before any training.
       Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it.
     """
+    if config is not None and config.seeds > 1:
+        raise InputError("train returns one policy; use train_seeds for several seeds")
+    (policy,) = train_seeds(
+        ensemble, task, config, out, resume=resume, max_minutes=max_minutes, on_progress=on_progress
+    )
+    return policy
+
+
+def train_seeds(
+    ensemble: Ensemble,
+    task: Task,
+    config: PPOConfig | None = None,
+    out: str | os.PathLike[str] = "runs/train",
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    on_progress: Callable[[TrainProgress], None] = lambda progress: None,
+) -> list[BoundPolicy]:
+    """As `train`, for `config.seeds` agents in one program: agent e is what seed `config.seed` + e alone gives."""
     config = PPOConfig() if config is None else config
     span_length = task.span_length if config.span_length is None else config.span_length
     max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
     out = Path(out)
     spec = ensemble.spec(
-        policy=PPOAgent(config.agent),
+        policy=ppo.make_policy(config),
         span_length=span_length,
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,
@@ -236,56 +264,113 @@ def train(
     if ensemble.union is not None:
         ensemble.union.save(out / UNION_FILE)
 
-    state = ppo.init_learner(jax.random.key(config.seed), spec.policy, spec.dims, config)
-    # What compiled programs depend on; the rest may change without compiling again.
-    static = dataclasses.replace(config, iterations=1, eval_every=1, eval_prompts=1, seed=0)
-    seed = np.uint32(config.seed)
+    state, seeds = _fresh(config, spec.dims), _seeds(config)
+    static = _shaping(config)
     checkpoints = Checkpoints(out)
     newest = checkpoints.newest()
     if newest is not None:
         state = checkpoints.restore(newest, _abstract(state))
-    log = MetricsLog(out, int(state.iteration))
+    first = int(state.learner.iteration[0])
+    log = MetricsLog(out, first)
+    began = time.monotonic()
 
     try:
         with _stop_requests() as stop_requested:
-            for iteration in range(int(state.iteration), config.iterations):
+            for iteration in range(first, config.iterations):
                 started = time.perf_counter()
-                rows = epoch_rows(len(prompts.ids), config.prompts, config.seed, iteration)
-                batch = prompts.batch(rows)
-                if rewards_tokens(ensemble, task):
-                    state, metrics = ppo.iterate(state, ensemble.params, batch, seed, spec, static)
-                else:
-                    experience = ppo.rollout_for_text(
-                        state.params, ensemble.params, batch, seed, np.int32(iteration), spec
-                    )
-                    texts = _texts(ensemble, [prompts.ids[i] for i in rows], experience)
-                    scores = score_texts(task, texts, [prompts.examples.references[i] for i in rows])
-                    state, metrics = ppo.learn_from_text(state, experience, scores, seed, spec, static)
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                rows = np.concatenate([epoch_rows(len(prompts.ids), config.prompts, int(s), iteration) for s in seeds])
+                learner, metrics = _iterate(ensemble, task, prompts, rows, state.learner, seeds, spec, static)
+                state = state._replace(learner=learner)
+                values = _values(jax.device_get(metrics))
                 values["seconds"] = time.perf_counter() - started
                 done = iteration + 1
+                late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes
                 stop = stop_requested()
-                scored = stop or done % config.eval_every == 0 or done == config.iterations
+                scored = stop or late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
-                    values["dev"] = float(np.mean(_dev_scores(ensemble, task, dev, state.params, spec)))
+                    agents = [_nth(state.learner.params, e) for e in range(config.seeds)]
+                    scores = [np.mean(_dev_scores(ensemble, task, dev, agent, spec)) for agent in agents]
+                    values |= _values({"dev": np.array(scores, np.float32)})
+                    state = _keep_best(state, np.array(scores, np.float32))
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
                 # forgotten on resuming, but one before it would never be written again.
                 log.write(done, values)
                 if scored:
-                    checkpoints.save(done, state, values["dev"])
+                    checkpoints.save(done, state)
                 on_progress(TrainProgress(done, values))
                 if stop and done < config.iterations:
                     raise Interrupted(f"stopped after iteration {done} of {config.iterations}; saved in {out}")
-        best = checkpoints.best()
-        if best is not None and best != int(state.iteration):
-            state = checkpoints.restore(best, _abstract(state))
+                if late:
+                    break
     finally:
         log.close()
         checkpoints.close()
-    return BoundPolicy(spec.policy, state.params, spec.dims, span_length)
+    return [BoundPolicy(spec.policy, _nth(state.best, e), spec.dims, span_length) for e in range(config.seeds)]
 
 
-def _abstract(state: ppo.LearnerState) -> ppo.LearnerState:
+def _seeds(config: PPOConfig) -> Int[np.ndarray, "E"]:
+    return np.uint32(config.seed) + np.arange(config.seeds, dtype=np.uint32)
+
+
+def _fresh(config: PPOConfig, dims: Dims) -> TrainState:
+    """The state before the first iteration."""
+    learner = ppo.init_learners(_seeds(config), ppo.make_policy(config), dims, config)
+    best = jax.tree.map(jnp.copy, learner.params)  # the programs take the learner's buffers
+    return TrainState(learner, best, jnp.full((config.seeds,), -jnp.inf))
+
+
+def _shaping(config: PPOConfig) -> PPOConfig:
+    """What compiled programs depend on; the rest may change without compiling again."""
+    iterations = 1 if config.schedule == "constant" else config.iterations
+    return dataclasses.replace(config, iterations=iterations, eval_every=1, eval_prompts=1, seed=0)
+
+
+def _iterate(
+    ensemble: Ensemble,
+    task: Task,
+    prompts: "_Prompts",
+    rows: Int[np.ndarray, "E*B"],
+    learner: ppo.LearnerState,
+    seeds: Int[np.ndarray, "E"],
+    spec: DecodeSpec,
+    config: PPOConfig,
+) -> tuple[ppo.LearnerState, dict[str, Array]]:
+    batch = prompts.batch(rows)
+    if rewards_tokens(ensemble, task):
+        return ppo.iterate(learner, ensemble.params, batch, seeds, spec, config)
+    iteration = learner.iteration[0]
+    experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
+    answered = np.repeat(rows, config.samples)
+    texts = _texts(ensemble, [prompts.ids[i] for i in answered], experience)
+    scores = score_texts(task, texts, [prompts.examples.references[i] for i in answered])
+    return ppo.learn_from_text(learner, experience, scores, seeds, spec, config)
+
+
+def _nth(tree: Any, e: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[e], tree)
+
+
+def _values(metrics: dict[str, Float[np.ndarray, "E"]]) -> dict[str, Any]:
+    """Means over the agents, and of the scores also every agent's own."""
+    values: dict[str, Any] = {name: float(np.mean(value)) for name, value in metrics.items()}
+    for name in ("reward", "dev"):
+        if name in metrics and len(metrics[name]) > 1:
+            values[f"{name}_per_seed"] = [float(value) for value in metrics[name]]
+    return values
+
+
+def _keep_best(state: TrainState, dev: Float[np.ndarray, "E"]) -> TrainState:
+    """Each agent's parameters become its best ones if they are; of equally good ones the first stay."""
+    better = jnp.asarray(dev) > state.best_dev
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    best = jax.tree.map(choose, state.learner.params, state.best)
+    return state._replace(best=best, best_dev=jnp.maximum(state.best_dev, dev))
+
+
+def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
 
@@ -309,11 +394,14 @@ def _dev_scores(
     return np.concatenate(scores)
 
 
-def load_policy(run: str | os.PathLike[str], *, newest: bool = False) -> BoundPolicy:
-    """The policy of a run directory: the checkpoint that was best on dev, or the newest.
+def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest: bool = False) -> BoundPolicy:
+    """The policy of a run directory: what was best on dev, or the newest.
+
+    Args:
+      seed: of a run that trained several; by default the one that was best on dev.
 
     Raises:
-      InputError: not a run directory, no checkpoint in it, or one that does not fit its configuration.
+      InputError: not a run directory, no checkpoint in it, one that does not fit its configuration, no such seed.
     """
     run = Path(run)
     if not (run / CONFIG_FILE).is_file():
@@ -321,23 +409,25 @@ def load_policy(run: str | os.PathLike[str], *, newest: bool = False) -> BoundPo
     raw = files.read_json(run / CONFIG_FILE)
     try:
         settings = dict(raw["settings"])
-        agent = AgentConfig(**{**settings.pop("agent"), "reads": tuple(raw["settings"]["agent"]["reads"])})
-        config = PPOConfig(**settings, agent=agent)
+        agent: dict[str, Any] = settings.pop("agent")
+        agent = {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
+        config = ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
         dims = Dims(tuple(member["width"] for member in raw["members"]), raw["spans"])
         span_length = int(raw["settings"]["span_length"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run / CONFIG_FILE}: not the configuration of a training run ({error})") from error
-    policy = PPOAgent(config.agent)
-    abstract = jax.eval_shape(functools.partial(ppo.init_learner, policy=policy, dims=dims, config=config), _KEY)
+    if seed is not None and not config.seed <= seed < config.seed + config.seeds:
+        last = config.seed + config.seeds - 1
+        raise InputError(f"{run} has no agent of seed {seed}; its seeds are {config.seed} to {last}")
     checkpoints = Checkpoints(run)
     try:
-        step = checkpoints.newest() if newest else checkpoints.best()
+        step = checkpoints.newest()
         if step is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")
-        params = checkpoints.restore(step, abstract).params
+        abstract = jax.eval_shape(functools.partial(_fresh, config, dims))
+        state = checkpoints.restore(step, abstract)
     finally:
         checkpoints.close()
-    return BoundPolicy(policy, jax.tree.map(jnp.asarray, params), dims, span_length)
-
-
-_KEY = jax.eval_shape(lambda: jax.random.key(0))
+    e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
+    params = jax.tree.map(jnp.asarray, _nth(state.learner.params if newest else state.best, e))
+    return BoundPolicy(ppo.make_policy(config), params, dims, span_length)

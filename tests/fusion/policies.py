@@ -26,6 +26,9 @@ class SoftmaxNoise(NamedTuple):
     def entropy(self):
         return jnp.zeros(self.logits_bk.shape[0])
 
+    def to_weights(self, action_bk):
+        return action_bk
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
@@ -34,11 +37,11 @@ class Reader:
     reads: tuple[str, ...] = ("hidden", "stats", "span")
 
     def init(self, key, dims):
-        rng = np.random.default_rng(int(jax.random.key_data(key)[-1]))
+        stats, span, *hidden = jax.random.split(key, 2 + dims.members)
         return {
-            "hidden": tuple(jnp.asarray(rng.normal(0, 1.5, (width,)) / width, jnp.float32) for width in dims.widths),
-            "stats": jnp.asarray(rng.normal(0, 0.2, 4), jnp.float32),
-            "span": jnp.asarray(rng.normal(0, 0.5, (dims.spans, dims.members)), jnp.float32),
+            "hidden": tuple(1.5 * jax.random.normal(k, (w,)) / w for k, w in zip(hidden, dims.widths, strict=True)),
+            "stats": 0.2 * jax.random.normal(stats, (4,)),
+            "span": 0.5 * jax.random.normal(span, (dims.spans, dims.members)),
         }
 
     def apply(self, params, observation):

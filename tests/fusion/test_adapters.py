@@ -116,7 +116,7 @@ class TestMembersOfOneBase:
             states.append(ensemble.run(PROMPTS, params, 3, spec))
         one, other = states
         np.testing.assert_array_equal(one.tokens, other.tokens)
-        decided = one.span_mask(2)
+        decided = one.span_mask()
         for ours, expected in zip(*(jax.tree.leaves(state.trajectory) for state in states), strict=True):
             np.testing.assert_allclose(ours[decided], expected[decided], rtol=0, atol=1e-4)
         hidden = [h[decided] for h in one.trajectory.observation.hidden]

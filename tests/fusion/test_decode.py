@@ -145,7 +145,7 @@ def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_wei
     rows = expect(pair, PROMPTS, choose_weights, seed=2, **options)
     assert written(state) == [row.tokens for row in rows]
     trajectory = jax.device_get(state.trajectory)
-    mask = np.asarray(state.span_mask(span_length))
+    mask = np.asarray(state.span_mask())
     assert mask.shape == (4, len(PROMPTS))
     for b, row in enumerate(rows):
         assert mask[:, b].sum() == len(row.weights) == -(-len(row.tokens) // span_length)

@@ -448,6 +448,7 @@ class TestEncoderDecoders:
                 written[0, t + 1] = np.argmax(weights @ np.array(probs))
             assert out.tokens[row] == written[0, 1:].tolist()
 
+    @pytest.mark.slow
     def test_one_beside_a_decoder(self, pair, make_lm):
         """Kinds may be mixed; a one-hot weight still is that member alone."""
         other = make_lm(3, vocab=pair[0].config.vocab)

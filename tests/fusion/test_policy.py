@@ -180,6 +180,7 @@ class TestDraw:
         pairs = np.bincount(2 * drawn[:, 0] + drawn[:, 1], minlength=4)
         assert stats.chisquare(pairs, np.outer(weights, weights).ravel() * samples).pvalue > 1e-3
 
+    @pytest.mark.slow
     def test_a_given_weight_of_one_is_the_member_alone(self, pair):
         for k in range(2):
             probs = np.eye(2, dtype=np.float32)[[k] * len(PROMPTS)]

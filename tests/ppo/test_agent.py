@@ -144,7 +144,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("preset", PRESETS)
     def test_a_run_records_its_preset(self, preset):
-        make = PRESETS[preset]
+        make = getattr(PPOConfig, preset)
         assert make().preset == preset
         assert make(iterations=3, seed=9, eval_every=2, span_length=1).preset == preset
         assert make(learning_rate=0.5).preset == "custom"
