@@ -6,29 +6,39 @@ import json
 from collections.abc import Mapping, Sequence
 
 from rlae_jax.errors import InputError
-from rlae_jax.tasks.rewards import Reward
+from rlae_jax.tasks.rewards import Reference, Reward
 
 SPLITS = ("train", "dev", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Prompts and what a good answer to each is compared with."""
+    """Prompts and what a good answer to each is compared with.
+
+    Attributes:
+      references: per prompt one answer, or several of which any counts.
+      options: for multiple choice, per prompt what may follow it, word for word; option i has the letter "ABC..."[i],
+        which is the reference of the right one.
+    """
 
     prompts: Sequence[str]
-    references: Sequence[str]
+    references: Sequence[Reference]
+    options: Sequence[tuple[str, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def digest(self) -> str:
         """A hash of the content, by which a run knows its data again."""
-        content = json.dumps([list(self.prompts), list(self.references)]).encode()
-        return hashlib.sha256(content).hexdigest()
+        content = [list(self.prompts), list(self.references)]
+        if self.options is not None:
+            content.append(list(self.options))
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def take(self, n: int) -> "Examples":
         """The first n, or all of them."""
-        return Examples(self.prompts[:n], self.references[:n])
+        options = None if self.options is None else self.options[:n]
+        return Examples(self.prompts[:n], self.references[:n], options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +48,14 @@ class Task:
     Attributes:
       splits: "train" (agents and searches learn on it), "dev" (choices are made on it), "test" (read once). No prompt
         of one split says what an answer of another is.
-      reward: (text, reference) -> a number in [0, 1].
+      reward: (text, reference) -> a number in [0, 1]. `scoring.RewardPool` calls it so that nothing it does is fatal.
       token_reward: the reward is 1 exactly for the reference's own tokens followed by the end, so that programs on the
         device can score ids without their text.
       max_new_tokens, span_length: what suits the task's answers.
+      stop: what ends an answer, for members that would go on with a question of their own.
+      chat: prompts are messages to a chat model, to be put into the members' chat templates.
+      by_likelihood: an answer is not sampled but the likeliest of `Examples.options`, log-probability per byte; its
+        letter is what `reward` scores.
       skills: per split and example the skill that each span of `span_length` steps needs, where a task knows it.
     """
 
@@ -52,6 +66,9 @@ class Task:
     max_new_tokens: int = 64
     span_length: int = 4
     skills: Mapping[str, Sequence[Sequence[str]]] | None = None
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+    by_likelihood: bool = False
 
     def split(self, name: str) -> Examples:
         """The examples of a split.
@@ -63,5 +80,5 @@ class Task:
         if examples is None:
             raise InputError(f"task {self.name} has no split {name!r}; it has {', '.join(self.splits)}")
         if not len(examples):
-            raise InputError(f"task {self.name}: its split {name!r} is empty; the file has too few examples")
+            raise InputError(f"task {self.name}: its split {name!r} is empty: no example is left for it")
         return examples

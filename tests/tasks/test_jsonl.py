@@ -110,6 +110,87 @@ class TestFields:
         assert sum(map(len, task.splits.values())) == 1
 
 
+class TestAnswers:
+    def test_several_of_which_any_counts(self, write):
+        rows = [{"prompt": row["prompt"], "answer": ["7", 7.5, f"{i}"]} for i, row in enumerate(ROWS)]
+        task = jsonl(write(rows), reward="last_number")
+        assert task.split("train").references[0] == ("7", "7.5", "0")
+        assert task.reward("7.50", task.split("train").references[0]) == 1.0
+
+    def test_a_function_of_the_users(self, write):
+        task = jsonl(write(ROWS), reward="tests.tasks.reward_functions:length")
+        assert task.reward("ab", "abcd") == 0.5
+
+    def test_options_of_the_task(self, write):
+        task = jsonl(write(ROWS), max_new_tokens=9, span_length=3, stop=("\n",), chat=True)
+        assert (task.max_new_tokens, task.span_length, task.stop, task.chat) == (9, 3, ("\n",), True)
+
+
+class TestTemplates:
+    def test_fields(self, write):
+        rows = [{"q": row["prompt"], "n": i, "answer": "x"} for i, row in enumerate(ROWS)]
+        train = jsonl(write(rows), template="{n}. {q}? {{}}\nA:").split("train")
+        assert train.prompts[0] == "0. question 0? {}\nA:"
+
+    def test_another_wording_leaves_the_splits(self, write):
+        path = write(ROWS)
+        plain, worded = jsonl(path), jsonl(path, template="Q: {prompt}\nA:")
+        for split in SPLITS:
+            assert [f"Q: {prompt}\nA:" for prompt in plain.splits[split].prompts] == worded.splits[split].prompts
+
+    @pytest.mark.parametrize(
+        ("template", "said"),
+        [
+            ("{", "write {{ and }} for braces"),
+            ("no field", "names no field"),
+            ("{}", "names alone"),
+            ("{prompt.x}", "names alone"),
+            ("{prompt[0]}", "names alone"),
+            ("{prompt:>9}", "names alone"),
+            ("{question}", "line 1 has no 'question'"),
+        ],
+    )
+    def test_bad_ones(self, write, raises_input_error, template, said):
+        raises_input_error(lambda: jsonl(write(ROWS), template=template), said)
+
+
+class TestCsv:
+    def test_the_same_as_json_lines(self, write):
+        text = "answer,note,prompt\r\n" + "".join(f"{row['answer']},,{row['prompt']}\r\n" for row in ROWS)
+        tables, lines = jsonl(write(text, "data.csv")), jsonl(write(ROWS))
+        assert {split: examples.digest() for split, examples in tables.splits.items()} == {
+            split: examples.digest() for split, examples in lines.splits.items()
+        }
+
+    def test_quotes_and_line_ends_within_a_field(self, write):
+        task = jsonl(write('prompt,answer\n"a ""b"",\nc",d\n', "data.CSV"))
+        (examples,) = [examples for examples in task.splits.values() if len(examples)]
+        assert list(examples.prompts) == ['a "b",\nc']
+
+    def test_a_real_one(self, shared):
+        task = jsonl(
+            shared / "data" / "counsel_chat" / "counsel_chat.csv",
+            template="{questionTitle}\n{questionText}",
+            answer_field="answerText",
+            reward="token_f1",
+        )
+        counts = {split: len(examples) for split, examples in task.splits.items()}
+        assert counts == {"train": 1_757, "dev": 251, "test": 121}
+        assert task.split("train").prompts[0].startswith("Can I change my feeling of being worthless to everyone?\nI")
+        assert task.split("train").references[0].startswith("If everyone thinks you're worthless")
+
+    def test_bad_files(self, write, raises_input_error):
+        def check(text, *parts):
+            raises_input_error(lambda: jsonl(write(text, "bad.csv")), "bad.csv", *parts)
+
+        check("question,answer\na,b\n", "line 2 has no 'prompt'", "the first without has 'question', 'answer'")
+        check("prompt,answer\na\nb,c,d\ne,f\n", "line 2 has no 'answer'", "more fields than the header: line 3")
+        check("prompt,prompt,answer\n", "names 'prompt' more than once")
+        check("", "empty")
+        check("prompt,answer\n", "empty")
+        check('prompt,answer\n"a,b\n', "not CSV", "line 2")
+
+
 class TestBadFiles:
     def test_missing(self, tmp_path, raises_input_error):
         raises_input_error(lambda: jsonl(tmp_path / "none.jsonl"), "none.jsonl", "No such file")
@@ -148,7 +229,7 @@ class TestBadFiles:
         listing = Path(re.search(r"full list is in (\S+)", message)[1])
         assert len(listing.read_text().splitlines()) == 400
 
-    @pytest.mark.parametrize("value", [None, True, ["b"], {"a": "b"}], ids=str)
+    @pytest.mark.parametrize("value", [None, True, [], ["b", None], [["b"]], {"a": "b"}], ids=str)
     def test_values_that_are_neither_text_nor_numbers(self, write, raises_input_error, value):
         rows = [ROWS[0], {"prompt": "a", "answer": value}]
         raises_input_error(lambda: jsonl(write(rows)), "1 lines whose fields are neither text nor numbers: line 2")

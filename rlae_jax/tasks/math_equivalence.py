@@ -1,0 +1,27 @@
+"""Mathematical equivalence by math-verify. Imports nothing of this package: worker processes load it by its path.
+
+It is loaded only where the reward is asked for, so that the library is needed only then, and is there before the first
+text's time begins.
+"""
+
+import logging
+
+from math_verify import parse, verify
+
+# What says where the mathematics in a text is; a reference without any is taken to be LaTeX as a whole.
+_MARKS = ("$", "\\boxed", "\\(", "\\[")
+
+# It warns that its time limits are off and logs every text that it cannot read.
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+
+
+def math_equivalence(text: str, reference: str) -> float:
+    """1.0 if the last expression or number in the text equals the reference's: 1/2, 0.5, \\frac{1}{2}.
+
+    math-verify's own time limits use signals, which only a main thread may, so they are off: some expressions take
+    for ever, which the time limit of `RewardPool` is for.
+    """
+    marked = reference if any(mark in reference for mark in _MARKS) else f"${reference}$"
+    expected = parse(marked, parsing_timeout=None)
+    found = parse(text, parsing_timeout=None)
+    return float(bool(expected and found) and verify(expected, found, timeout_seconds=None))
