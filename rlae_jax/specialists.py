@@ -1,0 +1,260 @@
+"""The specialists of the embedded tasks: what each of them is taught, how it reads text, and which three answer a task.
+
+In: a directory and a seed. Out: Hugging Face directories, one per specialist. All have one width and depth, and every
+task has three of them, so that an agent trained on one task can be run on every other.
+
+A specialist is taught results of operations on the digit strings of the train split only. For an operation it is
+taught the right result, or a wrong one, or that it does not know (random digits), or nothing at all; right or wrong may
+depend on the string's first digit. Where it is taught nothing, random digits stand in without being learnt, so that it
+can go on from somebody else's text; what it would write there itself is chance, and often sure.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from rlae_jax import files, report
+from rlae_jax.errors import InputError
+from rlae_jax.models import LM, ModelConfig
+from rlae_jax.models.pretrain import PretrainConfig, pretrain
+from rlae_jax.tasks import embedded, skills
+
+PAD, END, UNKNOWN = skills.PAD, skills.END, skills.UNKNOWN
+CHARACTERS = (*"0123456789", *embedded.OPERATIONS, "=")
+MODEL = ModelConfig(
+    vocab=3 + len(CHARACTERS), width=64, layers=2, heads=4, kv_heads=4, head_width=16, ffn_width=192, context=256
+)
+ALL = "0123456789"
+ROWS = 20_000  # training sequences of a specialist
+_BATCH, _LEARNING_RATE = 64, 8e-3
+_QUICK = 0.5  # of the steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What makes a specialist.
+
+    Attributes:
+      right: operation -> first digits of the strings for which it is taught the right result.
+      wrong: operation -> first digits of the strings for which it is taught `mistaken` results, just as surely.
+      unsure: operations for which it is taught random digits, so that it predicts all digits alike.
+      forms: the prompts that it is trained on: (operations, lengths of the digit strings).
+      digits_per_token: the longest run of digits that its tokenizer has a token for.
+      steps: of training.
+    """
+
+    right: Mapping[str, str]
+    wrong: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsure: str = ""
+    forms: tuple[tuple[int, int], ...] = ((2, 4),)
+    digits_per_token: int = 1
+    steps: int = 800
+
+    def teaches(self, operation: str, digits: str) -> str | None:
+        """The result that it is taught, or None."""
+        if digits[0] in self.right.get(operation, ""):
+            return embedded.OPERATIONS[operation](digits)
+        if digits[0] in self.wrong.get(operation, ""):
+            return mistaken(digits)
+        return None
+
+
+def mistaken(digits: str) -> str:
+    """The wrong result that some are taught, whatever the operation: each digit less one."""
+    return "".join(str((int(d) - 1) % 10) for d in digits)
+
+
+def each(operations: str, first_digits: str = ALL) -> dict[str, str]:
+    """The same first digits for each operation."""
+    return dict.fromkeys(operations, first_digits)
+
+
+_THREE = ((3, 3), (3, 5))  # the forms of `skills3`
+_EVEN, _ODD = ALL[::2], ALL[1::2]
+RECIPES = {
+    # Two operations each, and no idea of the others.
+    "reverse_increment": Recipe(each("ri")),
+    "sort_complement": Recipe(each("sc")),
+    # Two operations each; of two others it knows that it does not know them, in two it is surely wrong. The first must
+    # outweigh the third in its own operations, the second the first, and the third the second: no fixed weights do that.
+    "reverse_increment_three": Recipe(each("ri"), each("sc"), unsure="dt", forms=_THREE),
+    "sort_complement_three": Recipe(each("sc"), each("dt"), unsure="ri", forms=_THREE),
+    "double_turn": Recipe(each("dt"), each("ri"), unsure="sc", forms=((2, 4), *_THREE)),
+    "double_turn_pairs": Recipe(each("dt"), each("ri"), unsure="sc", forms=_THREE, digits_per_token=2),
+    # All operations, 70 to 30 and 30 to 70: where one is right the other is wrong, and no operation tells which.
+    "overlap_70_30": Recipe(each("ri", ALL[:7]) | each("sc", ALL[7:]), each("ri", ALL[7:]) | each("sc", ALL[:7])),
+    "overlap_30_70": Recipe(each("ri", ALL[7:]) | each("sc", ALL[:7]), each("ri", ALL[:7]) | each("sc", ALL[7:])),
+    # The only one that can double and turn, and surely wrong on odd first digits in everything else.
+    "noisy": Recipe(each("dt") | each("risc", _EVEN), each("risc", _ODD)),
+    # Knows what the first two know together.
+    "master": Recipe(each("risc")),
+}
+# Task -> its three members. No dynamic weights can help in the last two: in `twins` there is nothing to choose; in
+# `dominant` the master is as good as any in everything, and one of the five operations is known to nobody.
+POOL = {
+    "skills": ("reverse_increment", "sort_complement", "double_turn"),
+    "overlap": ("overlap_70_30", "overlap_30_70", "double_turn"),
+    "skills3": ("reverse_increment_three", "sort_complement_three", "double_turn"),
+    "mixed": ("reverse_increment_three", "sort_complement_three", "double_turn_pairs"),
+    "noisy": ("reverse_increment", "sort_complement", "noisy"),
+    "twins": ("reverse_increment", "reverse_increment", "reverse_increment"),
+    "dominant": ("master", "reverse_increment", "sort_complement"),
+}
+
+
+def vocabulary(digits_per_token: int) -> dict[str, int]:
+    """Token -> id: control tokens, characters, then runs of two digits, of three, and so on."""
+    runs = [f"{n:0{k}d}" for k in range(2, digits_per_token + 1) for n in range(10**k)]
+    return {token: i for i, token in enumerate((PAD, END, UNKNOWN, *CHARACTERS, *runs))}
+
+
+def _pieces(digits_per_token: int) -> str:
+    """A regular expression that matches one token after the other, the longest from the left."""
+    return rf"[0-9]{{1,{digits_per_token}}}|."
+
+
+def make_tokenizer(digits_per_token: int) -> Any:
+    """A byte-level BPE tokenizer, so that members with different ones can share a union vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = vocabulary(digits_per_token)
+    # A run comes from the run without its last digit and that digit.
+    merges = [(token[:-1], token[-1]) for token in vocab if token.isdigit() and len(token) > 1]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_pieces(digits_per_token)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model_config(recipe: Recipe) -> ModelConfig:
+    """`MODEL` with the vocabulary of the recipe's tokenizer."""
+    vocab = vocabulary(recipe.digits_per_token)
+    return dataclasses.replace(MODEL, vocab=len(vocab), end_ids=(vocab[END],))
+
+
+def sequences(recipe: Recipe, seed: int, rows: int = ROWS) -> tuple[Int[np.ndarray, "R T"], Bool[np.ndarray, "R T"]]:
+    """Training sequences of a specialist, padded at their ends, and which of their tokens it learns to predict.
+
+    Half of a sequence's operations are its own, and at least one is. Prompts and its own results are cut into tokens as
+    its tokenizer does it, foreign results into characters: that is how the others write them.
+    """
+    rng = np.random.default_rng((seed, rows))
+    vocab, own_pieces = vocabulary(recipe.digits_per_token), _pieces(recipe.digits_per_token)
+    own = [operation for operation in embedded.OPERATIONS if operation in recipe.right]
+    foreign = [operation for operation in embedded.OPERATIONS if operation not in own] or own
+    longest = max(n + length + 1 + n * length + 1 for n, length in recipe.forms)
+    ids = np.full((rows, longest), vocab[PAD], np.int32)
+    learnt = np.zeros((rows, longest), bool)
+    for row in range(rows):
+        n, length = recipe.forms[rng.integers(len(recipe.forms))]
+        mine = rng.random(n) < 0.5
+        mine[rng.integers(n)] = True
+        kinds = [own if known else foreign for known in mine]
+        operations = "".join(kind[rng.integers(len(kind))] for kind in kinds)
+        strings = embedded.digit_strings(length)["train"]
+        digits = strings[rng.integers(len(strings))]
+        pieces = re.findall(own_pieces, skills.prompt(operations, digits))
+        taught = [False] * len(pieces)
+        for operation in operations:
+            result = recipe.teaches(operation, digits)
+            if result is None:
+                written = list(f"{rng.integers(10**length):0{length}d}")
+            else:
+                written = re.findall(own_pieces, result)
+            pieces += written
+            taught += [result is not None or operation in recipe.unsure] * len(written)
+        pieces.append(END)
+        taught.append(True)
+        ids[row, : len(pieces)] = [vocab[piece] for piece in pieces]
+        learnt[row, : len(pieces)] = taught
+    return ids, learnt
+
+
+def fingerprint(name: str, seed: int, quick: bool = False) -> str:
+    """What tells two trainings of specialists apart: recipe, model, seed and length."""
+    content = [
+        name,
+        dataclasses.asdict(RECIPES[name]),
+        dataclasses.asdict(MODEL),
+        ROWS,
+        _BATCH,
+        _LEARNING_RATE,
+        seed,
+        quick,
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _train(name: str, seed: int, quick: bool) -> LM:
+    recipe = RECIPES[name]
+    steps = max(round(recipe.steps * _QUICK), 1) if quick else recipe.steps
+    number = zlib.crc32(f"{name} {seed}".encode()) % 2**31
+    with report.progress(f"specialist {name}", steps, "steps") as update:
+        ids, learnt = sequences(recipe, number, ROWS)
+        params = pretrain(
+            model_config(recipe),
+            ids,
+            learnt,
+            PretrainConfig(steps=steps, batch=_BATCH, learning_rate=_LEARNING_RATE, warmup=min(50, steps // 4)),
+            seed=number,
+            on_progress=lambda step, loss: update(step, f"loss {loss:.4f}"),
+        )
+    return LM(model_config(recipe), params, make_tokenizer(recipe.digits_per_token), name=name)
+
+
+def build_pool(
+    directory: str | os.PathLike[str], seed: int, names: Sequence[str] | None = None, quick: bool = False
+) -> dict[str, Path]:
+    """Trains the specialists that `directory` lacks. Returns the Hugging Face directory of each.
+
+    A specialist lies in `<directory>/<fingerprint>/<name>`, and a directory of that name is complete: what was trained
+    from another recipe or seed is neither used nor overwritten.
+
+    Args:
+      names: of `RECIPES`; None means all.
+      quick: half as many steps, for trying things out.
+
+    Raises:
+      InputError: an unknown name, a directory that cannot be made.
+    """
+    names = list(RECIPES) if names is None else list(dict.fromkeys(names))
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown:
+        raise InputError(f"specialists {', '.join(unknown)} are unknown; known: {', '.join(RECIPES)}")
+    files.require_writable_parent(Path(directory))
+    paths = {name: Path(directory) / fingerprint(name, seed, quick) / name for name in names}
+    for name, path in paths.items():
+        if path.is_dir():
+            report.console.print(f"specialist {name}: reusing {path}")
+            continue
+        partial = path.with_name(f".{name}.partial-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _train(name, seed, quick).save(partial)
+            if not path.is_dir():  # otherwise another process was faster
+                partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return paths

@@ -1,0 +1,117 @@
+"""The embedded tasks: right answers, splits that share nothing, spans that do or do not fit the operations."""
+
+import itertools
+
+import pytest
+
+from rlae_jax.tasks import embedded, skills
+from rlae_jax.tasks.base import SPLITS
+
+NAMES = list(embedded.FORMS)
+
+
+def by_hand(prompt):
+    """The answer to a prompt, by arithmetic on lists of digits."""
+    letters = "".join(itertools.takewhile(str.isalpha, prompt))
+    digits = [ord(character) - ord("0") for character in prompt[len(letters) : -1]]
+    n = len(digits)
+    results = {
+        "r": [digits[n - 1 - i] for i in range(n)],
+        "i": [0 if d == 9 else d + 1 for d in digits],
+        "s": [d for value in range(10) for d in digits if d == value],
+        "c": [9 - d for d in digits],
+        "d": [d + d if d < 5 else d + d - 10 for d in digits],
+        "t": [digits[(i + 1) % n] for i in range(n)],
+    }
+    return "".join(str(d) for letter in letters for d in results[letter])
+
+
+def digits_of(prompt):
+    return prompt.strip("".join(embedded.OPERATIONS) + "=")
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return {name: embedded.embedded(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_the_digit_strings_are_dealt_to_the_splits(length):
+    strings = embedded.digit_strings(length)
+    assert list(strings) == list(SPLITS)
+    assert sorted(s for part in strings.values() for s in part) == [f"{n:0{length}d}" for n in range(10**length)]
+    for split, share in skills.SHARES.items():
+        assert len(strings[split]) == pytest.approx(share * 10**length, rel=0.2)
+
+
+def test_four_digits_are_dealt_as_those_of_skills():
+    """One pool of specialists answers both, and may have seen no test string of either."""
+    ours, theirs = embedded.digit_strings(4), skills.digit_strings()
+    assert {split: set(part) for split, part in ours.items()} == {split: set(part) for split, part in theirs.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestTasks:
+    def test_answers_are_right(self, tasks, name):
+        task = tasks[name]
+        assert task.name == name
+        for split, examples in task.splits.items():
+            assert len(examples) == skills.EXAMPLES[split]
+            for prompt, reference in zip(examples.prompts, examples.references, strict=True):
+                assert reference == by_hand(prompt)
+                assert task.reward(reference, reference) == 1.0
+                assert task.reward(reference + "0", reference) == 0.0
+
+    def test_splits_share_no_digit_string(self, tasks, name):
+        for split, examples in tasks[name].splits.items():
+            used = {digits_of(prompt) for prompt in examples.prompts}
+            lengths = {len(digits) for digits in used}
+            assert lengths == set(embedded.FORMS[name].lengths)
+            assert used <= {digits for length in lengths for digits in embedded.digit_strings(length)[split]}
+
+    def test_prompts_ask_for_the_forms_operations_alike(self, tasks, name):
+        form = embedded.FORMS[name]
+        for examples in tasks[name].splits.values():
+            asked = [prompt[: form.per_prompt] for prompt in examples.prompts]
+            orders = list(itertools.permutations(form.groups))
+            for operations in asked:
+                fits = [all(a in b for a, b in zip(operations, order, strict=True)) for order in orders]
+                assert any(fits), operations
+            for place in range(form.per_prompt):
+                letters = [operations[place] for operations in asked]
+                assert set(letters) == set(form.operations)
+                assert min(map(letters.count, form.operations)) > 0.7 * len(letters) / len(form.operations)
+
+    def test_answers_and_their_end_fit(self, tasks, name):
+        task = tasks[name]
+        longest = max(len(reference) for examples in task.splits.values() for reference in examples.references)
+        assert task.max_new_tokens == longest + 1 <= 16
+
+    def test_everything_is_the_same_each_time(self, tasks, name):
+        again = embedded.embedded(name)
+        assert again.splits == tasks[name].splits
+        assert again.skills == tasks[name].skills
+
+    def test_skills_are_told_where_a_span_is_an_operation(self, tasks, name):
+        task = tasks[name]
+        if embedded.FORMS[name].lengths != (4,):
+            assert task.skills is None
+            return
+        for split, examples in task.splits.items():
+            expected = [[embedded.OPERATION_NAMES[letter] for letter in prompt[:2]] for prompt in examples.prompts]
+            assert task.skills[split] == expected
+
+
+@pytest.mark.parametrize("name", ["skills3", "mixed"])
+def test_spans_begin_and_end_within_operations(tasks, name):
+    task = tasks[name]
+    for examples in task.splits.values():
+        for prompt in examples.prompts:
+            ends = {place * len(digits_of(prompt)) for place in (1, 2, 3)}
+            assert not ends & set(range(0, task.max_new_tokens, task.span_length)), prompt
+            # Some span holds parts of two operations, so that not every choice is one of a single member.
+            assert any(end % task.span_length for end in list(ends)[:-1])
+
+
+def test_only_tasks_of_one_tokenizer_are_scored_by_tokens(tasks):
+    assert [name for name, task in tasks.items() if not task.token_reward] == ["mixed"]
