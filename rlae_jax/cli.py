@@ -8,12 +8,12 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.errors import InputError, Interrupted
 
@@ -83,19 +83,65 @@ def _load_ensemble(
     return Ensemble(members, fusion, end_ids=of_all if same_tokenizer(members) else lists)
 
 
-def _load_task(
-    task: str | None, data: Path | None, prompt_field: str, answer_field: str, reward: str, max_new_tokens: int | None
-) -> "Task":
-    from rlae_jax.tasks import get_task, jsonl
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Prompts, references and reward."""
 
-    if (task is None) == (data is None):
-        raise InputError("give either --task NAME (an embedded task: skills) or --data FILE.jsonl")
-    if data is not None:
-        found = jsonl(data, prompt_field=prompt_field, answer_field=answer_field, reward=reward)
-    else:
-        assert task is not None
-        found = get_task(task)
-    return found if max_new_tokens is None else dataclasses.replace(found, max_new_tokens=max_new_tokens)
+    task: str | None = None
+    """An embedded task (skills, overlap, skills3, mixed, noisy, twins, dominant) or a benchmark (gsm8k, mmlu,
+    arc_challenge, piqa, triviaqa, natural_questions)."""
+    data: Path | None = None
+    """A file instead: one JSON object per line, or .csv; split 80/10/10 by the prompts' content."""
+    prompt_field: str = "prompt"
+    """The prompt's field in the file."""
+    answer_field: str = "answer"
+    """The answer's field in the file; in JSON it may be a list, of which any counts."""
+    reward: str | None = None
+    """exact_match, last_number, gsm8k, multiple_choice, token_f1, squad_match, triviaqa_match, math_equivalence, or
+    your own module:function (or file.py:function) of a text and a reference. Default: the benchmark's; exact_match
+    for a file."""
+    data_dir: Path | None = None
+    """A directory with the benchmark's files, NAME/SPLIT.jsonl; otherwise it comes from the Hub."""
+    shots: int | None = None
+    """Examples before each question of a benchmark. Default: what suits it."""
+    chat: bool = False
+    """Prompts go through the models' chat templates."""
+    max_new_tokens: int | None = None
+    """The longest answer. Default: the task's."""
+
+    def load(self) -> "Task":
+        """The task, with what was given changed."""
+        from rlae_jax.tasks import get_task, jsonl
+
+        if (self.task is None) == (self.data is None):
+            raise InputError("give either --task NAME (try skills) or --data FILE.jsonl")
+        if self.data is not None:
+            foreign = [name for name in ("data_dir", "shots") if getattr(self, name) is not None]
+            if foreign:
+                raise InputError(f"--{foreign[0].replace('_', '-')} belongs to a benchmark, not to --data")
+            found = jsonl(
+                self.data,
+                prompt_field=self.prompt_field,
+                answer_field=self.answer_field,
+                reward=self.reward or "exact_match",
+                chat=self.chat,
+            )
+        else:
+            assert self.task is not None
+            options = {name: getattr(self, name) for name in ("reward", "data_dir", "shots")}
+            options = {name: value for name, value in options.items() if value is not None}
+            found = get_task(self.task, **options | ({"chat": True} if self.chat else {}))
+        if self.max_new_tokens is not None:
+            found = dataclasses.replace(found, max_new_tokens=self.max_new_tokens)
+        return found
+
+
+Prompted = Annotated[TaskOptions, OmitArgPrefixes]
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -> None:
@@ -286,22 +332,27 @@ def train(
     *,
     models: Models,
     out: Path,
-    task: str | None = None,
-    data: Path | None = None,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
-    reward: Literal["exact_match", "last_number"] = "exact_match",
-    algo: Literal["ppo"] = "ppo",
+    prompted: Prompted,
+    algo: Literal["ppo", "mappo"] = "ppo",
     preset: Literal["demo", "paper"] = "demo",
     iterations: int | None = None,
+    max_minutes: float | None = None,
     prompts: int | None = None,
+    samples: int | None = None,
     learning_rate: float | None = None,
+    schedule: Literal["constant", "linear", "cosine"] | None = None,
+    target_kl: float | None = None,
     span_length: int | None = None,
-    max_new_tokens: int | None = None,
+    span_lengths: Annotated[tuple[int, ...] | None, arg(metavar="L [L ...]")] = None,
     temperature: float | None = None,
     reads: tuple[Literal["hidden", "stats", "span", "prompt"], ...] | None = None,
+    distribution: Literal["dirichlet", "logistic_normal"] | None = None,
+    share_actors: bool = False,
+    member_cost: float | None = None,
+    length_cost: float | None = None,
     eval_every: int | None = None,
     seed: int = 0,
+    seeds: int | None = None,
     resume: bool = False,
     adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
@@ -317,70 +368,95 @@ def train(
             --max-new-tokens count entries of the union of their vocabularies.
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         out: the run's directory (config.json, metrics.jsonl, results.json, predictions.jsonl, checkpoints/, curve.png).
-        task: an embedded task: skills.
-        data: a file with one JSON object per line, instead of a task; split 80/10/10 by the prompts' content.
-        prompt_field: the name of the prompt in each line of data.
-        answer_field: the name of the answer in each line of data.
-        reward: exact_match = the whole text, last_number = the last number written.
-        algo: the reinforcement-learning algorithm.
+        prompted: what the agent is trained on.
+        algo: ppo = one agent sets all weights, mappo = one agent per member sets its own.
         preset: demo = quick steps for small models, paper = the published figures of RLAE.
         iterations: rollouts, each followed by updates. Default: the preset's.
+        max_minutes: stop after this long; --resume goes on.
         prompts: prompts per rollout. Default: the preset's.
+        samples: answers to each prompt of a rollout. Default: 1.
         learning_rate: of Adam. Default: the preset's.
+        schedule: how the learning rate falls over the iterations. Default: constant.
+        target_kl: leave out an iteration's remaining updates once the agent has moved this far. Default: never.
         span_length: steps for which weights are held. Default: the task's.
-        max_new_tokens: the longest answer. Default: the task's.
+        span_lengths: let the agent choose among these for each span.
         temperature: of the tokens during training; 0 writes the most probable ones. Default: the preset's.
         reads: what the agent sees. Default: hidden stats span.
+        distribution: of a single agent's weights. Default: dirichlet.
+        share_actors: the agents of mappo are one network.
+        member_cost: taken off the reward for each further member in use. Default: 0.
+        length_cost: taken off the reward of the longest answer, in proportion of shorter ones. Default: 0.
         eval_every: score dev and write a checkpoint every so many iterations. Default: the preset's.
         seed: of everything random.
+        seeds: train this many agents side by side, of seeds SEED, SEED + 1, ... Default: 1.
         resume: go on with the run in OUT.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """
     from rlae_jax import files, report
-    from rlae_jax.config import ALGORITHMS, AgentConfig
-    from rlae_jax.evaluate import Method, evaluate
+    from rlae_jax.config import ALGORITHMS
+    from rlae_jax.evaluate import Method, evaluate, unique_names
     from rlae_jax.metrics import read_metrics
-    from rlae_jax.ppo.train import TrainProgress
-    from rlae_jax.ppo.train import train as train_agent
+    from rlae_jax.ppo.train import TrainProgress, train_seeds
 
-    found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
+    found = prompted.load()
     changes: dict[str, Any] = {
         "iterations": iterations,
         "prompts": prompts,
+        "samples": samples,
         "learning_rate": learning_rate,
+        "schedule": schedule,
+        "target_kl": target_kl,
         "span_length": span_length,
         "temperature": temperature,
+        "member_cost": member_cost,
+        "length_cost": length_cost,
         "eval_every": eval_every,
         "seed": seed,
+        "seeds": seeds,
     }
-    changes = {name: value for name, value in changes.items() if value is not None}
+    of_agent: dict[str, Any] = {
+        "reads": reads,
+        "span_lengths": span_lengths,
+        "distribution": distribution,
+        "share_actors": share_actors or None,
+    }
     make = getattr(ALGORITHMS[algo], preset)
-    config = make()
-    if reads is not None:
-        changes["agent"] = AgentConfig(reads=tuple(reads), concentration_floor=config.agent.concentration_floor)
-    config = make(**changes)
+    agent = dataclasses.replace(make().agent, **_given(of_agent))
+    config = make(**_given(changes), agent=agent)
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
     began = time.perf_counter()
+    done, problems = config.iterations, ""
     try:
         with report.progress("training", config.iterations, "iterations") as update:
 
             def show(progress: TrainProgress) -> None:
+                nonlocal done, problems
+                done, problems = progress.iteration, progress.problems
                 dev = f", dev {progress.metrics['dev']:.3f}" if "dev" in progress.metrics else ""
                 update(progress.iteration, f"reward {progress.metrics['reward']:.3f}{dev}")
 
-            policy = train_agent(ensemble, found, config, out, resume=resume, on_progress=show)
+            policies = train_seeds(
+                ensemble, found, config, out, resume=resume, max_minutes=max_minutes, on_progress=show
+            )
     except Interrupted as interrupted:
         arguments = sys.argv[1:] + ([] if resume else ["--resume"])
         raise Interrupted(f"{interrupted}. Go on with:\n  rlae-jax {' '.join(arguments)}") from None
-    span = policy.span_length
-    methods = {"uniform": Method(ensemble, None, span), "rlae_ppo": Method(ensemble, policy)}
+    if problems:
+        report.console.print(problems, highlight=False, markup=False)
+    if done < config.iterations:
+        report.console.print(f"time is up after iteration {done} of {config.iterations}; --resume goes on")
+    name = f"rlae_{algo}"
+    methods = {"uniform": Method(ensemble, None, policies[0].span_length)}
+    methods |= {
+        n: Method(ensemble, policy) for n, policy in zip(unique_names([name] * len(policies)), policies, strict=True)
+    }
     results = evaluate(methods, found, "dev", out=out)
     results["seconds"]["total"] = time.perf_counter() - began
     files.write_json(out / "results.json", results)
     references = {"uniform (dev)": results["methods"]["uniform"]["score"]}
-    report.learning_curve(out / "curve.png", {"rlae_ppo": read_metrics(out)}, references, f"{found.name}, PPO")
+    report.learning_curve(out / "curve.png", {name: read_metrics(out)}, references, f"{found.name}, {algo.upper()}")
     report.console.print(report.results_table(results))
     report.console.print(f"the trained policy is in {out}; use it with --policy {out}", highlight=False, soft_wrap=True)
 
@@ -389,15 +465,10 @@ def evaluate(
     *,
     models: Models,
     out: Path,
-    task: str | None = None,
-    data: Path | None = None,
-    prompt_field: str = "prompt",
-    answer_field: str = "answer",
-    reward: Literal["exact_match", "last_number"] = "exact_match",
+    prompted: Prompted,
     split: Literal["train", "dev", "test"] = "test",
     policy: Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")] = (),
     methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None,
-    max_new_tokens: int | None = None,
     limit: int | None = None,
     adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
@@ -411,16 +482,11 @@ def evaluate(
             --max-new-tokens count entries of the union of their vocabularies.
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
         out: a new directory for config.json, results.json and predictions.jsonl.
-        task: an embedded task: skills.
-        data: a file with one JSON object per line, instead of a task; split 80/10/10 by the prompts' content.
-        prompt_field: the name of the prompt in each line of data.
-        answer_field: the name of the answer in each line of data.
-        reward: exact_match = the whole text, last_number = the last number written.
+        prompted: what is asked.
         split: which prompts. Choices are made on train and dev; read test once.
         policy: run directories of trained agents.
         methods: of single:NAME, uniform, static (best fixed weights, searched on train), confidence (at each step the
             most certain member) and schedule (best weights per span index, searched on train). Default: all.
-        max_new_tokens: the longest answer. Default: the task's.
         limit: only the first so many prompts of the split.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
@@ -429,23 +495,23 @@ def evaluate(
     from rlae_jax import files, report
     from rlae_jax.evaluate import Method, baseline_methods, unique_names
     from rlae_jax.evaluate import evaluate as evaluate_methods
-    from rlae_jax.ppo.train import CONFIG_FILE, load_policy
+    from rlae_jax.ppo.train import CONFIG_FILE, algorithm_of, load_policy
 
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
         raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
-    found = _load_task(task, data, prompt_field, answer_field, reward, max_new_tokens)
+    found = prompted.load()
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
     examples = found.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
-    ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts)), found.max_new_tokens)
+    ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts, chat=found.chat)), found.max_new_tokens)
     agents = [load_policy(run) for run in policy]
     for agent in agents:
         ensemble.bind(agent, 1, 1)  # tells now if an agent was trained for other members
     chosen = baseline_methods(ensemble, found, methods)
-    names = unique_names(["rlae_ppo"] * len(agents))
+    names = unique_names([f"rlae_{algorithm_of(run)}" for run in policy])
     chosen |= {name: Method(ensemble, agent) for name, agent in zip(names, agents, strict=True)}
     results = evaluate_methods(chosen, found, split, limit=limit, out=out)
     files.write_json(

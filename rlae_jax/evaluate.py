@@ -19,7 +19,7 @@ from rlae_jax import files, report
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights
 from rlae_jax.fusion.policy import BoundPolicy, Confidence, Schedule
-from rlae_jax.tasks import Examples, Task
+from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
 SEARCH_PROMPTS = 1_024
@@ -83,19 +83,16 @@ class _Answers:
         return self.seconds * 1e3 / max(self.tokens, 1)
 
 
-def _answer(method: Method, task: Task, examples: Examples, on_progress: Callable[[int], None]) -> _Answers:
+def _answer(
+    method: Method, task: Task, examples: Examples, pool: RewardPool, on_progress: Callable[[int], None]
+) -> _Answers:
     """Greedy answers, their rewards, and how long decoding took."""
 
     def generate(start: int, stop: int) -> Generation:
-        return method.ensemble.generate(
-            examples.prompts[start:stop],
-            method.weights,
-            span_length=method.span_length,
-            max_new_tokens=task.max_new_tokens,
-        )
+        return _generate(method, task, examples.prompts[start:stop])
 
     generations: list[Generation] = []
-    rewards: list[float] = []
+    pending = []
     seconds = 0.0
     compiled: set[int] = set()
     for start in range(0, len(examples), _ROWS):
@@ -107,22 +104,35 @@ def _answer(method: Method, task: Task, examples: Examples, on_progress: Callabl
         generation = generate(start, stop)
         seconds += time.perf_counter() - began
         generations.append(generation)
-        rewards += map(task.reward, generation.texts, examples.references[start:stop])
+        pending.append(_submit(pool, generation, examples, slice(start, stop)))
         on_progress(stop)
     tokens = sum(sum(generation.steps) for generation in generations)
-    return _Answers(generations, np.array(rewards), seconds, tokens)
+    return _Answers(generations, np.concatenate([rewards.result() for rewards in pending]), seconds, tokens)
 
 
-def _mean_reward(ensemble: Ensemble, task: Task, examples: Examples, weights: Weights) -> float:
+def _generate(method: Method, task: Task, prompts: Sequence[str]) -> Generation:
+    return method.ensemble.generate(
+        prompts,
+        method.weights,
+        span_length=method.span_length,
+        max_new_tokens=task.max_new_tokens,
+        stop=task.stop,
+        chat=task.chat,
+    )
+
+
+def _submit(pool: RewardPool, generation: Generation, examples: Examples, part: slice) -> Any:
+    return pool.submit(examples.prompts[part], generation.texts, examples.references[part])
+
+
+def _mean_reward(ensemble: Ensemble, task: Task, examples: Examples, weights: Weights, pool: RewardPool) -> float:
     """Mean reward of greedy answers, `_SEARCH_ROWS` prompts at a time."""
-    rewards: list[float] = []
+    method = Method(ensemble, weights, task.span_length)
+    pending = []
     for start in range(0, len(examples), _SEARCH_ROWS):
         part = slice(start, start + _SEARCH_ROWS)
-        generation = ensemble.generate(
-            examples.prompts[part], weights, span_length=task.span_length, max_new_tokens=task.max_new_tokens
-        )
-        rewards += map(task.reward, generation.texts, examples.references[part])
-    return float(np.mean(rewards))
+        pending.append(_submit(pool, _generate(method, task, examples.prompts[part]), examples, part))
+    return float(np.mean(np.concatenate([rewards.result() for rewards in pending])))
 
 
 def _best(grid: Float[np.ndarray, "W K"], scores: Sequence[float]) -> Float[np.ndarray, "K"]:
@@ -138,9 +148,10 @@ def static_weights(
     examples = task.split("train").take(SEARCH_PROMPTS)
     grid = simplex_grid(len(ensemble.members), STATIC_STEP)
     scores = []
-    for i, point in enumerate(grid):
-        scores.append(_mean_reward(ensemble, task, examples, point))
-        on_progress(i + 1, len(grid))
+    with RewardPool(task.reward) as pool:
+        for i, point in enumerate(grid):
+            scores.append(_mean_reward(ensemble, task, examples, point, pool))
+            on_progress(i + 1, len(grid))
     return _best(grid, scores)
 
 
@@ -163,14 +174,15 @@ def schedule_weights(
     def bound(params: Float[np.ndarray, "P K"]) -> BoundPolicy:
         return BoundPolicy(Schedule(), params, dims, task.span_length)
 
-    for p in range(dims.spans):
-        scores = []
-        for i, point in enumerate(grid):
-            candidate = weights.copy()
-            candidate[p] = point
-            scores.append(_mean_reward(ensemble, task, examples, bound(candidate)))
-            on_progress(p * len(grid) + i + 1, dims.spans * len(grid))
-        weights[p] = _best(grid, scores)
+    with RewardPool(task.reward) as pool:
+        for p in range(dims.spans):
+            scores = []
+            for i, point in enumerate(grid):
+                candidate = weights.copy()
+                candidate[p] = point
+                scores.append(_mean_reward(ensemble, task, examples, bound(candidate), pool))
+                on_progress(p * len(grid) + i + 1, dims.spans * len(grid))
+            weights[p] = _best(grid, scores)
     return bound(weights)
 
 
@@ -233,10 +245,13 @@ def evaluate(
     began = time.perf_counter()
     table: dict[str, Any] = {}
     predictions: list[dict[str, Any]] = []
-    with report.progress("evaluation", len(methods) * len(examples), "answers") as update:
+    with (
+        RewardPool(task.reward) as pool,
+        report.progress("evaluation", len(methods) * len(examples), "answers") as update,
+    ):
         for i, (name, method) in enumerate(methods.items()):
             before = i * len(examples)
-            answers = _answer(method, task, examples, functools.partial(_shift, update, before, name))
+            answers = _answer(method, task, examples, pool, functools.partial(_shift, update, before, name))
             score = float(np.mean(answers.rewards))
             binary = bool(np.all((answers.rewards == 0) | (answers.rewards == 1)))
             table[name] = {
@@ -252,6 +267,8 @@ def evaluate(
             if isinstance(searched, np.ndarray):
                 table[name]["weights"] = np.round(searched, 4).tolist()
             predictions += _predictions(name, examples, answers)
+    if pool.problems:
+        report.console.print(str(pool.problems), highlight=False, markup=False)
     results = {
         "schema": 1,
         "task": task.name,

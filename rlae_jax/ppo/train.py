@@ -34,7 +34,7 @@ from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.metrics import MetricsLog
 from rlae_jax.ppo import iteration as ppo
-from rlae_jax.tasks import Examples, Task
+from rlae_jax.tasks import Examples, RewardPool, Task
 
 CONFIG_FILE = "config.json"
 UNION_FILE = "union.npz"  # of members with different tokenizers
@@ -55,6 +55,7 @@ class TrainProgress:
 
     iteration: int
     metrics: dict[str, Any]
+    problems: str = ""  # what went wrong so far with rewards, in a few lines
 
 
 def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _prepare(ensemble: Ensemble, task: Task, split: str, limit: int | None, max_
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)
-    ids = ensemble.encode(examples.prompts)
+    ids = ensemble.encode(examples.prompts, chat=task.chat)
     ensemble.check_lengths(ensemble.lengths(ids), max_new_tokens)
     references: list[list[int]] = [[] for _ in ids]
     if rewards_tokens(ensemble, task):
@@ -171,11 +172,6 @@ def _prepare(ensemble: Ensemble, task: Task, split: str, limit: int | None, max_
 def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
     """Whether rewards are computed from ids on the device. With different tokenizers a text has many spellings."""
     return task.token_reward and ensemble.union is None
-
-
-def score_texts(task: Task, texts: Sequence[str], references: Sequence[Any]) -> Float[np.ndarray, "B"]:
-    """The task's reward of each text."""
-    return np.array([task.reward(text, ref) for text, ref in zip(texts, references, strict=True)], np.float32)
 
 
 @contextlib.contextmanager
@@ -275,21 +271,22 @@ def train_seeds(
     began = time.monotonic()
 
     try:
-        with _stop_requests() as stop_requested:
+        with RewardPool(task.reward) as pool, _stop_requests() as stop_requested:
             for iteration in range(first, config.iterations):
                 started = time.perf_counter()
                 rows = np.concatenate([epoch_rows(len(prompts.ids), config.prompts, int(s), iteration) for s in seeds])
-                learner, metrics = _iterate(ensemble, task, prompts, rows, state.learner, seeds, spec, static)
+                learner, metrics = _iterate(ensemble, task, pool, prompts, rows, state.learner, seeds, spec, static)
                 state = state._replace(learner=learner)
                 values = _values(jax.device_get(metrics))
                 values["seconds"] = time.perf_counter() - started
+                values["failed_rewards"] = len(pool.problems)
                 done = iteration + 1
                 late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes
                 stop = stop_requested()
                 scored = stop or late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
                     agents = [_nth(state.learner.params, e) for e in range(config.seeds)]
-                    scores = [np.mean(_dev_scores(ensemble, task, dev, agent, spec)) for agent in agents]
+                    scores = [np.mean(_dev_scores(ensemble, task, pool, dev, agent, spec)) for agent in agents]
                     values |= _values({"dev": np.array(scores, np.float32)})
                     state = _keep_best(state, np.array(scores, np.float32))
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
@@ -297,7 +294,7 @@ def train_seeds(
                 log.write(done, values)
                 if scored:
                     checkpoints.save(done, state)
-                on_progress(TrainProgress(done, values))
+                on_progress(TrainProgress(done, values, str(pool.problems) if pool.problems else ""))
                 if stop and done < config.iterations:
                     raise Interrupted(f"stopped after iteration {done} of {config.iterations}; saved in {out}")
                 if late:
@@ -328,6 +325,7 @@ def _shaping(config: PPOConfig) -> PPOConfig:
 def _iterate(
     ensemble: Ensemble,
     task: Task,
+    pool: RewardPool,
     prompts: "_Prompts",
     rows: Int[np.ndarray, "E*B"],
     learner: ppo.LearnerState,
@@ -341,8 +339,11 @@ def _iterate(
     iteration = learner.iteration[0]
     experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
     answered = np.repeat(rows, config.samples)
-    texts = _texts(ensemble, [prompts.ids[i] for i in answered], experience)
-    scores = score_texts(task, texts, [prompts.examples.references[i] for i in answered])
+    texts = _texts(ensemble, task, [prompts.ids[i] for i in answered], experience)
+    asked, references = (
+        [column[i] for i in answered] for column in (prompts.examples.prompts, prompts.examples.references)
+    )
+    scores = pool.submit(asked, texts, references).result()
     return ppo.learn_from_text(learner, experience, scores, seeds, spec, config)
 
 
@@ -374,24 +375,34 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
 
-def _texts(ensemble: Ensemble, prompts: Sequence[Sequence[int]], experience: ppo.Rollout | DecodeState) -> list[str]:
+def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Any], experience: ppo.Rollout | DecodeState) -> list[str]:
+    """The answers, up to the first of the task's stop strings. A rollout goes on behind one; what the agent decides there
+    has no effect on the reward."""
     tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
     written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
-    return ensemble.decode(prompts, written)
+    texts = ensemble.decode(prompts, written)
+    for stop in task.stop:
+        texts = [text.split(stop, 1)[0] for text in texts]
+    return texts
 
 
 def _dev_scores(
-    ensemble: Ensemble, task: Task, dev: _Prompts, policy_params: Any, spec: DecodeSpec
+    ensemble: Ensemble, task: Task, pool: RewardPool, dev: _Prompts, policy_params: Any, spec: DecodeSpec
 ) -> Float[np.ndarray, "B"]:
-    """Rewards on dev of greedy answers under the policy's modes."""
+    """Rewards on dev of greedy answers under the policy's modes. Scoring goes on while the next rows are decoded."""
     greedy = ensemble.spec(policy=spec.policy, span_length=spec.span_length, max_new_tokens=spec.max_new_tokens)
-    scores = []
+    pending = []
     for start in range(0, len(dev.ids), _EVALUATION_ROWS):
-        rows = dev.ids[start : start + _EVALUATION_ROWS]
-        state = ensemble.run(rows, policy_params, 0, greedy)
-        texts = _texts(ensemble, rows, state)
-        scores.append(score_texts(task, texts, dev.examples.references[start : start + _EVALUATION_ROWS]))
-    return np.concatenate(scores)
+        part = slice(start, start + _EVALUATION_ROWS)
+        state = ensemble.run(dev.ids[part], policy_params, 0, greedy)
+        texts = _texts(ensemble, task, dev.ids[part], state)
+        pending.append(pool.submit(dev.examples.prompts[part], texts, dev.examples.references[part]))
+    return np.concatenate([scores.result() for scores in pending])
+
+
+def algorithm_of(run: Path) -> str:
+    """ "ppo" or "mappo", of a run directory that `load_policy` accepts."""
+    return str(files.read_json(run / CONFIG_FILE)["algorithm"])
 
 
 def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest: bool = False) -> BoundPolicy:
