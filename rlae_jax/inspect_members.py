@@ -79,7 +79,7 @@ def _end_tokens(lm: LM, ids: Sequence[int]) -> tuple[str, ...]:
     if lm.tokenizer is None:
         return tuple(map(str, ids))
     ordered = sorted(dict.fromkeys(ids), key=lambda i: i != lm.tokenizer.eos_token_id)
-    return tuple(f"{lm.tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ordered)
+    return tuple(f"{lm.tokenizer.convert_ids_to_tokens(i) or 'no token'} ({i})" for i in ordered)
 
 
 def _union_figures(union: UnionVocabulary, k: int) -> dict[str, Any]:
@@ -105,6 +105,10 @@ def _unite(
     warnings = [line for line, lm in zip(warnings, members, strict=True) if lm.tokenizer is None]
     without_end = [lm.name for lm, ids in zip(members, end_ids, strict=True) if not len(ids)]
     warnings += [f"{name} has no end token: its texts only end at the longest length" for name in without_end]
+    for lm, ids in zip(members, end_ids, strict=True):
+        outside = [i for i in ids if not 0 <= i < lm.config.usable_vocab]
+        if outside:
+            warnings.append(f"{lm.name} has {lm.config.usable_vocab:,} ids, and end ids {outside} are none of them")
     if any(lm.tokenizer is None for lm in members):
         sizes = {lm.config.vocab for lm in members}
         if all(lm.tokenizer is None for lm in members) and len(sizes) == 1:
@@ -182,7 +186,7 @@ def inspect_members(
         bandwidth_gb_s=bandwidth_gb_s,
         batch=batch,
         tokens=tokens,
-        warnings=(*warnings, *_mismatches(figures, tokens)),
+        warnings=tuple(dict.fromkeys([*warnings, *_mismatches(figures, tokens)])),
     )
 
 

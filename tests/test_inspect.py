@@ -114,6 +114,13 @@ def test_what_does_not_fit_is_said(make_lm: Callable[..., LM], make_tokenizer: A
     assert any("give end ids" in line for line in inspect_members([mixed[0], endless]).warnings)
 
 
+def test_end_ids_beyond_the_vocabulary_and_the_same_model_twice(make_lm: Callable[..., LM]) -> None:
+    lm = make_lm(0, vocab=40)
+    assert inspect_members([lm, lm]).warnings == inspect_members([lm]).warnings
+    found = inspect_members([lm], [[3, 99]]).warnings
+    assert any("40 ids" in line and "[99]" in line for line in found)
+
+
 def test_real_tokenizers(make_lm: Callable[..., LM], shared: Path, tmp_path: Path) -> None:
     members = []
     for name in ("gpt2", "mistral_v3"):
