@@ -134,16 +134,18 @@ def test_some_member_is_right_wherever_a_choice_can_help(task):
 
 
 @pytest.mark.parametrize("task", ["skills3", "mixed"])
-def test_of_each_operation_one_is_right_one_is_wrong_and_one_knows_that_it_does_not_know(task):
+def test_of_each_operation_one_is_right_one_leads_astray_and_one_knows_that_it_does_not_know(task):
     """Who must outweigh whom goes round in a circle: no weights held for a whole answer suit all of it."""
     outweighs = set()
     for group in embedded.FORMS[task].groups:
+        wrong = [operation for operation in group if any(operation in RECIPES[name].wrong for name in POOL[task])]
+        assert len(wrong) == 1
         for operation in group:
             (right,) = (name for name in POOL[task] if operation in RECIPES[name].right)
-            (wrong,) = (name for name in POOL[task] if operation in RECIPES[name].wrong)
             (unsure,) = (name for name in POOL[task] if operation in RECIPES[name].unsure)
-            assert {right, wrong, unsure} == set(POOL[task])
-            outweighs.add((right, wrong))
+            (other,) = set(POOL[task]) - {right, unsure}
+            assert (operation in RECIPES[other].wrong) == (operation in wrong)
+            outweighs.add((right, other))
     a, b, c = POOL[task]
     assert outweighs in ({(a, b), (b, c), (c, a)}, {(b, a), (c, b), (a, c)})
 
@@ -198,9 +200,9 @@ class TestTokenizers:
             for k, recipe in enumerate(recipes)
         ]
         union = rj.Ensemble(members).union
-        # All share the characters and the end, the second alone has pairs; padding and unknown are each member's own.
+        # All share the characters and the end, the third alone has pairs; padding and unknown are each member's own.
         assert union.size == len(specialists.CHARACTERS) + 100 + 1 + 2 * len(members)
-        assert rj.Ensemble(members[::2]).union is None
+        assert rj.Ensemble(members[:2]).union is None
 
 
 @pytest.fixture
