@@ -1,10 +1,11 @@
-"""The commands: `rlae-jax demo | generate | train | evaluate | inspect`. Parses, calls the library, prints.
+"""The commands: `rlae-jax demo | generate | train | evaluate | ablate | inspect`. Parses, calls the library, prints.
 
 A command bears the name of the library function behind it, which it therefore imports inside.
 """
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from rlae_jax.errors import InputError, Interrupted
 
@@ -26,6 +27,7 @@ Models = Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]
 Adapters = Annotated[tuple[str, ...], arg(metavar="ADAPTER [ADAPTER ...]")]
 EndIds = Annotated[tuple[str, ...], arg(metavar="IDS [IDS ...]")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Assignments = Annotated[tuple[tuple[str, ...], ...], UseAppendAction]  # --vary A --vary B C
 INSPECTED_TOKENS = 1024  # or the shortest context
 
 
@@ -345,7 +347,8 @@ def train(
     span_length: int | None = None,
     span_lengths: Annotated[tuple[int, ...] | None, arg(metavar="L [L ...]")] = None,
     temperature: float | None = None,
-    reads: tuple[Literal["hidden", "stats", "span", "prompt"], ...] | None = None,
+    reads: tuple[Literal["hidden", "stats", "span", "prompt", "text"], ...] | None = None,
+    encoder: str | None = None,
     distribution: Literal["dirichlet", "logistic_normal"] | None = None,
     share_actors: bool = False,
     member_cost: float | None = None,
@@ -382,6 +385,7 @@ def train(
         span_lengths: let the agent choose among these for each span.
         temperature: of the tokens during training; 0 writes the most probable ones. Default: the preset's.
         reads: what the agent sees. Default: hidden stats span.
+        encoder: of an agent that reads text: a Hugging Face encoder, such as microsoft/deberta-v3-base.
         distribution: of a single agent's weights. Default: dirichlet.
         share_actors: the agents of mappo are one network.
         member_cost: taken off the reward for each further member in use. Default: 0.
@@ -418,6 +422,7 @@ def train(
     }
     of_agent: dict[str, Any] = {
         "reads": reads,
+        "encoder": encoder,
         "span_lengths": span_lengths,
         "distribution": distribution,
         "share_actors": share_actors or None,
@@ -475,27 +480,35 @@ def evaluate(
     end_ids: EndIds = (),
     dtype: Dtype = "float32",
 ) -> None:
-    """Compare each member alone, fixed mixtures and trained agents on the same prompts.
+    """Compare each member alone, mixtures and trained agents on the same prompts.
+
+    Prints scores with 95% intervals and milliseconds, and how surely agents differ from everything else (p-values
+    corrected for the number of comparisons). What a method needs to have chosen is chosen on the training prompts.
 
     Args:
         models: Hugging Face directories or Hub ids (org/name). With different tokenizers, steps, spans and
             --max-new-tokens count entries of the union of their vocabularies.
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
-        out: a new directory for config.json, results.json and predictions.jsonl.
+        out: a new directory for config.json, results.json, predictions.jsonl, scores.png and the router's run.
         prompted: what is asked.
         split: which prompts. Choices are made on train and dev; read test once.
-        policy: run directories of trained agents.
-        methods: of single:NAME, uniform, static (best fixed weights, searched on train), confidence (at each step the
-            most certain member) and schedule (best weights per span index, searched on train). Default: all.
+        policy: run directories of trained agents; several of one algorithm are its seeds.
+        methods: of single:NAME, uniform, static (best fixed weights), schedule (best weights per span index), router
+            (an agent, trained here, with one action for the whole answer), confidence (at each step the most certain
+            member), perplexity (by how well a member predicts the prompt), consistency (by agreement with the others),
+            gate (one member alone where it is certain), topk (over each member's k best tokens), random (weights drawn
+            anew for each span), shuffled (the agent's weights for another prompt), vote (the members' most frequent
+            answer), oracle (whether any member's answer is right: a reference line); all is all of them. Default:
+            single:NAME, uniform, static, confidence and schedule.
         limit: only the first so many prompts of the split.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """
     from rlae_jax import files, report
-    from rlae_jax.evaluate import Method, baseline_methods, unique_names
+    from rlae_jax.evaluate import baseline_methods, load_agents, router_config
     from rlae_jax.evaluate import evaluate as evaluate_methods
-    from rlae_jax.ppo.train import CONFIG_FILE, algorithm_of, load_policy
+    from rlae_jax.ppo.train import CONFIG_FILE, algorithm_of
 
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
@@ -507,13 +520,9 @@ def evaluate(
     examples = found.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
     ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts, chat=found.chat)), found.max_new_tokens)
-    agents = [load_policy(run) for run in policy]
-    for agent in agents:
-        ensemble.bind(agent, 1, 1)  # tells now if an agent was trained for other members
-    chosen = baseline_methods(ensemble, found, methods)
-    names = unique_names([f"rlae_{algorithm_of(run)}" for run in policy])
-    chosen |= {name: Method(ensemble, agent) for name, agent in zip(names, agents, strict=True)}
-    results = evaluate_methods(chosen, found, split, limit=limit, out=out)
+    agents = load_agents(ensemble, found, policy)
+    chosen = baseline_methods(ensemble, found, methods, agents=agents, config=router_config(policy), runs=out)
+    results = evaluate_methods({**chosen, **agents}, found, split, limit=limit, out=out)
     files.write_json(
         out / CONFIG_FILE,
         {
@@ -524,10 +533,79 @@ def evaluate(
             "members": [lm.name for lm in ensemble.members],
             "fusion": fusion,
             "end_ids": list(end_ids),
-            "policies": dict(zip(names, map(str, policy), strict=True)),
+            "policies": {name: [str(run) for run in policy if f"rlae_{algorithm_of(run)}" == name] for name in agents},
         },
     )
+    report.scores_chart(out / "scores.png", results)
     report.console.print(report.results_table(results))
+    if results["differences"]:
+        report.console.print(report.differences_table(results))
+
+
+def ablate(
+    *,
+    models: Models,
+    out: Path,
+    prompted: Prompted,
+    vary: Annotated[Assignments, arg(metavar="FIELD=V1,V2,... [...]")] = (),
+    settings: Annotated[Assignments, arg(name="set", metavar="FIELD=VALUE [...]")] = (),
+    algo: Literal["ppo", "mappo"] = "ppo",
+    preset: Literal["demo", "paper"] = "demo",
+    iterations: int | None = None,
+    split: Literal["train", "dev", "test"] = "dev",
+    limit: int | None = None,
+    seed: int = 0,
+    seeds: int = 3,
+    resume: bool = False,
+    adapters: Adapters = (),
+    fusion: Literal["linear", "loglinear"] = "linear",
+    end_ids: EndIds = (),
+    dtype: Dtype = "float32",
+) -> None:
+    """Train agents under every combination of some settings, and compare their scores.
+
+    A combination that fails is told, and the next one runs. Ctrl-C saves and says how to go on.
+
+    Args:
+        models: Hugging Face directories or Hub ids (org/name).
+        adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
+        out: the directory of the ablation (config.json, results.json, table.md, pictures, a run per combination).
+        prompted: what the agents are trained on.
+        vary: settings and their values, such as span_length=2,4,8 or agent.projection=16,64; parts of one value are
+            joined with +, as in agent.reads=hidden+span,stats. Also algo=ppo,mappo and
+            encoder=hidden,text:DIR,both,none.
+        settings: other settings that all combinations have, such as prompts=256.
+        algo: ppo = one agent sets all weights, mappo = one agent per member sets its own.
+        preset: demo = quick steps for small models, paper = the published figures of RLAE.
+        iterations: rollouts, each followed by updates. Default: the preset's.
+        split: which prompts are scored. Make choices on dev.
+        limit: only the first so many prompts of the split.
+        seed: of everything random.
+        seeds: agents per combination, of seeds SEED, SEED + 1, ...
+        resume: go on with the ablation in OUT.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
+        dtype: of the members' parameters.
+    """
+    from rlae_jax import report
+    from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary, table
+    from rlae_jax.config import ALGORITHMS
+
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}")
+    base = getattr(ALGORITHMS[algo], preset)(**_given({"iterations": iterations, "seed": seed, "seeds": seeds}))
+    base = configured(base, parse_settings([text for texts in settings for text in texts], base))
+    values = parse_vary([text for texts in vary for text in texts], base)
+    make_cells(base, values)  # tells now, not after reading gigabytes
+    found = prompted.load()
+    ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
+    try:
+        results = ablate(ensemble, found, base, values, out, split=split, limit=limit, resume=resume)
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        arguments = shlex.join(sys.argv[1:] + ([] if resume else ["--resume"]))
+        reason = str(interrupted) or "stopped"
+        raise Interrupted(f"{reason}. Go on with:\n  rlae-jax {arguments}") from None
+    report.console.print(table(results))
 
 
 def inspect(
@@ -570,6 +648,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "train": train,
     "evaluate": evaluate,
+    "ablate": ablate,
     "inspect": inspect,
 }
 

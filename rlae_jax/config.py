@@ -17,7 +17,11 @@ class AgentConfig:
 
     Attributes:
       reads: parts of the observation that it sees: "hidden" (each member's last hidden state), "stats" (entropy, top
-        probability, log-probability of the last span, disagreement) and "span" (the span's index).
+        probability, log-probability of the last span, disagreement), "span" (the span's index), "prompt" (how likely
+        each member finds the prompt) and "text" (prompt and text so far, read by `encoder`).
+      encoder, text_tokens: a Hugging Face encoder (directory or Hub id) for "text", and how many tokens it reads at
+        most, the newest ones. It is not trained.
+      max_spans: spans that the index's embedding holds, if more than in training.
       projection: width to which each member's hidden state is projected.
       span_embedding: width of the span index's embedding.
       ffn_width: hidden width of the actor's and of the critic's MLP.
@@ -37,6 +41,9 @@ class AgentConfig:
     distribution: str = "dirichlet"
     share_actors: bool = False
     span_lengths: tuple[int, ...] = ()
+    encoder: str | None = None
+    text_tokens: int = 512
+    max_spans: int = 0
 
     def __post_init__(self) -> None:
         if self.distribution not in ("dirichlet", "logistic_normal"):
@@ -46,6 +53,11 @@ class AgentConfig:
         unknown = [part for part in self.reads if part not in OBSERVATION_PARTS]
         if unknown or not self.reads:
             raise InputError(f"reads must name some of {', '.join(OBSERVATION_PARTS)}, not {list(self.reads)}")
+        if ("text" in self.reads) != (self.encoder is not None):
+            raise InputError(
+                'to read "text" needs an encoder, such as microsoft/deberta-v3-base, and only that; '
+                f"reads is {', '.join(self.reads)} and encoder {self.encoder}"
+            )
 
 
 SCHEDULES = ("constant", "linear", "cosine")

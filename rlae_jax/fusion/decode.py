@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Key
 from rlae_jax.fusion.feed import Lockstep, MemberParams, Model, Ragged, Spelling, models_of, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, FusionOperator, linear, loglinear
 from rlae_jax.fusion.policy import STATS, ChoosesLength, Dims, Fixed, Observation, Policy
+from rlae_jax.fusion.reading import TextReader
 from rlae_jax.fusion.sampling import Sampling, choose_token
 from rlae_jax.models import ModelConfig, transformer
 
@@ -70,6 +71,7 @@ class DecodeSpec:
     limits: Int[Array, "B"] | None = None  # each row's own longest answer, at most max_new_tokens
     union: UnionTables | None = None  # of members with different tokenizers, or of any that may be skipped
     member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
+    reader: TextReader | None = None  # for policies that read "text"
 
     @property
     def span_lengths(self) -> tuple[int, ...]:
@@ -90,7 +92,8 @@ class DecodeSpec:
 
     @property
     def dims(self) -> Dims:
-        return Dims(tuple(member.hidden_width for member in self.members), self.spans)
+        text = 0 if self.reader is None else self.reader.config.hidden_width
+        return Dims(tuple(member.hidden_width for member in self.members), self.spans, text)
 
     @property
     def decides_first(self) -> bool:
@@ -135,6 +138,7 @@ class DecodeState(NamedTuple):
     character: Any  # Int[B], the state of the UTF-8 automaton; () without a union vocabulary
     seen: Any  # Bool[B, V], tokens in prompt and answer; () without a repetition penalty
     prompt_scores: Any  # Float[B, K], see Observation.prompt; () where the policy does not read it
+    text: Any  # a `Text`, the prompt and what was written; () where the policy does not read it
     # The chosen tokens' log-probabilities under the fused distribution, Float[B, N], and under each member,
     # Float[B, N, K]; () where they are not asked for.
     scores: Any
@@ -199,6 +203,7 @@ def prefill(
         stats=jnp.zeros((b, k, len(STATS))) if "stats" in spec.policy.reads else (),
         span=jnp.zeros((b,), jnp.int32) if "span" in spec.policy.reads else (),
         prompt=prompt_scores,
+        text=jnp.zeros((b, spec.dims.text)) if "text" in spec.policy.reads else (),
     )
     keys = row_keys(key, b)
     shapes = jax.eval_shape(lambda: _decision(spec.policy.init(keys[0], spec.dims), observation, keys, spec))
@@ -223,6 +228,7 @@ def prefill(
         character=() if spec.union is None else jnp.zeros((b,), jnp.int32),
         seen=seen,
         prompt_scores=prompt_scores,
+        text=() if spec.reader is None else spec.reader.prompts,
         scores=jnp.zeros((b, n)) if spec.scores else (),
         attribution=jnp.zeros((b, n, k)) if spec.scores else (),
     )
@@ -299,6 +305,7 @@ def _take_decision(
         stats=member_stats(log_probs, state.span_log_probs / last_length) if "stats" in reads else (),
         span=index if "span" in reads else (),
         prompt=state.prompt_scores,
+        text=spec.reader.read(state.text) if spec.reader is not None else (),
     )
 
     def own_key(key: Key[Array, ""], index: Array) -> Key[Array, ""]:
@@ -466,6 +473,7 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         character=character,
         seen=seen,
         prompt_scores=state.prompt_scores,
+        text=() if spec.reader is None else spec.reader.append(state.text, token, alive),
         scores=scores,
         attribution=attribution,
     )

@@ -21,9 +21,10 @@ from rlae_jax.fusion import union as vocabularies
 from rlae_jax.fusion.feed import Lockstep, Spelling
 from rlae_jax.fusion.operators import FusionOperator, get_operator
 from rlae_jax.fusion.policy import EVERY_STEP, UNTRAINED, BoundPolicy, Dims, Draw, Fixed, Policy
+from rlae_jax.fusion.reading import Text, TextReader
 from rlae_jax.fusion.sampling import Sampling
-from rlae_jax.models import LM, Adapter, lora, transformer
-from rlae_jax.models.lm import AdapterChoice, load_adapters
+from rlae_jax.models import LM, Adapter, Encoder, lora, transformer
+from rlae_jax.models.lm import AdapterChoice, load_adapters, require_tokenizer
 
 SMALLEST_PROMPT_BUCKET = 16
 DEFAULT_SPAN_LENGTH = 4
@@ -230,6 +231,7 @@ class Ensemble:
         if not members:
             raise InputError("an ensemble needs at least one member")
         self.members = tuple(members)
+        self._read_by: tuple[Encoder, TextReader] | None = None  # the last encoder that a policy had
         self.shared: lora.Stack | None = None  # the members' adapters, where they are all of one base
         self.fusion = get_operator(fusion, len(members))
         self.union: vocabularies.UnionVocabulary | None = None
@@ -349,8 +351,9 @@ class Ensemble:
         record: bool = False,
         scores: bool = False,
         member_tokens: int | None = None,
+        reader: TextReader | None = None,
     ) -> decoding.DecodeSpec:
-        """The `DecodeSpec` of this ensemble; see `generate` for the options.
+        """The `DecodeSpec` of this ensemble; see `generate` for the options, `reader` for the reader.
 
         Raises:
           InputError: an option outside its range.
@@ -382,6 +385,35 @@ class Ensemble:
             scores=scores,
             union=self._tables if ragged else None,
             member_tokens=member_tokens if ragged else 0,
+            reader=reader,
+        )
+
+    def reader(self, encoder: Encoder) -> TextReader:
+        """What lets a policy read the text through an encoder: how this ensemble's tokens are spelled in its ids. The
+        prompts are `read_prompts`.
+
+        Raises:
+          InputError: an encoder, or a member, whose tokens stand for no bytes (WordPiece).
+        """
+        tokenizer = require_tokenizer(encoder.tokenizer, encoder.path or encoder.name)
+        if self.union is not None:
+            pieces: Sequence[bytes | None] = [self.union.entry_bytes(e) for e in range(self.union.size)]
+        else:
+            pieces = vocabularies.token_bytes(self.tokenizer, self.members[0].name)
+        ids, offsets = vocabularies.spell_texts(pieces, tokenizer, encoder.name)
+        vocab = min(lm.config.usable_vocab for lm in self.members) if self.union is None else self.union.size
+        missing = max(vocab + 1 - len(offsets), 0)  # rows of a head that stand for no token
+        offsets = np.concatenate([offsets, np.full(missing, offsets[-1])])
+        probe = tokenizer("a", add_special_tokens=True)["input_ids"]
+        inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+        n = next(i for i in range(len(probe)) if probe[i : i + len(inner)] == inner)
+        return TextReader(
+            params=encoder.params,
+            ids=jnp.asarray(ids),
+            offsets=jnp.asarray(offsets),
+            config=encoder.config,
+            before=tuple(probe[:n]),
+            after=tuple(probe[n + len(inner) :]),
         )
 
     def encode(self, prompts: Sequence[str], *, chat: bool = False) -> list[Row]:
@@ -466,17 +498,30 @@ class Ensemble:
                 f"prompts of at most {max(self.context - max_new_tokens, 0)} tokens fit",
             )
 
-    def bind(self, weights: Weights, batch: int, spans: int) -> tuple[Policy, Any, bool]:
+    def bind(
+        self, weights: Weights, batch: int, spans: int, span_length: int | None = None
+    ) -> tuple[Policy, Any, bool]:
         """(policy, its parameters for this batch, whether to sample) for any of `generate`'s weights.
 
         Raises:
-          InputError: weights of a wrong shape or value, a policy trained for other members.
+          InputError: weights of a wrong shape or value, a policy trained for other members, for shorter answers or for
+            another span length.
         """
         if isinstance(weights, BoundPolicy):
             if weights.dims.widths != self.widths:
                 raise InputError(
                     f"the policy was trained for members of width {list(weights.dims.widths)}; "
                     f"these have {list(self.widths)}"
+                )
+            if span_length not in (None, weights.span_length):
+                raise InputError(
+                    f"the policy was trained with spans of {weights.span_length} steps, not {span_length}; "
+                    "leave span_length out"
+                )
+            if "span" in weights.policy.reads and spans > weights.dims.spans:
+                raise InputError(
+                    f"{spans} spans: the policy was trained for answers of at most {weights.dims.spans}; lower "
+                    "max_new_tokens, or train with a larger agent.max_spans"
                 )
             return weights.policy, weights.params, weights.sample
         if isinstance(weights, str):
@@ -493,6 +538,32 @@ class Ensemble:
             params = weights.init(jax.random.key(0), Dims(self.widths, spans))
             return weights, params, isinstance(weights, Draw)
         return Fixed(), normalise_weights(weights, batch, len(self.members)), False
+
+    def read_prompts(self, prompts: Sequence[str], encoder: Encoder, reader: TextReader, tokens: int) -> Text:
+        """Prompts as `TextReader.prompts`: of each the last ids, at most `tokens` with those around them."""
+        c = min(tokens, encoder.config.context) - len(reader.before) - len(reader.after)
+        if c < 1:
+            raise InputError(f"{encoder.name} would read {tokens} tokens, and none of them is text")
+        rows = require_tokenizer(encoder.tokenizer, encoder.name)(list(prompts), add_special_tokens=False)["input_ids"]
+        ids = np.zeros((len(rows), c), np.int32)
+        for b, row in enumerate(rows):
+            if row:
+                ids[b, -min(len(row), c) :] = row[-c:]
+        return Text(ids, np.array([min(len(row), c) for row in rows], np.int32))  # type: ignore[arg-type]
+
+    def _reader_of(self, weights: Weights, prompts: Sequence[str] | None, rows: Sequence[Row]) -> TextReader | None:
+        if not (isinstance(weights, BoundPolicy) and "text" in weights.policy.reads):
+            return None
+        if weights.encoder is None:
+            raise InputError("the policy reads the text and has no encoder; load it with load_policy")
+        encoder = weights.encoder
+        if self._read_by is None or self._read_by[0] is not encoder:
+            self._read_by = encoder, self.reader(encoder)
+        if prompts is None:
+            prompts = self.tokenizer.batch_decode(rows)
+        reader = self._read_by[1]
+        text = self.read_prompts(prompts, encoder, reader, weights.text_tokens)
+        return dataclasses.replace(reader, prompts=text)
 
     def _prepare(
         self,
@@ -535,9 +606,10 @@ class Ensemble:
             span_length = weights.span_length if isinstance(weights, BoundPolicy) else span_length
         if span_length < 1:
             raise InputError(f"span_length must be at least 1, not {span_length}")
-        policy, policy_params, sample = self.bind(weights, batch, -(-longest // span_length))
+        policy, policy_params, sample = self.bind(weights, batch, -(-longest // span_length), span_length)
         spec = self.spec(
             policy=policy,
+            reader=self._reader_of(weights, prompts, rows),
             sample_weights=sample,
             span_length=span_length,
             max_new_tokens=longest,
@@ -774,6 +846,9 @@ class Ensemble:
             policy_params = np.repeat(fill(np.asarray(policy_params)), samples, axis=0)
         if spec.limits is not None:
             spec = dataclasses.replace(spec, limits=fill(spec.limits))
+        if spec.reader is not None:
+            prompts = jax.tree.map(fill, spec.reader.prompts)
+            spec = dataclasses.replace(spec, reader=dataclasses.replace(spec.reader, prompts=prompts))
         active = np.arange(batch + filling) < batch
         params = self.params if params is None else params
         if self.shared is None:

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt")
+from rlae_jax.models import Encoder
+
+OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt", "text")
 # The columns of Observation.stats.
 STATS = ("entropy", "top_prob", "span_log_prob", "disagreement")
 
@@ -32,6 +34,7 @@ class Observation(NamedTuple):
     # Float[B, K]: each member's log-probability of the prompt, per token of member 0 (with one tokenizer, minus the
     # logarithm of its perplexity).
     prompt: Any = ()
+    text: Any = ()  # Float[B, D]: what an encoder makes of prompt and text so far, see rlae_jax.fusion.reading
 
 
 class Dims(NamedTuple):
@@ -39,6 +42,7 @@ class Dims(NamedTuple):
 
     widths: tuple[int, ...]  # D of each member
     spans: int  # P, the longest answer in spans
+    text: int = 0  # D of the encoder that reads the text, if one does
 
     @property
     def members(self) -> int:
@@ -270,3 +274,5 @@ class BoundPolicy:
     dims: Dims
     span_length: int  # L that it was trained with
     sample: bool = False
+    encoder: Encoder | None = None  # of a policy that reads the text
+    text_tokens: int = 512  # and how many tokens of it

@@ -531,6 +531,25 @@ def _spell(
     return spelled, offsets.astype(np.int32)
 
 
+def spell_texts(
+    pieces: Sequence[bytes | None], tokenizer: Any, name: str
+) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "V+1"]]:
+    """A tokenizer's ids for each of many byte strings, as (ids, offsets). None where there are no bytes, or where it
+    cannot write them.
+
+    Raises:
+      InputError: a tokenizer whose tokens stand for no bytes.
+    """
+    entries = [piece or b"" for piece in pieces]
+    tokens = _read_tokens(tokenizer, name)
+    speller = _Speller(tokenizer, tokens)
+    index = _canonical(tokens, speller.encode)
+    data, offsets = _join(entries)
+    partner = np.array([index.get(entry, -1) if entry else -1 for entry in entries], np.int32)
+    table = _join([piece or b"" for piece in tokens.pieces])
+    return _spell(entries, np.diff(offsets) == 0, utf8_states(data, offsets)[0] == 0, partner, speller, index, table)
+
+
 def load_or_build(
     tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequence[Sequence[int]], cache: Path | None = None
 ) -> UnionVocabulary:

@@ -44,9 +44,14 @@ def apply_mlp(mlp: Mlp, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     return jnp.tanh(x @ mlp["w1"] + mlp["b1"]) @ mlp["w2"] + mlp["b2"]
 
 
+def _normed(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Divided by its root mean square."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
 def _init_reading(key: Key[Array, ""], config: AgentConfig, dims: Dims) -> tuple[dict[str, Any], int, int]:
     """Parameters of what comes before actor and critic, and the widths I and J."""
-    span_key, *member_keys = jax.random.split(key, dims.members + 1)
+    span_key, text_key, *member_keys = jax.random.split(key, dims.members + 2)
     params: dict[str, Any] = {}
     of_member, shared = 0, 0
     if "hidden" in config.reads:
@@ -59,6 +64,9 @@ def _init_reading(key: Key[Array, ""], config: AgentConfig, dims: Dims) -> tuple
     if "span" in config.reads:
         params["span_embedding"] = jax.random.normal(span_key, (dims.spans, config.span_embedding)) * 0.1
         shared += config.span_embedding
+    if "text" in config.reads:
+        params["text_projection"] = jax.random.normal(text_key, (dims.text, config.projection)) * dims.text**-0.5
+        shared += config.projection
     return params, of_member, shared
 
 
@@ -70,8 +78,7 @@ def _read(
     if "hidden" in config.reads:
         projected = []
         for k, hidden in enumerate(observation.hidden):
-            normed = hidden * jax.lax.rsqrt(jnp.mean(hidden * hidden, axis=-1, keepdims=True) + 1e-6)
-            projected.append(normed @ params["projections"][f"member_{k}"])
+            projected.append(_normed(hidden) @ params["projections"][f"member_{k}"])
         of_members.append(jnp.stack(projected, axis=1))
     if "stats" in config.reads:
         of_members.append(observation.stats)
@@ -81,6 +88,8 @@ def _read(
         # Answers longer than in training reuse the last span's embedding.
         last = params["span_embedding"].shape[0] - 1
         shared.append(params["span_embedding"][jnp.minimum(observation.span, last)])
+    if "text" in config.reads:
+        shared.append(_normed(observation.text) @ params["text_projection"])
     return (
         jnp.concatenate(of_members, axis=-1) if of_members else None,
         jnp.concatenate(shared, axis=-1) if shared else None,

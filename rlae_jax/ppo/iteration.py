@@ -92,6 +92,7 @@ class Batch(NamedTuple):
     mask: Any
     references: Int[Array | np.ndarray, "B R"]
     reference_lengths: Int[Array | np.ndarray, "B"]
+    text: Any = ()  # a `Text`, the prompts for policies that read it
 
 
 def make_policy(config: PPOConfig) -> Policy:
@@ -300,6 +301,8 @@ def _rollout_all(
     rows = len(batch.references) // len(seeds)
     keys = jax.vmap(lambda seed: row_keys(iteration_keys(seed, iteration)[0], rows))(seeds)
     spec = dataclasses.replace(spec, policy=SideBySide(spec.policy, len(seeds)))
+    if spec.reader is not None:
+        spec = dataclasses.replace(spec, reader=dataclasses.replace(spec.reader, prompts=batch.text))
     return rollout(params, policy_params, batch, keys.reshape(-1), spec, config.samples)
 
 

@@ -32,7 +32,9 @@ from rlae_jax.fusion.decode import DecodeSpec, DecodeState
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
+from rlae_jax.fusion.reading import TextReader
 from rlae_jax.metrics import MetricsLog
+from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.tasks import Examples, RewardPool, Task
 
@@ -72,7 +74,8 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         ],
         "fusion": fusion_name(ensemble.fusion),
         "end_ids": [list(ids) for ids in ensemble.member_ends],
-        "spans": spec.spans,
+        "spans": max(spec.spans, config.agent.max_spans),
+        "text_width": spec.dims.text,
         "preset": config.preset,
         "settings": dataclasses.asdict(config),
     }
@@ -137,6 +140,9 @@ def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray,
     return rows
 
 
+_Reading = tuple[Encoder, TextReader]  # of an agent that reads the text
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prompts:
     """A split, tokenised once."""
@@ -145,6 +151,7 @@ class _Prompts:
     ensemble: Ensemble
     ids: list[Any]  # rows as `Ensemble.encode` gives them
     references: list[list[int]]  # empty lists where the reward is computed from text
+    text: Any  # a `Text`, where the policy reads it
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> ppo.Batch:
         prompts = [self.ids[i] for i in rows]
@@ -154,19 +161,25 @@ class _Prompts:
         padded = np.zeros((len(references), max(int(lengths.max()), 1)), np.int32)
         for b, reference in enumerate(references):
             padded[b, : len(reference)] = reference
-        return ppo.Batch(ids, mask, padded, lengths)
+        return ppo.Batch(ids, mask, padded, lengths, jax.tree.map(lambda leaf: leaf[np.asarray(rows)], self.text))
 
 
-def _prepare(ensemble: Ensemble, task: Task, split: str, limit: int | None, max_new_tokens: int) -> _Prompts:
+def _prepare(
+    ensemble: Ensemble, task: Task, split: str, limit: int | None, config: PPOConfig, reading: _Reading | None
+) -> _Prompts:
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)
     ids = ensemble.encode(examples.prompts, chat=task.chat)
-    ensemble.check_lengths(ensemble.lengths(ids), max_new_tokens)
+    assert config.max_new_tokens is not None
+    ensemble.check_lengths(ensemble.lengths(ids), config.max_new_tokens)
     references: list[list[int]] = [[] for _ in ids]
     if rewards_tokens(ensemble, task):
         references = ensemble.tokenizer(list(examples.references), add_special_tokens=False)["input_ids"]
-    return _Prompts(examples, ensemble, ids, references)
+    text: Any = ()
+    if reading is not None:
+        text = ensemble.read_prompts(examples.prompts, *reading, config.agent.text_tokens)
+    return _Prompts(examples, ensemble, ids, references, text)
 
 
 def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
@@ -246,6 +259,10 @@ def train_seeds(
     max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
     out = Path(out)
+    reading: _Reading | None = None
+    if config.agent.encoder is not None:
+        encoder = load_encoder(config.agent.encoder)
+        reading = encoder, ensemble.reader(encoder)
     spec = ensemble.spec(
         policy=ppo.make_policy(config),
         span_length=span_length,
@@ -253,14 +270,16 @@ def train_seeds(
         temperature=config.temperature,
         sample_weights=True,
         record=True,
+        reader=reading and reading[1],
     )
-    prompts = _prepare(ensemble, task, "train", None, max_new_tokens)
-    dev = _prepare(ensemble, task, "dev", config.eval_prompts, max_new_tokens)
+    dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
+    prompts = _prepare(ensemble, task, "train", None, config, reading)
+    dev = _prepare(ensemble, task, "dev", config.eval_prompts, config, reading)
     claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
     if ensemble.union is not None:
         ensemble.union.save(out / UNION_FILE)
 
-    state, seeds = _fresh(config, spec.dims), _seeds(config)
+    state, seeds = _fresh(config, dims), _seeds(config)
     static = _shaping(config)
     checkpoints = Checkpoints(out)
     newest = checkpoints.newest()
@@ -285,8 +304,8 @@ def train_seeds(
                 stop = stop_requested()
                 scored = stop or late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
-                    agents = [_nth(state.learner.params, e) for e in range(config.seeds)]
-                    scores = [np.mean(_dev_scores(ensemble, task, pool, dev, agent, spec)) for agent in agents]
+                    now = [_nth(state.learner.params, e) for e in range(config.seeds)]
+                    scores = [np.mean(_dev_scores(ensemble, task, pool, dev, agent, spec)) for agent in now]
                     values |= _values({"dev": np.array(scores, np.float32)})
                     state = _keep_best(state, np.array(scores, np.float32))
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
@@ -302,7 +321,20 @@ def train_seeds(
     finally:
         log.close()
         checkpoints.close()
-    return [BoundPolicy(spec.policy, _nth(state.best, e), spec.dims, span_length) for e in range(config.seeds)]
+    agents = [_nth(state.best, e) for e in range(config.seeds)]
+    return [_bound(config, params, dims, reading and reading[0]) for params in agents]
+
+
+def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) -> BoundPolicy:
+    assert config.span_length is not None
+    return BoundPolicy(
+        ppo.make_policy(config),
+        params,
+        dims,
+        config.span_length,
+        encoder=encoder,
+        text_tokens=config.agent.text_tokens,
+    )
 
 
 def _seeds(config: PPOConfig) -> Int[np.ndarray, "E"]:
@@ -376,8 +408,8 @@ def _abstract(state: TrainState) -> TrainState:
 
 
 def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Any], experience: ppo.Rollout | DecodeState) -> list[str]:
-    """The answers, up to the first of the task's stop strings. A rollout goes on behind one; what the agent decides there
-    has no effect on the reward."""
+    """The answers, up to the first of the task's stop strings. A rollout goes on behind one; what the agent decides
+    there has no effect on the reward."""
     tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
     written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
     texts = ensemble.decode(prompts, written)
@@ -390,10 +422,14 @@ def _dev_scores(
     ensemble: Ensemble, task: Task, pool: RewardPool, dev: _Prompts, policy_params: Any, spec: DecodeSpec
 ) -> Float[np.ndarray, "B"]:
     """Rewards on dev of greedy answers under the policy's modes. Scoring goes on while the next rows are decoded."""
-    greedy = ensemble.spec(policy=spec.policy, span_length=spec.span_length, max_new_tokens=spec.max_new_tokens)
+    options: dict[str, Any] = {"span_length": spec.span_length, "max_new_tokens": spec.max_new_tokens}
+    greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, **options)
     pending = []
     for start in range(0, len(dev.ids), _EVALUATION_ROWS):
         part = slice(start, start + _EVALUATION_ROWS)
+        if spec.reader is not None:
+            text = jax.tree.map(lambda leaf, part=part: leaf[part], dev.text)
+            greedy = dataclasses.replace(greedy, reader=dataclasses.replace(spec.reader, prompts=text))
         state = ensemble.run(dev.ids[part], policy_params, 0, greedy)
         texts = _texts(ensemble, task, dev.ids[part], state)
         pending.append(pool.submit(dev.examples.prompts[part], texts, dev.examples.references[part]))
@@ -423,8 +459,7 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         agent: dict[str, Any] = settings.pop("agent")
         agent = {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
         config = ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
-        dims = Dims(tuple(member["width"] for member in raw["members"]), raw["spans"])
-        span_length = int(raw["settings"]["span_length"])
+        dims = Dims(tuple(member["width"] for member in raw["members"]), raw["spans"], raw["text_width"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{run / CONFIG_FILE}: not the configuration of a training run ({error})") from error
     if seed is not None and not config.seed <= seed < config.seed + config.seeds:
@@ -441,4 +476,5 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
     params = jax.tree.map(jnp.asarray, _nth(state.learner.params if newest else state.best, e))
-    return BoundPolicy(ppo.make_policy(config), params, dims, span_length)
+    encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
+    return _bound(config, params, dims, encoder)

@@ -11,7 +11,7 @@ from rlae_jax.config import PRESETS, AgentConfig, PPOConfig
 from rlae_jax.fusion.policy import OBSERVATION_PARTS, STATS, Dims, Observation, Policy
 from rlae_jax.ppo.agent import PPOAgent
 
-DIMS = Dims((6, 4, 5), 3)
+DIMS = Dims((6, 4, 5), 3, text=7)
 SMALL = {"projection": 3, "span_embedding": 4, "ffn_width": 8}
 SUBSETS = [(part,) for part in OBSERVATION_PARTS] + [OBSERVATION_PARTS[1:], OBSERVATION_PARTS]
 
@@ -23,6 +23,7 @@ def observe(batch=7, seed=0, spans=3, scale=1.0):
         stats=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members, len(STATS))), jnp.float32),
         span=jnp.asarray(rng.integers(0, spans, batch), jnp.int32),
         prompt=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members)), jnp.float32),
+        text=jnp.asarray(rng.normal(0, scale, (batch, DIMS.text)), jnp.float32),
     )
 
 
@@ -37,7 +38,7 @@ def undecided_no_more(params):
 
 @pytest.mark.parametrize("reads", SUBSETS, ids="+".join)
 def test_it_reads_the_parts_that_are_named_and_no_others(reads):
-    agent = PPOAgent(AgentConfig(reads=reads, **SMALL))
+    agent = PPOAgent(AgentConfig(reads=reads, encoder="any" if "text" in reads else None, **SMALL))
     params = undecided_no_more(agent.init(jax.random.key(0), DIMS))
     assert ("projections" in params) == ("hidden" in reads)
     assert ("span_embedding" in params) == ("span" in reads)
@@ -127,7 +128,7 @@ def test_equal_settings_share_compiled_programs():
 
 
 class TestSettings:
-    @pytest.mark.parametrize("reads", [(), ("hiden",), ("stats", "text")], ids=str)
+    @pytest.mark.parametrize("reads", [(), ("hiden",), ("stats", "txt")], ids=str)
     def test_reads_must_name_parts(self, reads, raises_input_error):
         raises_input_error(lambda: AgentConfig(reads=reads), "hidden, stats, span")
 

@@ -1,0 +1,66 @@
+"""The text as an encoder reads it, inside the decoding loop: what an observation's "text" is.
+
+Prompts come in the encoder's own ids. A chosen token, or entry, is a byte string, whose ids in the encoder's vocabulary
+stand in a table; they are appended as the text grows, a row at its own pace. The buffer holds as many ids as the
+encoder takes, right-aligned: when the text outgrows it, the oldest text goes.
+
+    text     . . . how many are 2 and 2 ? four        C ids
+    reads    . . [CLS] how many are 2 and 2 ? four [SEP]
+
+These ids are those of the pieces, one after another; a tokenizer that saw the whole text might join some of them.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlae_jax.models import ModelConfig, transformer
+
+
+class Text(NamedTuple):
+    """The ids of each row's text so far."""
+
+    ids: Int[Array, "B C"]  # right-aligned
+    lengths: Int[Array, "B"]  # how many there are
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextReader:
+    """An encoder, and how the written tokens are spelled in its vocabulary."""
+
+    params: transformer.Params
+    ids: Int[Array, "N"]  # all spellings, one after another
+    offsets: Int[Array, "V+1"]  # where each token's begins; V tokens of the members, or entries of their union
+    prompts: Text | None = None  # of the batch at hand
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    before: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # the ids around a text
+    after: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def append(self, text: Text, tokens_b: Int[Array, "B"], rows: Bool[Array, "B"]) -> Text:
+        """The text with one more token in some rows."""
+        c = text.ids.shape[1]
+        first = self.offsets[tokens_b]
+        added = jnp.where(rows, self.offsets[tokens_b + 1] - first, 0)
+        source = jnp.arange(c) + added[:, None]  # the place in old text and new ids together
+        kept = jnp.take_along_axis(text.ids, jnp.minimum(source, c - 1), axis=1)
+        place = jnp.clip(first[:, None] + source - c, 0, self.ids.shape[0] - 1)
+        return Text(jnp.where(source < c, kept, self.ids[place]), jnp.minimum(text.lengths + added, c))
+
+    def read(self, text: Text) -> Float[Array, "B D"]:
+        """The encoder's state of the first token of each row's text."""
+        b, c = text.ids.shape
+        n = len(self.before)
+        ids = jnp.concatenate(
+            [jnp.zeros((b, n), jnp.int32), text.ids, jnp.tile(jnp.array(self.after, jnp.int32), (b, 1))], axis=1
+        )
+        start = c - text.lengths
+        columns = start[:, None] + jnp.arange(n)
+        ids = ids.at[jnp.arange(b)[:, None], columns].set(jnp.array(self.before, jnp.int32))
+        mask = jnp.arange(ids.shape[1]) >= start[:, None]
+        types = jnp.zeros_like(ids) if self.config.token_types > 1 else None
+        hidden = transformer.forward(self.config, self.params, ids, mask, types_bt=types)[0]
+        return jnp.take_along_axis(hidden, start[:, None, None], axis=1)[:, 0].astype(jnp.float32)
