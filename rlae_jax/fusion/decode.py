@@ -72,6 +72,7 @@ class DecodeSpec:
     union: UnionTables | None = None  # of members with different tokenizers, or of any that may be skipped
     member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
     reader: TextReader | None = None  # for policies that read "text"
+    forced: Int[Array, "B N"] | None = None  # what is written, whatever is likely: to score given texts
 
     @property
     def span_lengths(self) -> tuple[int, ...]:
@@ -408,12 +409,15 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         normalised = fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)
     scored = spec.sampling.penalise(normalised, state.seen)
     scored = jnp.where(ends & (state.step < spec.min_new_tokens), -jnp.inf, scored)
-    token = choose_token(scored, state.row_keys, state.step, spec.sampling)
+    if spec.forced is None:
+        token = choose_token(scored, state.row_keys, state.step, spec.sampling)
+    else:
+        token = lax.dynamic_index_in_dim(spec.forced, state.step, axis=1, keepdims=False)
 
     alive = ~state.done
     full = jnp.zeros_like(alive)  # rows that cannot go on
     if union is not None:
-        full = alive & ~jnp.any(jnp.isfinite(scored), axis=-1)
+        full = alive & ~jnp.any(jnp.isfinite(scored), axis=-1) & (spec.forced is None)
         for member, spelling in zip(feed, union.spellings, strict=True):
             full = full | (alive & ~member.fits(spelling, token))
         alive = alive & ~full

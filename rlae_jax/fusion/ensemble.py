@@ -453,6 +453,16 @@ class Ensemble:
                 return tokens[:n]
         return tokens
 
+    def _continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
+        """A text's tokens (entries, in the first member's segmentation); `joined`: as they continue the prompt, if the
+        tokenizer segments the prompt alike with and without them."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if joined:
+            before, whole = (self.tokenizer(t)["input_ids"] for t in (prompt, prompt + text))
+            if whole[: len(before)] == before:
+                ids = whole[len(before) :]
+        return ids if self.union is None else [int(self.union.own[0][i]) for i in ids]
+
     def check_ids(self, rows: Sequence[Row]) -> None:
         """Raises an `InputError` for ids that some member's embedding does not have: a lookup would clamp them."""
         vocab = min(lm.config.vocab for lm in self.members)
@@ -711,6 +721,62 @@ class Ensemble:
             return generation
         return dataclasses.replace(generation, kept=_Kept(job, on_device[-1]))
 
+    def log_likelihoods(
+        self,
+        prompts: Sequence[str],
+        options: Sequence[Sequence[str]],
+        weights: Weights = None,
+        span_length: int | None = None,
+        *,
+        chat: bool = False,
+    ) -> list[Float[np.ndarray, "O"]]:
+        """How likely the ensemble finds each of several continuations of each prompt: the sum of the log-probabilities
+        of its tokens (entries, in the first member's segmentation) under the fused distribution. Nothing is sampled.
+
+        Args:
+          options: per prompt, texts that continue it; each begins as a continuation does, mostly with a space.
+          weights, span_length, chat: as in `generate`; weights [B, K] are one row per prompt.
+
+        Raises:
+          InputError: another number of lists than prompts, an option without a token; what `generate` raises.
+        """
+        if len(options) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts and {len(options)} lists of options: give one for each")
+        counts = [len(own) for own in options]
+        rows = [prompt for prompt, n in zip(prompts, counts, strict=True) for _ in range(n)]
+        texts = [text for own in options for text in own]
+        joined = not chat and self.continues
+        forced = [self._continuation(row, text, joined) for row, text in zip(rows, texts, strict=True)]
+        empty = [("options without a token", repr(text)) for text, ids in zip(texts, forced, strict=True) if not ids]
+        if empty:
+            raise grouped_error("options that cannot be scored", empty, "each must have at least one token")
+        lengths = [len(ids) for ids in forced]
+        if isinstance(weights, Sequence | np.ndarray | jax.Array) and not isinstance(weights, str):
+            weights = np.asarray(weights)
+            weights = np.repeat(weights, counts, axis=0) if weights.ndim == 2 and len(weights) > 1 else weights
+        job = self._prepare(
+            *(rows, weights, span_length, lengths),
+            seed=0,
+            stop=(),
+            chat=chat,
+            prompt_ids=None,
+            prompt_mask=None,
+            adapters=None,
+            samples=1,
+            member_tokens=None,
+            options={"scores": True, "ignore_eos": True},
+        )
+        ids = np.zeros((len(forced), max(lengths)), np.int32)
+        for b, row in enumerate(forced):
+            ids[b, : len(row)] = row
+        spec = dataclasses.replace(job.spec, forced=jnp.asarray(ids))
+        state = self.run(job.rows, job.policy_params, 0, spec, params=job.params)
+        if np.any(state.steps != lengths):
+            raise InputError("an option does not fit into the members' room")
+        written = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        totals = np.sum(np.where(written, state.scores[:, : max(lengths)], 0.0), axis=1)
+        return [part.astype(np.float32) for part in np.split(totals, np.cumsum(counts)[:-1])]
+
     def extend(self, generation: Generation, max_new_tokens: int = 64) -> Generation:
         """Goes on from where answers ended for want of room, without reading anything again.
 
@@ -846,6 +912,8 @@ class Ensemble:
             policy_params = np.repeat(fill(np.asarray(policy_params)), samples, axis=0)
         if spec.limits is not None:
             spec = dataclasses.replace(spec, limits=fill(spec.limits))
+        if spec.forced is not None:
+            spec = dataclasses.replace(spec, forced=fill(spec.forced))
         if spec.reader is not None:
             prompts = jax.tree.map(fill, spec.reader.prompts)
             spec = dataclasses.replace(spec, reader=dataclasses.replace(spec.reader, prompts=prompts))
