@@ -564,25 +564,31 @@ def ablate(
 ) -> None:
     """Train agents under every combination of some settings, and compare their scores.
 
-    A combination that fails is told, and the next one runs. Ctrl-C saves and says how to go on.
+    Each combination is a training run of its own (a cell). Afterwards there are one table of the scores with 95%
+    intervals and one picture per varied setting. A cell that fails is reported and the others still run. Ctrl-C saves
+    and says how to go on. An example: --vary span_length=2,4,8 --vary encoder=hidden,none trains six cells.
 
     Args:
         models: Hugging Face directories or Hub ids (org/name).
         adapters: PEFT adapters (directories or Hub ids) of the one model given; each becomes a member.
-        out: the directory of the ablation (config.json, results.json, table.md, pictures, a run per combination).
+        out: the ablation's directory: results.json, table.md, a picture FIELD.png per setting, a run per cell.
         prompted: what the agents are trained on.
-        vary: settings and their values, such as span_length=2,4,8 or agent.projection=16,64; parts of one value are
-            joined with +, as in agent.reads=hidden+span,stats. Also algo=ppo,mappo and
-            encoder=hidden,text:DIR,both,none.
-        settings: other settings that all combinations have, such as prompts=256.
+        vary: a setting and its values with commas between them. Any setting of a run's config.json: span_length=2,4,8;
+            those of the agent's network as agent.NAME, such as agent.projection=16,64. Parts of one value are joined
+            with +, as in agent.reads=hidden+span,stats; none is no value. Also algo=ppo,mappo, and
+            encoder=hidden,text:MODEL,both:MODEL,none, what the agent reads: the members' hidden states, a text encoder,
+            both, or neither.
+        settings: a setting that all cells have, with its value, such as prompts=256.
         algo: ppo = one agent sets all weights, mappo = one agent per member sets its own.
         preset: demo = quick steps for small models, paper = the published figures of RLAE.
         iterations: rollouts, each followed by updates. Default: the preset's.
-        split: which prompts are scored. Make choices on dev.
+        split: which prompts are scored. Choices are made on dev; read test once.
         limit: only the first so many prompts of the split.
         seed: of everything random.
-        seeds: agents per combination, of seeds SEED, SEED + 1, ...
-        resume: go on with the ablation in OUT.
+        seeds: agents per cell, of seeds SEED, SEED + 1, ..., trained side by side. With two or more, intervals are over
+            the seeds; with one, over prompts.
+        resume: go on with the ablation in OUT. Finished cells are kept, failed ones tried again; --vary may have
+            further values.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
@@ -606,6 +612,8 @@ def ablate(
         reason = str(interrupted) or "stopped"
         raise Interrupted(f"{reason}. Go on with:\n  rlae-jax {arguments}") from None
     report.console.print(table(results))
+    pictures = ", ".join(f"{field}.png" for field in values)
+    report.console.print(f"in {out}: table.md, results.json, {pictures}", highlight=False, soft_wrap=True)
 
 
 def inspect(

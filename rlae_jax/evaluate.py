@@ -1,51 +1,140 @@
-"""Evaluation: every method on the same prompts, with intervals; results.json and predictions.jsonl.
+"""Evaluation: every method on the same prompts, with intervals and tests; results.json and predictions.jsonl.
 
-In: an ensemble, a task's split and methods. A method is a name with weights (fixed ones or a policy) and, for single
-members, the ensemble of that member alone. Choices, such as the static weights, are made on the train split.
+In: an ensemble, a task's split and methods. A method writes answers with an ensemble under some weights (`Method`),
+with the weights that an agent used for other prompts (`Shuffled`), or takes one of several methods' answers (`Pick`).
+Several seeds of a method are a list. What has to be chosen, such as the static weights, is chosen on the train split;
+only the router, an agent, also looks at dev, as agents do.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
-from rlae_jax import files, report
+from rlae_jax import files, report, statistics
+from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights
-from rlae_jax.fusion.policy import BoundPolicy, Confidence, Schedule
+from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights, bucket
+from rlae_jax.fusion.operators import get_operator
+from rlae_jax.fusion.policy import (
+    BoundPolicy,
+    Confidence,
+    Consistency,
+    Deterministic,
+    Dims,
+    Gate,
+    Observation,
+    Perplexity,
+    Policy,
+    Schedule,
+)
+from rlae_jax.ppo.dirichlet import Dirichlet
+from rlae_jax.ppo.train import CONFIG_FILE, algorithm_of, load_policy, train_seeds
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
 SEARCH_PROMPTS = 1_024
+# A search over many points tries them on this many prompts first, and all prompts are for this many of them.
+_FIRST_PROMPTS = 64
+_FINALISTS = 21  # all points of two members' grid
 _ROWS = 256  # prompts per timed call
 _SEARCH_ROWS = 1_024
-_Z95 = 1.959964
 
 
 @dataclasses.dataclass(frozen=True)
+class Replay:
+    """Weights that were decided elsewhere. Its parameters are Float[B, P, K], rows beyond the batch included; later
+    spans take a row's last."""
+
+    reads: tuple[str, ...] = ("span",)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 P K"]:
+        """Uniform weights, for any number of rows."""
+        del key
+        return jnp.full((1, dims.spans, dims.members), 1.0 / dims.members)
+
+    def apply(self, params: Float[Array, "B P K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+        rows = jnp.arange(len(observation.span)) % params.shape[0]
+        weights = params[rows, jnp.minimum(observation.span, params.shape[1] - 1)]
+        return Deterministic(weights), jnp.zeros(weights.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomWeights:
+    """Weights that are drawn anew for each row and span, all equally likely: Dirichlet(1, ..., 1)."""
+
+    reads: tuple[str, ...] = ("span",)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "K"]:
+        del key
+        return jnp.ones(dims.members)
+
+    def apply(self, params: Float[Array, "K"], observation: Observation) -> tuple[Dirichlet, Float[Array, "B"]]:
+        rows = len(observation.span)
+        return Dirichlet(jnp.broadcast_to(params, (rows, len(params)))), jnp.zeros(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """A policy some of whose fields are its parameters, {name: number}: trying others compiles nothing anew."""
+
+    policy: Any  # a dataclass
+    names: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return tuple(self.policy.reads)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> dict[str, Any]:
+        del key, dims
+        return {name: getattr(self.policy, name) for name in self.names}
+
+    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Any, Float[Array, "B"]]:
+        policy: Policy = dataclasses.replace(self.policy, **params)
+        return policy.apply((), observation)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """One way to answer."""
+    """Answers of an ensemble.
+
+    Attributes:
+      span_length: by default the policy's own.
+      found: what a search found and how many answers it looked at; goes into results.json.
+    """
 
     ensemble: Ensemble
     weights: Weights = None
     span_length: int | None = None
+    found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def interval95(rewards: Float[np.ndarray, "N"]) -> tuple[float, float]:
-    """A 95% interval of the mean: Wilson's for rewards that are all 0 or 1, else mean +- 1.96 standard errors."""
-    n, mean = len(rewards), float(np.mean(rewards))
-    if np.all((rewards == 0) | (rewards == 1)):
-        centre = (mean + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
-        half = _Z95 / (1 + _Z95**2 / n) * np.sqrt(mean * (1 - mean) / n + _Z95**2 / (4 * n * n))
-        return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
-    half = _Z95 * float(np.std(rewards, ddof=1)) / np.sqrt(n) if n > 1 else float("nan")
-    return mean - half, mean + half
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shuffled:
+    """Answers under an agent's weights for another prompt, span by span: what is left of an agent if it is right about
+    how much to trust each member on the whole, but not about when."""
+
+    agent: Method
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pick:
+    """One of several methods' own answers to each prompt: the one that most of them agree with (of equally many the
+    first), or, as an oracle, one that is right if any is. An oracle is a reference line, no method to win against."""
+
+    methods: tuple[Method, ...]
+    oracle: bool = False
+
+
+AnyMethod = Method | Shuffled | Pick
 
 
 def member_names(ensemble: Ensemble) -> list[str]:
@@ -71,43 +160,16 @@ def simplex_grid(members: int, step: float) -> Float[np.ndarray, "W K"]:
     return (np.diff(edges, axis=1) - 1).astype(np.float32) / parts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answers:
-    generations: list[Generation]
-    rewards: Float[np.ndarray, "N"]
-    seconds: float  # of decoding, compilation left out
-    tokens: int
-
-    @property
-    def ms_per_token(self) -> float:
-        return self.seconds * 1e3 / max(self.tokens, 1)
+def _spans(task: Task, span_length: int) -> int:
+    return -(-task.max_new_tokens // span_length)
 
 
-def _answer(
-    method: Method, task: Task, examples: Examples, pool: RewardPool, on_progress: Callable[[int], None]
-) -> _Answers:
-    """Greedy answers, their rewards, and how long decoding took."""
-
-    def generate(start: int, stop: int) -> Generation:
-        return _generate(method, task, examples.prompts[start:stop])
-
-    generations: list[Generation] = []
-    pending = []
-    seconds = 0.0
-    compiled: set[int] = set()
-    for start in range(0, len(examples), _ROWS):
-        stop = min(start + _ROWS, len(examples))
-        if stop - start not in compiled:  # the first call of a size compiles, and is not timed
-            compiled.add(stop - start)
-            generate(start, stop)
-        began = time.perf_counter()
-        generation = generate(start, stop)
-        seconds += time.perf_counter() - began
-        generations.append(generation)
-        pending.append(_submit(pool, generation, examples, slice(start, stop)))
-        on_progress(stop)
-    tokens = sum(sum(generation.steps) for generation in generations)
-    return _Answers(generations, np.concatenate([rewards.result() for rewards in pending]), seconds, tokens)
+def _replayed(ensemble: Ensemble, task: Task, weights: Float[np.ndarray, "B P K"], span_length: int) -> Method:
+    """The method that uses these weights for the rows of one batch."""
+    filling = np.repeat(weights[:1], bucket(len(weights)) - len(weights), axis=0)
+    params = np.concatenate([weights, filling]).astype(np.float32)
+    dims = Dims(ensemble.widths, _spans(task, span_length))
+    return Method(ensemble, BoundPolicy(Replay(), params, dims, span_length))
 
 
 def _generate(method: Method, task: Task, prompts: Sequence[str]) -> Generation:
@@ -121,38 +183,186 @@ def _generate(method: Method, task: Task, prompts: Sequence[str]) -> Generation:
     )
 
 
-def _submit(pool: RewardPool, generation: Generation, examples: Examples, part: slice) -> Any:
-    return pool.submit(examples.prompts[part], generation.texts, examples.references[part])
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    texts: list[str]
+    finish_reasons: list[str]
+    weights: list[Float[np.ndarray, "P K"]]  # of each row's own spans; of picked answers who was picked, [1, K]
+    rewards: Float[np.ndarray, "N"]
+    seconds: float  # of decoding, compilation left out
+    tokens: int
 
 
-def _mean_reward(ensemble: Ensemble, task: Task, examples: Examples, weights: Weights, pool: RewardPool) -> float:
-    """Mean reward of greedy answers, `_SEARCH_ROWS` prompts at a time."""
-    method = Method(ensemble, weights, task.span_length)
-    pending = []
-    for start in range(0, len(examples), _SEARCH_ROWS):
-        part = slice(start, start + _SEARCH_ROWS)
-        pending.append(_submit(pool, _generate(method, task, examples.prompts[part]), examples, part))
-    return float(np.mean(np.concatenate([rewards.result() for rewards in pending])))
+class _Writer:
+    """Answers of methods to the same prompts; what several methods share is written once."""
+
+    def __init__(self, task: Task, examples: Examples, pool: RewardPool) -> None:
+        self._task, self._examples, self._pool = task, examples, pool
+        self._known: dict[AnyMethod, _Answers] = {}
+
+    def answers(self, method: AnyMethod, on_progress: Callable[[int], None] = lambda done: None) -> _Answers:
+        if method not in self._known:
+            if isinstance(method, Method):
+                made = self._write(lambda part: method, on_progress)
+            elif isinstance(method, Shuffled):
+                made = self._write(self._shuffled(method.agent), on_progress)
+            else:
+                made = self._pick(method)
+            self._known[method] = made
+        on_progress(len(self._examples))
+        return self._known[method]
+
+    def _write(self, method_for: Callable[[slice], Method], on_progress: Callable[[int], None]) -> _Answers:
+        """Greedy answers, their rewards, and how long decoding took.
+
+        Args:
+          method_for: gives the method for a batch of rows.
+        """
+        examples = self._examples
+        generations: list[Generation] = []
+        pending = []
+        seconds = 0.0
+        compiled: set[int] = set()
+        for start in range(0, len(examples), _ROWS):
+            part = slice(start, min(start + _ROWS, len(examples)))
+            method, prompts = method_for(part), examples.prompts[part]
+            if len(prompts) not in compiled:  # the first call of a size compiles, and is not timed
+                compiled.add(len(prompts))
+                _generate(method, self._task, prompts)
+            began = time.perf_counter()
+            generation = _generate(method, self._task, prompts)
+            seconds += time.perf_counter() - began
+            generations.append(generation)
+            pending.append(self._pool.submit(prompts, generation.texts, examples.references[part]))
+            on_progress(part.stop)
+        return _Answers(
+            [text for generation in generations for text in generation.texts],
+            [reason for generation in generations for reason in generation.finish_reasons],
+            [used[~np.isnan(used[:, 0])] for generation in generations for used in generation.weights],
+            np.concatenate([rewards.result() for rewards in pending]),
+            seconds,
+            sum(sum(generation.steps) for generation in generations),
+        )
+
+    def _shuffled(self, agent: Method) -> Callable[[slice], Method]:
+        used = self.answers(agent).weights
+        spans = max(map(len, used))
+        filled = np.stack([np.pad(row, ((0, spans - len(row)), (0, 0)), mode="edge") for row in used])
+        filled = filled[np.random.default_rng(0).permutation(len(filled))]
+        length = agent.span_length or _policy(agent).span_length
+        return lambda part: _replayed(agent.ensemble, self._task, filled[part], length)
+
+    def _pick(self, method: Pick) -> _Answers:
+        members = [self.answers(one) for one in method.methods]
+        rewards = np.stack([one.rewards for one in members])
+        votes = rewards if method.oracle else self._agreement([one.texts for one in members])
+        chosen = np.argmax(votes, axis=0)  # the first of the best
+        return _Answers(
+            [members[k].texts[n] for n, k in enumerate(chosen)],
+            [members[k].finish_reasons[n] for n, k in enumerate(chosen)],
+            [np.eye(len(members))[[k]] for k in chosen],
+            np.take_along_axis(rewards, chosen[None], axis=0)[0],
+            sum(one.seconds for one in members),
+            sum(one.tokens for one in members),
+        )
+
+    def _agreement(self, texts: Sequence[Sequence[str]]) -> Float[np.ndarray, "K N"]:
+        """How many members' answers say the same as each member's. Two answers are the same if the reward takes the one
+        for the other, so that what it takes no notice of makes no difference here either, or if their texts are."""
+        stripped = np.array([[text.strip() for text in column] for column in texts])
+        same = stripped[:, None] == stripped[None]
+        # Another pool: that a reward cannot take an answer as a reference is no problem to be told.
+        with RewardPool(self._task.reward) as pool:
+            pairs = list(itertools.permutations(range(len(texts)), 2))
+            pending = [pool.submit(self._examples.prompts, texts[i], texts[j]) for i, j in pairs]
+            for (i, j), scores in zip(pairs, pending, strict=True):
+                same[i, j] |= scores.result() == 1
+        return (same | same.swapaxes(0, 1)).sum(axis=1)
 
 
-def _best(grid: Float[np.ndarray, "W K"], scores: Sequence[float]) -> Float[np.ndarray, "K"]:
-    """The best point; of equally good ones the nearest to uniform weights."""
-    distances = np.sum((grid - 1 / grid.shape[1]) ** 2, axis=1)
-    return grid[min(range(len(grid)), key=lambda i: (-scores[i], distances[i]))]
+def _policy(agent: Method) -> BoundPolicy:
+    """An agent's policy.
+
+    Raises:
+      InputError: a method without one.
+    """
+    if not isinstance(agent.weights, BoundPolicy):
+        raise InputError(f"an agent needs a trained policy as its weights, not {type(agent.weights).__name__}")
+    return agent.weights
+
+
+def _rounds(points: int, prompts: int) -> list[tuple[int, int]]:
+    """Successive halving: per round on how many prompts points are tried, and how many of them are kept."""
+    rounds, n = [], _FIRST_PROMPTS
+    while points > _FINALISTS and n < prompts:
+        points = max(_FINALISTS, -(-points // 4))
+        rounds.append((n, points))
+        n *= 4
+    return [*rounds, (prompts, 1)]
+
+
+def search_size(points: int, prompts: int) -> int:
+    """How many answers a search among so many points looks at."""
+    kept = [points, *(kept for _, kept in _rounds(points, prompts))]
+    return sum(tried * n for tried, (n, _) in zip(kept, _rounds(points, prompts), strict=False))
+
+
+def _search(
+    ensemble: Ensemble,
+    task: Task,
+    candidates: Float[np.ndarray, "W P K"],
+    on_progress: Callable[[int], None],
+) -> int:
+    """Which of the weights per span has the best mean reward on training prompts; of equally good ones the nearest to
+    uniform.
+
+    All are tried on a few prompts, the better ones on four times as many, and so on; the last round reads all prompts.
+    A batch holds several candidates, as weights are per row.
+    """
+    examples = task.split("train").take(SEARCH_PROMPTS)
+    distances = np.sum((candidates - 1 / candidates.shape[2]) ** 2, axis=(1, 2))
+    left = list(range(len(candidates)))
+    done = 0
+    with RewardPool(task.reward) as pool:
+        for n, kept in _rounds(len(candidates), len(examples)):
+            rows = [(point, i) for point in left for i in range(n)]
+            pending = []
+            for start in range(0, len(rows), _SEARCH_ROWS):
+                points, places = zip(*rows[start : start + _SEARCH_ROWS], strict=True)
+                prompts, references = (
+                    [column[i] for i in places] for column in (examples.prompts, examples.references)
+                )
+                generation = _generate(
+                    _replayed(ensemble, task, candidates[list(points)], task.span_length), task, prompts
+                )
+                pending.append(pool.submit(prompts, generation.texts, references))
+                done += len(places)
+                on_progress(done)
+            scores = (
+                np.concatenate([rewards.result() for rewards in pending])
+                .reshape(len(left), n)
+                .mean(axis=1, dtype=np.float64)
+            )
+            order = np.lexsort((distances[left], -scores))
+            left = [left[i] for i in order[:kept]]
+    return left[0]
+
+
+def _search_points(task: Task) -> int:
+    return len(task.split("train").take(SEARCH_PROMPTS))
 
 
 def static_weights(
     ensemble: Ensemble, task: Task, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Float[np.ndarray, "K"]:
-    """The best fixed weights: the simplex grid of step 0.05 with the one-hots, on (at least 1,000) training prompts."""
-    examples = task.split("train").take(SEARCH_PROMPTS)
+    """The best fixed weights: the simplex grid of step 0.05 with the one-hots, on (at least 1,000) training prompts.
+
+    Args:
+      on_progress: called with how many answers of how many were looked at.
+    """
     grid = simplex_grid(len(ensemble.members), STATIC_STEP)
-    scores = []
-    with RewardPool(task.reward) as pool:
-        for i, point in enumerate(grid):
-            scores.append(_mean_reward(ensemble, task, examples, point, pool))
-            on_progress(i + 1, len(grid))
-    return _best(grid, scores)
+    total = search_size(len(grid), _search_points(task))
+    return grid[_search(ensemble, task, grid[:, None], lambda done: on_progress(done, total))]
 
 
 def schedule_weights(
@@ -164,109 +374,311 @@ def schedule_weights(
     """The best weights per span index, which see no state: one pass of coordinate search over the spans.
 
     Each span in turn takes the best point of the static grid while the others keep theirs; all begin at `start`. On the
-    training prompts the result is never worse than `start` in every span.
+    training prompts the result is never worse than `start` in every span, unless the first rounds of the search drop
+    it.
     """
-    examples = task.split("train").take(SEARCH_PROMPTS)
     grid = simplex_grid(len(ensemble.members), STATIC_STEP)
-    dims = ensemble.spec(span_length=task.span_length, max_new_tokens=task.max_new_tokens).dims
-    weights = np.tile(start, (dims.spans, 1)).astype(np.float32)
-
-    def bound(params: Float[np.ndarray, "P K"]) -> BoundPolicy:
-        return BoundPolicy(Schedule(), params, dims, task.span_length)
-
-    with RewardPool(task.reward) as pool:
-        for p in range(dims.spans):
-            scores = []
-            for i, point in enumerate(grid):
-                candidate = weights.copy()
-                candidate[p] = point
-                scores.append(_mean_reward(ensemble, task, examples, bound(candidate), pool))
-                on_progress(p * len(grid) + i + 1, dims.spans * len(grid))
-            weights[p] = _best(grid, scores)
-    return bound(weights)
+    spans = _spans(task, task.span_length)
+    size = search_size(len(grid), _search_points(task))
+    weights = np.tile(start, (spans, 1)).astype(np.float32)
+    for p in range(spans):
+        candidates = np.repeat(weights[None], len(grid), axis=0)
+        candidates[:, p] = grid
+        best = _search(ensemble, task, candidates, lambda done, p=p: on_progress(p * size + done, spans * size))  # type: ignore[misc]
+        weights[p] = grid[best]
+    return BoundPolicy(Schedule(), weights, Dims(ensemble.widths, spans), task.span_length)
 
 
+# Values that are tried; of equally good ones the first is taken.
+_TEMPERATURES = {
+    "perplexity": (1.0, 0.3, 0.1, 0.03, 0.01, 3.0, 10.0),
+    "consistency": (0.25, 0.1, 0.05, 0.02, 0.5, 1.0, 2.5),
+}
+_THRESHOLDS = (0.5, 0.3, 0.7, 0.8, 0.9, 0.95, 0.99)
+_TOP_KS = (10, 1, 2, 3, 5, 20, 50)
+
+
+def _tuned(name: str, task: Task, options: Sequence[Mapping[str, Any]], make: Callable[..., Method]) -> Method:
+    """The method of the options that have the best mean reward on training prompts; of equally good ones the first."""
+    examples = task.split("train").take(SEARCH_PROMPTS)
+    scores = []
+    with (
+        RewardPool(task.reward) as pool,
+        report.progress(f"search for {name}", len(options) * len(examples), "answers") as update,
+    ):
+        for option in options:
+            pending = []
+            for start in range(0, len(examples), _SEARCH_ROWS):
+                part = slice(start, start + _SEARCH_ROWS)
+                generation = _generate(make(**option), task, examples.prompts[part])
+                pending.append(pool.submit(examples.prompts[part], generation.texts, examples.references[part]))
+            scores.append(np.mean(np.concatenate([rewards.result() for rewards in pending])))
+            update(len(scores) * len(examples), "")
+    best = options[int(np.argmax(scores))]
+    return dataclasses.replace(make(**best), found={**best, "searched": len(options) * len(examples)})
+
+
+def _untrained(ensemble: Ensemble, task: Task, policy: Any, span_length: int, **settings: float) -> Method:
+    """A policy that needs no training, under other settings."""
+    dims = Dims(ensemble.widths, _spans(task, span_length))
+    params = {name: np.float32(value) if isinstance(value, float) else value for name, value in settings.items()}
+    return Method(ensemble, BoundPolicy(Tunable(policy, tuple(params)), params, dims, span_length))
+
+
+def with_fusion(ensemble: Ensemble, fusion: str) -> Ensemble:
+    """The same members under another operator."""
+    changed = copy.copy(ensemble)  # a union vocabulary and shared adapters stay what they are
+    changed.fusion = get_operator(fusion, len(ensemble.members))
+    return changed
+
+
+# In the order of the table.
 BASELINES = ("uniform", "static", "confidence", "schedule")
+ALL = (
+    *("uniform", "static", "schedule", "router", "confidence", "perplexity", "consistency", "gate", "topk"),
+    *("random", "shuffled", "vote", "oracle"),
+)
 
 
-def baseline_methods(ensemble: Ensemble, task: Task, names: Sequence[str] | None = None) -> dict[str, Method]:
-    """The methods that need no training run, by name; None means each member alone and all of `BASELINES`.
+def baseline_methods(
+    ensemble: Ensemble,
+    task: Task,
+    names: Sequence[str] | None = None,
+    *,
+    agents: Mapping[str, Sequence[Method]] | None = None,
+    config: PPOConfig | None = None,
+    runs: Path | None = None,
+) -> dict[str, AnyMethod | list[AnyMethod]]:
+    """The methods to compare agents with, by name; several seeds of one are a list.
+
+    Args:
+      names: None means each member alone and `BASELINES`. "all" stands for each member alone and all of `ALL` for which
+        there is what they need: `shuffled` needs an agent, `router` a directory, `perplexity` members that are no
+        encoder-decoders.
+      agents: trained ones by name; `shuffled` is the first of them, with each of its seeds.
+      config: of the router: the agent's own settings.
+      runs: where the router's run is kept (as `router`), and taken up again.
 
     Raises:
-      InputError: an unknown name.
+      InputError: an unknown name, or one that lacks what it needs; a task without written answers.
     """
-    singles = dict(zip(member_names(ensemble), ensemble.members, strict=True))
-    known = [*singles, *BASELINES]
-    names = known if names is None else names
+    _require_written(task)
+    singles = member_names(ensemble)
+    agent = next(iter((agents or {}).values()), ())
+    known = [*singles, *ALL]
+    lacking = {}
+    if not agent or any(getattr(_policy(method).policy, "span_lengths", ()) for method in agent):
+        # Weights per span do not say for which steps they were, where an agent chooses how long its spans are.
+        lacking["shuffled"] = "needs a trained agent (--policy RUN) whose spans all have the same length"
+    if runs is None:
+        lacking["router"] = "is trained, and needs a directory for its run"
+    if not ensemble.continues:
+        lacking["perplexity"] = "reads how likely a prompt is, which an encoder-decoder cannot say"
+    if names is None:
+        names = [*singles, *BASELINES]
+    elif "all" in names:
+        possible = [name for name in known if name not in lacking]
+        names = list(dict.fromkeys(name for given in names for name in (possible if given == "all" else [given])))
+        for name, reason in lacking.items():
+            report.console.print(f"left out: {name} {reason}", highlight=False, markup=False)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"methods {', '.join(unknown)} are unknown; known: {', '.join(known)} (agents: --policy RUN)")
-    static = np.full(len(singles), 1 / len(singles), np.float32)
-    if "static" in names or "schedule" in names:
-        with report.progress("search for static", len(simplex_grid(len(singles), STATIC_STEP)), "points") as update:
-            static = static_weights(ensemble, task, lambda done, total: update(done, ""))
-    methods: dict[str, Method] = {}
+        raise InputError(
+            f"methods {', '.join(unknown)} are unknown; known: {', '.join(known)}, all (agents: --policy RUN)"
+        )
     for name in names:
-        if name in singles:
-            ends = ensemble.member_ends[list(singles).index(name)]
-            alone = Ensemble([singles[name]], end_ids=ends)  # alone, a member is itself under any operator
-            methods[name] = Method(alone, None, task.span_length)
-        elif name == "uniform":
-            methods[name] = Method(ensemble, None, task.span_length)
-        elif name == "confidence":
-            methods[name] = Method(ensemble, Confidence(), 1)
-        elif name == "static":
-            methods[name] = Method(ensemble, static, task.span_length)
-        else:
-            spans = -(-task.max_new_tokens // task.span_length)
-            points = spans * len(simplex_grid(len(singles), STATIC_STEP))
-            with report.progress("search for schedule", points, "points") as update:
-                policy = schedule_weights(ensemble, task, static, lambda done, total: update(done, ""))
-            methods[name] = Method(ensemble, policy)
-    return methods
+        if name in lacking:
+            raise InputError(f"method {name} {lacking[name]}")
+    length = task.span_length
+
+    def single(name: str) -> Method:
+        k = singles.index(name)
+        # Alone, a member is itself under any operator.
+        return Method(Ensemble([ensemble.members[k]], end_ids=ensemble.member_ends[k]), None, length)
+
+    def static() -> Method:
+        total = search_size(_grid_points(ensemble), _search_points(task))
+        with report.progress("search for static", total, "answers") as update:
+            weights = static_weights(ensemble, task, lambda done, total: update(done, ""))
+        found = {"weights": np.round(weights, 4).tolist(), "searched": total}
+        return Method(ensemble, weights, length, found)
+
+    def schedule() -> Method:
+        spans = _spans(task, length)
+        total = spans * search_size(_grid_points(ensemble), _search_points(task))
+        start = made("static")
+        assert isinstance(start, Method)
+        with report.progress("search for schedule", total, "answers") as update:
+            policy = schedule_weights(ensemble, task, np.asarray(start.weights), lambda done, total: update(done, ""))
+        total += start.found["searched"]
+        return Method(ensemble, policy, None, {"weights": np.round(policy.params, 4).tolist(), "searched": total})
+
+    def router() -> list[AnyMethod]:
+        assert runs is not None
+        return [Method(ensemble, policy) for policy in train_router(ensemble, task, config, runs / "router")]
+
+    def tuned(name: str, policy: Any, options: Sequence[Mapping[str, Any]], span_length: int) -> Method:
+        return _tuned(name, task, options, lambda **option: _untrained(ensemble, task, policy, span_length, **option))
+
+    def temperatures(name: str) -> list[dict[str, float]]:
+        return [{"temperature": value} for value in _TEMPERATURES[name]]
+
+    thresholds = [{"threshold": t, "member": m} for t in _THRESHOLDS for m in range(len(singles))]
+    spans = _spans(task, length)
+    drawn = BoundPolicy(
+        RandomWeights(), np.ones(len(singles), np.float32), Dims(ensemble.widths, spans), length, sample=True
+    )
+
+    def alone() -> tuple[Method, ...]:
+        return tuple(made(name) for name in singles)  # type: ignore[misc]
+
+    makers: dict[str, Callable[[], AnyMethod | list[AnyMethod]]] = {
+        **{name: functools.partial(single, name) for name in singles},
+        "uniform": lambda: Method(ensemble, None, length),
+        "static": static,
+        "schedule": schedule,
+        "router": router,
+        "confidence": lambda: Method(ensemble, Confidence(), 1),
+        "perplexity": lambda: tuned("perplexity", Perplexity(), temperatures("perplexity"), length),
+        "consistency": lambda: tuned("consistency", Consistency(), temperatures("consistency"), 1),
+        "gate": lambda: tuned("gate", Gate(), thresholds, 1),
+        "topk": lambda: _tuned(
+            *("topk", task, [{"k": k} for k in _TOP_KS]),
+            lambda k: Method(with_fusion(ensemble, f"topk:{k}"), None, length),
+        ),
+        "random": lambda: Method(ensemble, drawn),
+        "shuffled": lambda: [Shuffled(method) for method in agent],
+        "vote": lambda: Pick(alone()),
+        "oracle": lambda: Pick(alone(), oracle=True),
+    }
+
+    @functools.cache
+    def made(name: str) -> AnyMethod | list[AnyMethod]:
+        return makers[name]()
+
+    return {name: made(name) for name in names}
+
+
+def _grid_points(ensemble: Ensemble) -> int:
+    return len(simplex_grid(len(ensemble.members), STATIC_STEP))
+
+
+def _require_written(task: Task) -> None:
+    if task.by_likelihood:
+        raise InputError(
+            f"task {task.name} takes the likeliest of its options for the answer; only written answers can be compared "
+            "here. Choose a reward that reads the answer's text"
+        )
+
+
+def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: Path) -> list[BoundPolicy]:
+    """The same agent with the same training, but one action for the whole answer. Goes on with the run in `out`."""
+    config = PPOConfig() if config is None else config
+    agent = dataclasses.replace(config.agent, span_lengths=())
+    longest = task.max_new_tokens
+    config = dataclasses.replace(config, agent=agent, span_length=longest, max_new_tokens=longest)
+    with report.progress("training router", config.iterations, "iterations") as update:
+
+        def show(progress: Any) -> None:
+            update(progress.iteration, f"reward {progress.metrics['reward']:.3f}")
+
+        return train_seeds(ensemble, task, config, out, resume=True, on_progress=show)
+
+
+def _settings(run: Path) -> PPOConfig:
+    """The settings of a run directory that `load_policy` accepts."""
+    raw = files.read_json(run / CONFIG_FILE)
+    settings = dict(raw["settings"])
+    agent: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.pop("agent").items()}
+    return ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
+
+
+def router_config(runs: Sequence[Path]) -> PPOConfig | None:
+    """The settings of a router that is to be compared with these runs' agents: the first algorithm's, PPO's if it is
+    among them, with as many seeds as there are agents of it. None where there are no runs."""
+    configs = sorted(map(_settings, runs), key=lambda config: config.algorithm != "ppo")
+    if not configs:
+        return None
+    seeds = sum(config.seeds for config in configs if config.algorithm == configs[0].algorithm)
+    return dataclasses.replace(configs[0], seeds=seeds)
+
+
+def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[str, list[Method]]:
+    """The agents of run directories by name, `rlae_ppo` or `rlae_mappo`. Several runs of one algorithm, and the agents
+    that a run trained side by side, are its seeds.
+
+    Raises:
+      InputError: not a run directory, or an agent of other members or for shorter answers than the task's.
+    """
+    agents: dict[str, list[Method]] = {}
+    for run in runs:
+        policies = [load_policy(run)]
+        config = _settings(run)
+        if config.seeds > 1:
+            policies = [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]
+        for policy in policies:
+            ensemble.bind(policy, 1, _spans(task, policy.span_length))  # tells now what does not fit
+            agents.setdefault(f"rlae_{algorithm_of(run)}", []).append(Method(ensemble, policy))
+    return agents
+
+
+def _seeds(method: AnyMethod | Sequence[AnyMethod]) -> list[AnyMethod]:
+    return list(method) if isinstance(method, Sequence) else [method]
+
+
+def join_seeds(studies: Sequence[Mapping[str, AnyMethod | Sequence[AnyMethod]]]) -> dict[str, list[AnyMethod]]:
+    """Methods of several repetitions, each with its own members and agents, as one method per name with all its seeds.
+
+    Raises:
+      InputError: repetitions that differ in their methods, or in how many seeds each has already.
+    """
+    shapes = [{name: len(_seeds(method)) for name, method in study.items()} for study in studies]
+    if any(shape != shapes[0] or set(shape.values()) - {1} for shape in shapes):
+        raise InputError(f"repetitions need the same methods, each once; found {shapes}")
+    return {name: [_seeds(study[name])[0] for study in studies] for name in studies[0]}
 
 
 def evaluate(
-    methods: Mapping[str, Method], task: Task, split: str = "test", *, out: Path | None = None, limit: int | None = None
+    methods: Mapping[str, AnyMethod | Sequence[AnyMethod]],
+    task: Task,
+    split: str = "test",
+    *,
+    out: Path | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Runs every method on the same prompts and returns (and, with `out`, writes) the content of results.json.
 
+    Agents, whose names begin with `rlae_`, are compared with each other method; without agents all are compared with
+    `uniform`. All p-values of a table are corrected together.
+
     Args:
-      methods: name -> method, in the order of the table.
+      methods: name -> method, in the order of the table. A list holds the seeds of a method, each of which may have its
+        own ensemble; seed s of one is compared with seed s of another (see `statistics.paired_difference`).
       out: a run directory; `results.json` and `predictions.jsonl` are written into it.
       limit: only the split's first prompts.
 
     Raises:
-      InputError: an unknown or empty split, prompts that do not fit.
+      InputError: an unknown or empty split, prompts that do not fit, a task without written answers.
     """
+    _require_written(task)
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)
     began = time.perf_counter()
+    answers: dict[str, list[_Answers]] = {}
     table: dict[str, Any] = {}
     predictions: list[dict[str, Any]] = []
-    with (
-        RewardPool(task.reward) as pool,
-        report.progress("evaluation", len(methods) * len(examples), "answers") as update,
-    ):
-        for i, (name, method) in enumerate(methods.items()):
-            before = i * len(examples)
-            answers = _answer(method, task, examples, pool, functools.partial(_shift, update, before, name))
-            score = float(np.mean(answers.rewards))
-            binary = bool(np.all((answers.rewards == 0) | (answers.rewards == 1)))
-            table[name] = {
-                "score": score,
-                "accuracy": score if binary else None,
-                "n": len(examples),
-                "ci95": list(interval95(answers.rewards)),
-                "per_seed": [score],
-                "scores": {"reward": score},
-                "ms_per_token": answers.ms_per_token,
-            }
-            searched = method.weights.params if isinstance(method.weights, BoundPolicy) else method.weights
-            if isinstance(searched, np.ndarray):
-                table[name]["weights"] = np.round(searched, 4).tolist()
-            predictions += _predictions(name, examples, answers)
+    total = sum(len(_seeds(method)) for method in methods.values()) * len(examples)
+    done = 0
+    with RewardPool(task.reward) as pool, report.progress("evaluation", total, "answers") as update:
+        writer = _Writer(task, examples, pool)
+        for name, method in methods.items():
+            answers[name] = []
+            for seed, one in enumerate(_seeds(method)):
+                answers[name].append(writer.answers(one, functools.partial(_shift, update, done, name)))
+                done += len(examples)
+                predictions += _predictions(name, seed, examples, answers[name][-1])
+            table[name] = _row(_seeds(method), answers[name])
     if pool.problems:
         report.console.print(str(pool.problems), highlight=False, markup=False)
     results = {
@@ -274,6 +686,9 @@ def evaluate(
         "task": task.name,
         "split": split,
         "methods": table,
+        "differences": _differences(
+            {name: _rewards(seeds) for name, seeds in answers.items() if not table[name].get("reference")}
+        ),
         "seconds": {"evaluation": time.perf_counter() - began},
         "environment": report.environment(),
     }
@@ -287,23 +702,106 @@ def _shift(update: report.Update, before: int, note: str, done: int) -> None:
     update(before + done, note)
 
 
-def _predictions(name: str, examples: Examples, answers: _Answers) -> list[dict[str, Any]]:
-    rows = []
-    index = 0
-    for generation in answers.generations:
-        for b, text in enumerate(generation.texts):
-            used = generation.weights[b][~np.isnan(generation.weights[b, :, 0])]
-            rows.append(
-                {
-                    "method": name,
-                    "index": index,
-                    "prompt": examples.prompts[index],
-                    "reference": examples.references[index],
-                    "text": text,
-                    "reward": float(answers.rewards[index]),
-                    "finish_reason": generation.finish_reasons[b],
-                    "weights": np.round(used, 4).tolist(),
-                }
-            )
-            index += 1
-    return rows
+def _rewards(seeds: Sequence[_Answers]) -> Float[np.ndarray, "S N"]:
+    return np.stack([answers.rewards for answers in seeds]).astype(np.float64)
+
+
+def _row(methods: Sequence[AnyMethod], seeds: Sequence[_Answers]) -> dict[str, Any]:
+    """A method's entry in results.json."""
+    rewards = _rewards(seeds)
+    score = float(np.mean(rewards))
+    binary = bool(np.all((rewards == 0) | (rewards == 1)))
+    seconds = sum(answers.seconds for answers in seeds)
+    row = {
+        "score": score,
+        "accuracy": score if binary else None,
+        "n": rewards.shape[1],
+        "ci95": list(statistics.interval95(rewards)),
+        "per_seed": rewards.mean(axis=1).tolist(),
+        "scores": {"reward": score},
+        "ms_per_token": seconds * 1e3 / max(sum(answers.tokens for answers in seeds), 1),
+        "ms_per_answer": seconds * 1e3 / rewards.size,
+    }
+    if any(isinstance(method, Pick) and method.oracle for method in methods):
+        row["reference"] = True
+    found = [method.found for method in methods if isinstance(method, Method)]
+    for key in found[0] if found else ():
+        row[key] = found[0][key] if len(found) == 1 else [one[key] for one in found]
+    return row
+
+
+def _differences(rewards: Mapping[str, Float[np.ndarray, "S N"]]) -> list[dict[str, Any]]:
+    """Agents against all others; without agents all against `uniform`."""
+    agents = [name for name in rewards if name.startswith("rlae_")]
+    pairs = [(a, b) for i, a in enumerate(agents) for b in rewards if b not in agents[: i + 1]]
+    if not agents and "uniform" in rewards:
+        pairs = [(a, "uniform") for a in rewards if a != "uniform"]
+    found = [statistics.paired_difference(rewards[a], rewards[b]) for a, b in pairs]
+    corrected = statistics.holm([one.p for one in found])
+    return [
+        {"a": a, "b": b, "difference": one.difference, "ci95": list(one.ci95), "p": one.p, "p_holm": p}
+        for (a, b), one, p in zip(pairs, found, corrected, strict=True)
+    ]
+
+
+def _predictions(name: str, seed: int, examples: Examples, answers: _Answers) -> Iterator[dict[str, Any]]:
+    for index, text in enumerate(answers.texts):
+        yield {
+            "method": name,
+            "seed": seed,
+            "index": index,
+            "prompt": examples.prompts[index],
+            "reference": examples.references[index],
+            "text": text,
+            "reward": float(answers.rewards[index]),
+            "finish_reason": answers.finish_reasons[index],
+            "weights": np.round(answers.weights[index], 4).tolist(),
+        }
+
+
+def transfer_matrix(
+    agents: Mapping[str, BoundPolicy | Sequence[BoundPolicy]],
+    pools: Mapping[str, Ensemble | Sequence[Ensemble]],
+    tasks: Mapping[str, Task],
+    split: str = "test",
+    *,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Scores of agents on tasks that they were not trained on, each with the members of the task that it is tested on.
+
+    Args:
+      agents: by the name of the task that they were trained on; several are seeds.
+      pools: by the name of the task; with several, seed s of an agent is tested on pool s.
+      tasks: the columns.
+
+    Returns {"split", "rows", "columns", "scores", "ci95", "per_seed"}; the last three are [row][column].
+
+    Raises:
+      InputError: a task without a pool, seeds that do not match, members of other widths than an agent's.
+    """
+    missing = [name for name in tasks if name not in pools]
+    if missing:
+        raise InputError(f"no members for tasks {', '.join(missing)}; there are some for {', '.join(pools)}")
+    columns: dict[str, Any] = {}
+    for name, task in tasks.items():
+        methods: dict[str, list[AnyMethod]] = {}
+        for row, agent in agents.items():
+            policies = [agent] if isinstance(agent, BoundPolicy) else list(agent)
+            pool = pools[name]
+            members = [pool] * len(policies) if isinstance(pool, Ensemble) else list(pool)
+            if len(members) != len(policies):
+                raise InputError(f"{len(policies)} agents of {row} for {len(members)} sets of members of {name}")
+            methods[row] = [Method(m, policy) for m, policy in zip(members, policies, strict=True)]
+        columns[name] = evaluate(methods, task, split, limit=limit)["methods"]
+
+    def cells(key: str) -> list[list[Any]]:
+        return [[columns[column][row][key] for column in columns] for row in agents]
+
+    return {
+        "split": split,
+        "rows": list(agents),
+        "columns": list(columns),
+        "scores": cells("score"),
+        "ci95": cells("ci95"),
+        "per_seed": cells("per_seed"),
+    }

@@ -1,13 +1,21 @@
-"""The metrics of a run: one JSON object per line of `metrics.jsonl`, each with the iteration that it belongs to."""
+"""The metrics of a run: one JSON object per line of `metrics.jsonl`, each with the iteration that it belongs to.
 
+They may also go elsewhere: to TensorBoard (RUN/tensorboard) and to Weights & Biases (project rlae_jax), each of which
+needs a package of its own, imported only then.
+"""
+
+import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 from rlae_jax import files
+from rlae_jax.errors import InputError
 
 FILE_NAME = "metrics.jsonl"
+WANDB_RUN_FILE = "wandb-run.json"
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -24,18 +32,111 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class MetricsLog:
-    """Appends to a run's metrics. Opening it for iteration i forgets what an interrupted run wrote after i."""
+class Sink(Protocol):
+    """Where metrics go besides the file."""
 
-    def __init__(self, directory: Path, iteration: int):
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, module: ModuleType, directory: Path, iteration: int):
+        # What an interrupted run wrote after its last checkpoint is hidden.
+        self._writer = module.SummaryWriter(str(directory / "tensorboard"), purge_step=iteration + 1)
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, iteration)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, module: ModuleType, directory: Path, iteration: int):
+        del iteration  # the server leaves out steps that it has; a resumed run repeats them with the same values
+        known, config = directory / WANDB_RUN_FILE, directory / "config.json"
+        self._run = module.init(
+            project="rlae_jax",
+            name=directory.name,
+            dir=str(directory),
+            id=files.read_json(known)["id"] if known.is_file() else None,
+            resume="allow",
+            config=files.read_json(config) if config.is_file() else None,
+        )
+        files.write_json(known, {"id": self._run.id})
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# name -> (module that it needs, what to make of it)
+SINKS: dict[str, tuple[str, Callable[[ModuleType, Path, int], Sink]]] = {
+    "tensorboard": ("tensorboardX", _TensorBoard),
+    "wandb": ("wandb", _Wandb),
+}
+
+
+def load_sinks(names: Iterable[str]) -> dict[str, ModuleType]:
+    """The modules of sinks. Call it before long work.
+
+    Raises:
+      InputError: an unknown name, a package that is not installed.
+    """
+    modules = {}
+    for name in names:
+        if name not in SINKS:
+            raise InputError(f"metrics cannot go to {name!r}; known: {', '.join(SINKS)}")
+        module = SINKS[name][0]
+        try:
+            modules[name] = importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(
+                f"{name} needs the package {module} ({error}); install it with: pip install 'rlae_jax[log]'"
+            ) from error
+    return modules
+
+
+def scalars_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """Each number under its name, and of a list each item as name/0, name/1, ..."""
+    scalars: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list | tuple):
+            scalars |= {f"{name}/{i}": float(item) for i, item in enumerate(value)}
+        else:
+            scalars[name] = float(value)
+    return scalars
+
+
+class MetricsLog:
+    """Appends to a run's metrics. Opening it for iteration i forgets what an interrupted run wrote after i.
+
+    Args:
+      sinks: names of `SINKS` to which every line goes as well.
+
+    Raises:
+      InputError: a sink cannot be used; the file is untouched then.
+    """
+
+    def __init__(self, directory: Path, iteration: int, sinks: Iterable[str] = ()):
+        modules = load_sinks(sinks)
         kept = [row for row in read_metrics(directory) if row["iteration"] <= iteration]
         files.write_json_lines(directory / FILE_NAME, kept)
         self._file = (directory / FILE_NAME).open("a", encoding="utf-8")
+        self._sinks = [SINKS[name][1](module, directory, iteration) for name, module in modules.items()]
 
-    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+    def write(self, iteration: int, values: Mapping[str, Any]) -> None:
         """One line, on disk when this returns."""
         self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self._file.flush()
+        for sink in self._sinks:
+            sink.write(iteration, scalars_of(values))
 
     def close(self) -> None:
         self._file.close()
+        for sink in self._sinks:
+            sink.close()

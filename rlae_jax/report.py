@@ -1,6 +1,7 @@
 """What people look at: progress, tables, the environment of a run, and pictures."""
 
 import contextlib
+import math
 import platform
 import sys
 import time
@@ -83,21 +84,43 @@ def environment() -> dict[str, Any]:
 
 
 def results_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The methods of a results.json, in order, with 95% intervals."""
-    table = rich.table.Table(title=f"{results['task']}, {results['split']} split")
-    table.add_column("method")
-    for column in ("score", "95% interval", "n", "ms/token"):
-        table.add_column(column, justify="right")
-    best = max(method["score"] for method in results["methods"].values())
-    for name, method in results["methods"].items():
+    """The methods of a results.json, in order, with 95% intervals; every seed's score where there are several."""
+    methods = results["methods"]
+    prompts = " or ".join(str(n) for n in sorted({method["n"] for method in methods.values()}))
+    table = rich.table.Table(title=f"{results['task']}, {results['split']} split, {prompts} prompts")
+    table.add_column("method", overflow="fold")
+    seeds = any(len(method["per_seed"]) > 1 for method in methods.values())
+    for column in ("score", "95% interval", *(["each seed"] if seeds else []), "ms/token", "ms/answer"):
+        table.add_column(column, justify="right", no_wrap=column != "each seed")
+    best = max((m["score"] for m in methods.values() if not m.get("reference")), default=None)
+    for name, method in methods.items():
         low, high = method["ci95"]
+        reference = method.get("reference", False)
         table.add_row(
-            name,
+            f"{name} (reference)" if reference else name,
             f"{method['score']:.3f}",
             f"{low:.3f} to {high:.3f}",
-            str(method["n"]),
+            *([" ".join(f"{score:.3f}" for score in method["per_seed"])] if seeds else []),
             f"{method['ms_per_token']:.3f}",
-            style="bold" if method["score"] == best else None,
+            f"{method['ms_per_answer']:.3f}",
+            style="dim" if reference else "bold" if method["score"] == best else None,
+        )
+    return table
+
+
+def differences_table(results: Mapping[str, Any]) -> rich.table.Table:
+    """The differences of a results.json, with p-values corrected for their number (Holm)."""
+    table = rich.table.Table(title="differences on the same prompts; p corrected for all rows (Holm)")
+    table.add_column("a")
+    table.add_column("b")
+    for column in ("a - b", "95% interval", "p", "p (Holm)"):
+        table.add_column(column, justify="right")
+    for row in results["differences"]:
+        low, high = row["ci95"]
+        table.add_row(
+            *(row["a"], row["b"], f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"),
+            *(f"{row['p']:.2g}", f"{row['p_holm']:.2g}"),
+            style="bold" if row["p_holm"] < 0.05 else None,
         )
     return table
 
@@ -153,6 +176,40 @@ def learning_curve(
     _save(figure, path)
 
 
+def scores_over(
+    path: Path,
+    values: Sequence[str],
+    lines: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    field: str,
+    title: str,
+) -> None:
+    """Scores with their intervals over the values of a setting.
+
+    Args:
+      lines: name -> (score, low, high) for each value; None leaves a gap.
+    """
+    figure, axes = _figure(7, 4)
+    axis = axes[0][0]
+    for i, (colour, (name, points)) in enumerate(zip(COLOURS, lines.items(), strict=False)):
+        # Side by side, so that no interval hides another's.
+        places = [place + 0.05 * (i - (len(lines) - 1) / 2) for place in range(len(values))]
+        scores, low, high = zip(*((math.nan,) * 3 if point is None else point for point in points), strict=True)
+        # A bound may miss its score by rounding, and lengths must not be negative.
+        lengths = [[max(s - end, 0.0) for s, end in zip(scores, low, strict=True)]]
+        lengths += [[max(end - s, 0.0) for s, end in zip(scores, high, strict=True)]]
+        axis.errorbar(
+            places, scores, lengths, color=colour, marker="o", linewidth=2, elinewidth=1, capsize=3, label=name
+        )
+        if len(lines) == 1:
+            axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set(xlabel=field, ylabel="mean reward", title=title)
+    axis.set_xticks(range(len(values)), values)
+    if any(lines):
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def weights_by_skill(
     path: Path, means: Sequence[Mapping[str, Sequence[float]]], members: Sequence[str], title: str
 ) -> None:
@@ -177,4 +234,63 @@ def weights_by_skill(
     axes[0][0].set_ylabel("mean weight")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title)
+    _save(figure, path)
+
+
+def scores_chart(path: Path, results: Mapping[str, Any]) -> None:
+    """Score per method of a results.json with its 95% interval, in the table's order; small dots are single seeds, and
+    reference lines are dotted."""
+    methods = results["methods"]
+    rows = {name: method for name, method in methods.items() if not method.get("reference")}
+    figure, axes = _figure(7, 1.4 + 0.32 * len(rows))
+    axis = axes[0][0]
+    for y, (name, method) in enumerate(rows.items()):
+        colour = COLOURS[5] if name.startswith("rlae_") else COLOURS[0]
+        low, high = method["ci95"]
+        axis.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        axis.plot(method["score"], y, "o", color=colour, markersize=7)
+        if len(method["per_seed"]) > 1:
+            heights = [y + 0.28] * len(method["per_seed"])
+            axis.plot(method["per_seed"], heights, "o", color=colour, markersize=3, alpha=0.6, linewidth=0)
+        axis.annotate(
+            f"{method['score']:.3f}",
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+        )
+    for name, method in methods.items():
+        if method.get("reference"):
+            axis.axvline(method["score"], color=COLOURS[7], linestyle=":", label=f"{name} ({method['score']:.3f})")
+            axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, borderaxespad=0.2)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set(xlabel="mean reward, with 95% interval", ylim=(len(rows) - 0.5, -0.5))
+    axis.set_title(f"{results['task']}, {results['split']} split", loc="left")
+    axis.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def transfer_map(path: Path, matrix: Mapping[str, Any], title: str) -> None:
+    """A transfer matrix with its numbers: agents trained on the row, tested on the column.
+
+    Args:
+      matrix: what `evaluate.transfer_matrix` returns.
+    """
+    rows, columns = matrix["rows"], matrix["columns"]
+    figure, axes = _figure(2.5 + 0.9 * len(columns), 1.8 + 0.55 * len(rows))
+    axis = axes[0][0]
+    image = axis.imshow(matrix["scores"], cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for r, scores in enumerate(matrix["scores"]):
+        for c, score in enumerate(scores):
+            axis.text(
+                *(c, r, f"{score:.2f}"),
+                ha="center",
+                va="center",
+                color="black" if score > 0.6 else "white",
+                fontweight="bold" if rows[r] == columns[c] else "normal",
+            )
+    axis.set_xticks(range(len(columns)), columns, rotation=20)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel="tested on", ylabel="trained on", title=title)
+    figure.colorbar(image, ax=axis, label="mean reward")
     _save(figure, path)

@@ -12,6 +12,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax import cli
+from rlae_jax import evaluate as evaluation
 from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
 from rlae_jax.tasks import skills
 from tests.fusion.test_union import byte_level, sentencepiece
@@ -301,16 +302,38 @@ class TestTrainAndEvaluate:
         status, printed, errors = call(*arguments, *methods, "--policy", trained, trained)
         assert status == 0, errors
         results = json.loads((out / "results.json").read_text())
-        assert list(results["methods"]) == ["single:beta", "uniform", "rlae_ppo", "rlae_ppo#2"]
+        assert list(results["methods"]) == ["single:beta", "uniform", "rlae_ppo"]
         assert {method["n"] for method in results["methods"].values()} == {6}
+        assert len(results["methods"]["rlae_ppo"]["per_seed"]) == 2  # runs of one algorithm are its seeds
         assert all(name in printed for name in results["methods"])
+        assert "p (Holm)" in printed
+        assert [(row["a"], row["b"]) for row in results["differences"]] == [
+            ("rlae_ppo", "single:beta"),
+            ("rlae_ppo", "uniform"),
+        ]
         assert len((out / "predictions.jsonl").read_text().splitlines()) == 4 * 6
+        assert (out / "scores.png").read_bytes().startswith(b"\x89PNG")
         config = json.loads((out / "config.json").read_text())
-        assert config["policies"] == {"rlae_ppo": str(trained), "rlae_ppo#2": str(trained)}
+        assert config["policies"] == {"rlae_ppo": [str(trained), str(trained)]}
         before = listing(out)
         status, _, errors = call(*arguments, *methods)
         assert (status, errors.startswith(f"error: {out} holds a run already")) == (2, True)
         assert listing(out) == before
+
+    @pytest.mark.slow
+    def test_evaluate_everything(self, call, models, data_options, trained, tmp_path):
+        """All baselines from one command; the router is trained as the agent was and lies beside the results."""
+        out = tmp_path / "evaluated"
+        arguments = ["evaluate", "--models", *models, *data_options, "--reward", "last_number", "--split", "train"]
+        status, printed, errors = call(*arguments, "--methods", "all", "--policy", trained, "--limit", 6, "--out", out)
+        assert status == 0, errors
+        table = json.loads((out / "results.json").read_text())["methods"]
+        singles = ["single:alpha", "single:beta"]
+        assert list(table) == [*singles, *evaluation.ALL, "rlae_ppo"]
+        assert all(len(method["per_seed"]) == 1 for method in table.values())
+        settings = json.loads((out / "router" / "config.json").read_text())["settings"]
+        assert (settings["span_length"], settings["iterations"], settings["prompts"]) == (5, 2, 8)
+        assert "left out" not in printed
 
     def test_the_embedded_task(self, call, models, tmp_path):
         arguments = ["evaluate", "--models", *models, "--task", "skills", "--limit", 6, "--out", tmp_path / "out"]
@@ -435,6 +458,7 @@ class TestBadInput:
         refused(*base, "--methods", "uniform", "best", parts=["best", "static", "single:alpha"])
         refused(*base, "--policy", tmp_path / "gone", parts=["gone is not a run directory"])
         refused(*base, "--limit", "0", parts=["--limit", "0"])
+        refused(*base, "--methods", "uniform", "shuffled", parts=["shuffled", "--policy"])
         alone = ["evaluate", "--models", models[0], *data_options, "--out", tmp_path / "out", "--methods", "uniform"]
         refused(*alone, "--policy", trained, parts=["[16, 16]", "[16]"])
 
