@@ -235,8 +235,10 @@ def _all_failed(reasons: Sequence[tuple[str, str]]) -> InputError:
 
 
 def interval_over_seeds(scores: Sequence[float]) -> tuple[float, float]:
-    """mean +- t s / sqrt(n), with Student's t of n - 1 degrees of freedom: of the mean over two or more seeds. Bounded, as
-    rewards are, by 0 and 1."""
+    """mean +- t s / sqrt(n), with Student's t of n - 1 degrees of freedom: of the mean over two or more seeds.
+
+    It is bounded, as rewards are, by 0 and 1.
+    """
     n, mean = len(scores), float(np.mean(scores))
     half = t_quantile95(n - 1) * float(np.std(scores, ddof=1)) / math.sqrt(n)
     return max(mean - half, 0.0), min(mean + half, 1.0)

@@ -356,6 +356,7 @@ def train(
     eval_every: int | None = None,
     seed: int = 0,
     seeds: int | None = None,
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = (),
     resume: bool = False,
     adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
@@ -393,6 +394,7 @@ def train(
         eval_every: score dev and write a checkpoint every so many iterations. Default: the preset's.
         seed: of everything random.
         seeds: train this many agents side by side, of seeds SEED, SEED + 1, ... Default: 1.
+        log_to: where metrics go besides metrics.jsonl; needs rlae_jax[log].
         resume: go on with the run in OUT.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
@@ -400,7 +402,7 @@ def train(
     """
     from rlae_jax import files, report
     from rlae_jax.config import ALGORITHMS
-    from rlae_jax.evaluate import Method, evaluate, unique_names
+    from rlae_jax.evaluate import Method, evaluate
     from rlae_jax.metrics import read_metrics
     from rlae_jax.ppo.train import TrainProgress, train_seeds
 
@@ -443,7 +445,11 @@ def train(
                 update(progress.iteration, f"reward {progress.metrics['reward']:.3f}{dev}")
 
             policies = train_seeds(
-                ensemble, found, config, out, resume=resume, max_minutes=max_minutes, on_progress=show
+                *(ensemble, found, config, out),
+                resume=resume,
+                max_minutes=max_minutes,
+                log_to=log_to,
+                on_progress=show,
             )
     except Interrupted as interrupted:
         arguments = sys.argv[1:] + ([] if resume else ["--resume"])
@@ -453,11 +459,9 @@ def train(
     if done < config.iterations:
         report.console.print(f"time is up after iteration {done} of {config.iterations}; --resume goes on")
     name = f"rlae_{algo}"
-    methods = {"uniform": Method(ensemble, None, policies[0].span_length)}
-    methods |= {
-        n: Method(ensemble, policy) for n, policy in zip(unique_names([name] * len(policies)), policies, strict=True)
-    }
-    results = evaluate(methods, found, "dev", out=out)
+    uniform = Method(ensemble, None, policies[0].span_length)
+    agents = [Method(ensemble, policy) for policy in policies]
+    results = evaluate({"uniform": uniform, name: agents}, found, "dev", out=out)
     results["seconds"]["total"] = time.perf_counter() - began
     files.write_json(out / "results.json", results)
     references = {"uniform (dev)": results["methods"]["uniform"]["score"]}

@@ -103,7 +103,7 @@ class TestHelp:
     def test_of_the_program(self, call):
         status, out, _ = call("--help")
         assert status == 0
-        for command in ("demo", "generate", "train", "evaluate", "inspect"):
+        for command in ("demo", "generate", "train", "evaluate", "ablate", "inspect"):
             assert command in out
         assert cli.CACHE_VARIABLE in out
 
@@ -114,6 +114,8 @@ class TestHelp:
             ("generate", "--models --prompt --weights --policy --max-new-tokens --span-length --temperature --seed"),
             ("generate", "--min-p --repetition-penalty --samples --stream --scores --end-ids --member-tokens --fusion"),
             ("train", "--models --task --data --out --algo --iterations --seed --resume --end-ids"),
+            ("train", "--seeds --max-minutes --span-lengths --encoder --log-to --reward --chat --shots --data-dir"),
+            ("ablate", "--models --task --out --vary --set --seeds --split --resume"),
             ("evaluate", "--models --task --split --policy --methods --out --limit --end-ids"),
             ("inspect", "--models --end-ids --bandwidth --batch --tokens --dtype"),
         ],

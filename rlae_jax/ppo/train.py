@@ -33,7 +33,7 @@ from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.fusion.reading import TextReader
-from rlae_jax.metrics import MetricsLog
+from rlae_jax.metrics import MetricsLog, load_sinks
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.tasks import Examples, RewardPool, Task
@@ -216,6 +216,7 @@ def train(
     *,
     resume: bool = False,
     max_minutes: float | None = None,
+    log_to: Sequence[str] = (),
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> BoundPolicy:
     """Trains a weight agent with PPO (or, with a `MAPPOConfig`, one per member) and returns what was best on dev.
@@ -229,6 +230,7 @@ def train(
       out: the run's directory.
       resume: continue the run in `out` (or begin it, if there is none).
       max_minutes: after this long the run stops, with a checkpoint from which it can be resumed.
+      log_to: "tensorboard", "wandb": where metrics go besides metrics.jsonl.
       on_progress: called after every iteration.
 
     Raises:
@@ -238,7 +240,14 @@ def train(
     if config is not None and config.seeds > 1:
         raise InputError("train returns one policy; use train_seeds for several seeds")
     (policy,) = train_seeds(
-        ensemble, task, config, out, resume=resume, max_minutes=max_minutes, on_progress=on_progress
+        ensemble,
+        task,
+        config,
+        out,
+        resume=resume,
+        max_minutes=max_minutes,
+        log_to=log_to,
+        on_progress=on_progress,
     )
     return policy
 
@@ -251,6 +260,7 @@ def train_seeds(
     *,
     resume: bool = False,
     max_minutes: float | None = None,
+    log_to: Sequence[str] = (),
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> list[BoundPolicy]:
     """As `train`, for `config.seeds` agents in one program: agent e is what seed `config.seed` + e alone gives."""
@@ -275,6 +285,7 @@ def train_seeds(
     dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
     prompts = _prepare(ensemble, task, "train", None, config, reading)
     dev = _prepare(ensemble, task, "dev", config.eval_prompts, config, reading)
+    load_sinks(log_to)  # told before anything is written
     claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
     if ensemble.union is not None:
         ensemble.union.save(out / UNION_FILE)
@@ -286,7 +297,7 @@ def train_seeds(
     if newest is not None:
         state = checkpoints.restore(newest, _abstract(state))
     first = int(state.learner.iteration[0])
-    log = MetricsLog(out, first)
+    log = MetricsLog(out, first, sinks=log_to)
     began = time.monotonic()
 
     try:
