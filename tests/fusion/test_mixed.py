@@ -228,7 +228,7 @@ class _Replay:
     reads: tuple[str, ...] = ("span", "stats")
 
     def init(self, key, dims):
-        raise NotImplementedError
+        return jax.numpy.ones((dims.spans, 1, dims.members)) / dims.members
 
     def apply(self, params, observation):
         from rlae_jax.fusion.policy import Deterministic
