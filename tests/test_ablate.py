@@ -164,6 +164,7 @@ def test_the_interval_is_students():
     assert ablation.interval_over_seeds([0.0, 1.0]) == (0.0, 1.0)  # as far as rewards go
 
 
+@pytest.mark.slow
 class TestAGrid:
     def test_results(self, finished):
         out, results, _ = finished

@@ -92,7 +92,11 @@ def expected_rows(pair):
 
 @pytest.mark.parametrize(
     ("fusion", "name"),
-    [("linear", name) for name in OPTIONS]
+    [
+        # "everything" holds what these have one by one.
+        pytest.param("linear", name, marks=pytest.mark.slow if name in ("temperature", "top-k", "top-p", "min") else [])
+        for name in OPTIONS
+    ]
     + [
         pytest.param("loglinear", name, marks=[] if name == "greedy" else pytest.mark.slow)
         for name in ("greedy", "temperature", "everything", "penalty-min-p")

@@ -432,6 +432,7 @@ class TestEncoderDecoders:
         assert out.texts == ["".join(chr(0x4E00 + i) for i in out.tokens[0] if i != pair[0].config.vocab - 1)]
         assert out.texts[0]
 
+    @pytest.mark.slow
     def test_two_members_equal_fusing_their_whole_logits(self, pair):
         """Step by step without a cache; the prompts are of unequal length. Zeros fill what is not written yet."""
         prompts, weights = [[3, 4, 5, 6], [7, 8]], np.array([0.3, 0.7])

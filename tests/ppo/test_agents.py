@@ -195,7 +195,10 @@ def block(tree, e, axis=0):
     "config",
     [
         MAPPOConfig(epochs=2, minibatches=2, agent=AgentConfig(**READING)),
-        PPOConfig(epochs=2, minibatches=2, agent=AgentConfig(distribution="logistic_normal", **READING)),
+        pytest.param(
+            PPOConfig(epochs=2, minibatches=2, agent=AgentConfig(distribution="logistic_normal", **READING)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mappo", "logistic_normal"],
 )
@@ -219,7 +222,7 @@ def test_seeds_side_by_side_learn_what_each_learns_alone(pair, config):
         np.testing.assert_allclose(metrics["policy_loss"][e], own["policy_loss"][0], atol=1e-5)
 
 
-@pytest.mark.parametrize("agent", [PPOAgent, MAPPOAgent])
+@pytest.mark.parametrize("agent", [pytest.param(PPOAgent, marks=pytest.mark.slow), MAPPOAgent])
 def test_an_agent_that_chooses_lengths_holds_its_weights_that_long(pair, agent):
     """Decisions, their first steps and their weights follow from the recorded actions; none is lost or shifted."""
     lengths = (1, 3)
@@ -250,6 +253,7 @@ def test_an_agent_that_chooses_lengths_holds_its_weights_that_long(pair, agent):
     np.testing.assert_array_equal(np.asarray(state.span_mask()).sum(axis=0), state.decisions)
 
 
+@pytest.mark.slow
 class TestLearning:
     @pytest.fixture(scope="class")
     def parts(self, pair):

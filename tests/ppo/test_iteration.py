@@ -201,6 +201,7 @@ class TestUpdates:
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ppo_solves_two_arms_that_the_hidden_state_tells_apart():
     """The reward is the weight of the arm that member 0's hidden state names; no language model is involved."""
     rows, width = 128, 4

@@ -104,6 +104,7 @@ class TestARun:
         expected = dataclasses.replace(newest, params=jax.tree.map(lambda leaf: leaf[0], worse.params))
         assert_same_params(rj.load_policy(copied, newest=True), expected)
 
+    @pytest.mark.slow
     def test_rewards_from_text_train_as_rewards_from_tokens(self, ensemble, tmp_path):
         config = dataclasses.replace(toys.SETTINGS, iterations=3, eval_every=3)
         policies = [
