@@ -191,6 +191,7 @@ def knows(member, row):
     return row["prompt"][-1] in toys.KNOWN[member]
 
 
+@pytest.mark.slow
 class TestAll:
     def test_what_it_stands_for(self, everything, ensemble, capsys):
         assert list(everything[0]) == [*SINGLES, *(name for name in ALL if name != "router")]

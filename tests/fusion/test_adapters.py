@@ -107,6 +107,7 @@ class TestMembersOfOneBase:
             texts.append(str(one.tokens))
         assert len(set(texts)) == len(texts)
 
+    @pytest.mark.slow
     def test_a_policy_sees_the_members(self, lm, trio, merged):
         """Each member's hidden state and statistics, in the members' order; `Confidence` reads a part of them."""
         policy, states = Reader(), []

@@ -128,7 +128,9 @@ def test_the_options_are_told_apart(expected_rows):
     assert any(not row.ended for name in OPTIONS for row in rows[name])
 
 
-@pytest.mark.parametrize(("fusion", "sample_weights"), [("linear", True), ("loglinear", False)])
+@pytest.mark.parametrize(
+    ("fusion", "sample_weights"), [("linear", True), pytest.param("loglinear", False, marks=pytest.mark.slow)]
+)
 def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_weights):
     span_length = 3
     policy = Reader()

@@ -96,7 +96,7 @@ OPTIONS = {
 }
 
 
-FAST = ("greedy", "sampled")
+FAST = ("greedy",)
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
 
 
@@ -190,6 +190,7 @@ def test_going_on_and_streaming_write_what_one_call_writes(pair, weights):
     assert list(map("".join, zip(*pieces, strict=True))) == whole.texts
 
 
+@pytest.mark.slow
 def test_a_drawn_member_writes_and_the_others_catch_up(pair, mixed):
     """Weights drawn per step; whoever was not drawn reads what it missed before it is next."""
     probs = np.array([[0.4, 0.6]] * len(PROMPTS), np.float32)
@@ -299,6 +300,7 @@ class TestBadInput:
     def test_options(self, pair, raises_input_error, options):
         raises_input_error(lambda: rj.Ensemble(pair).generate(PROMPTS, **options), next(iter(options)))
 
+    @pytest.mark.slow
     def test_extending_twice(self, pair, raises_input_error):
         ensemble = rj.Ensemble(pair)
         raises_input_error(lambda: ensemble.extend(ensemble.generate(["x"], max_new_tokens=1)), "keep=True")

@@ -137,11 +137,11 @@ class TestGoingOn:
     @pytest.mark.parametrize(
         ("owner", "method", "nth", "after"),
         [
-            (MetricsLog, "write", 3, False),
+            pytest.param(MetricsLog, "write", 3, False, marks=pytest.mark.slow),
             (MetricsLog, "write", 4, True),  # the line of a checkpoint, but not the checkpoint
-            (Checkpoints, "save", 2, False),
+            pytest.param(Checkpoints, "save", 2, False, marks=pytest.mark.slow),
             (Checkpoints, "save", 2, True),  # the checkpoint, and nothing after it
-            (MetricsLog, "write", 23, True),
+            pytest.param(MetricsLog, "write", 23, True, marks=pytest.mark.slow),
         ],
         ids=["before-a-line", "after-a-line", "before-a-checkpoint", "after-a-checkpoint", "near-the-end"],
     )
