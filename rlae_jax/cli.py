@@ -146,6 +146,12 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _how_to_go_on(reason: str, resumed: bool) -> Interrupted:
+    """What an interrupted command says: its own command line, ready to be pasted."""
+    command = shlex.join(sys.argv[1:] + ([] if resumed else ["--resume"]))
+    return Interrupted(f"{reason}. Go on with:\n  rlae-jax {command}")
+
+
 def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -> None:
     """Train two small specialists and an agent that learns when to trust which; compare with every baseline.
 
@@ -452,8 +458,7 @@ def train(
                 on_progress=show,
             )
     except Interrupted as interrupted:
-        arguments = sys.argv[1:] + ([] if resume else ["--resume"])
-        raise Interrupted(f"{interrupted}. Go on with:\n  rlae-jax {' '.join(arguments)}") from None
+        raise _how_to_go_on(str(interrupted), resume) from None
     if problems:
         report.console.print(problems, highlight=False, markup=False)
     if done < config.iterations:
@@ -512,7 +517,7 @@ def evaluate(
     from rlae_jax import files, report
     from rlae_jax.evaluate import baseline_methods, load_agents, router_config
     from rlae_jax.evaluate import evaluate as evaluate_methods
-    from rlae_jax.ppo.train import CONFIG_FILE, algorithm_of
+    from rlae_jax.ppo.train import CONFIG_FILE, read_run
 
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
@@ -527,6 +532,7 @@ def evaluate(
     agents = load_agents(ensemble, found, policy)
     chosen = baseline_methods(ensemble, found, methods, agents=agents, config=router_config(policy), runs=out)
     results = evaluate_methods({**chosen, **agents}, found, split, limit=limit, out=out)
+    names = {run: f"rlae_{read_run(run)[0].algorithm}" for run in policy}
     files.write_json(
         out / CONFIG_FILE,
         {
@@ -537,7 +543,7 @@ def evaluate(
             "members": [lm.name for lm in ensemble.members],
             "fusion": fusion,
             "end_ids": list(end_ids),
-            "policies": {name: [str(run) for run in policy if f"rlae_{algorithm_of(run)}" == name] for name in agents},
+            "policies": {name: [str(run) for run in policy if names[run] == name] for name in agents},
         },
     )
     report.scores_chart(out / "scores.png", results)
@@ -612,9 +618,7 @@ def ablate(
     try:
         results = ablate(ensemble, found, base, values, out, split=split, limit=limit, resume=resume)
     except (Interrupted, KeyboardInterrupt) as interrupted:
-        arguments = shlex.join(sys.argv[1:] + ([] if resume else ["--resume"]))
-        reason = str(interrupted) or "stopped"
-        raise Interrupted(f"{reason}. Go on with:\n  rlae-jax {arguments}") from None
+        raise _how_to_go_on(str(interrupted) or "stopped", resume) from None
     report.console.print(table(results))
     pictures = ", ".join(f"{field}.png" for field in values)
     report.console.print(f"in {out}: table.md, results.json, {pictures}", highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from rlae_jax import files, report, statistics
-from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
+from rlae_jax.config import PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights, bucket
 from rlae_jax.fusion.operators import get_operator
@@ -37,7 +37,7 @@ from rlae_jax.fusion.policy import (
     Schedule,
 )
 from rlae_jax.ppo.dirichlet import Dirichlet
-from rlae_jax.ppo.train import CONFIG_FILE, algorithm_of, load_policy, train_seeds
+from rlae_jax.ppo.train import load_policy, read_run, train_seeds
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
@@ -585,18 +585,10 @@ def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: 
         return train_seeds(ensemble, task, config, out, resume=True, on_progress=show)
 
 
-def _settings(run: Path) -> PPOConfig:
-    """The settings of a run directory that `load_policy` accepts."""
-    raw = files.read_json(run / CONFIG_FILE)
-    settings = dict(raw["settings"])
-    agent: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.pop("agent").items()}
-    return ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
-
-
 def router_config(runs: Sequence[Path]) -> PPOConfig | None:
     """The settings of a router that is to be compared with these runs' agents: the first algorithm's, PPO's if it is
     among them, with as many seeds as there are agents of it. None where there are no runs."""
-    configs = sorted(map(_settings, runs), key=lambda config: config.algorithm != "ppo")
+    configs = sorted((read_run(run)[0] for run in runs), key=lambda config: config.algorithm != "ppo")
     if not configs:
         return None
     seeds = sum(config.seeds for config in configs if config.algorithm == configs[0].algorithm)
@@ -612,13 +604,10 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
     """
     agents: dict[str, list[Method]] = {}
     for run in runs:
-        policies = [load_policy(run)]
-        config = _settings(run)
-        if config.seeds > 1:
-            policies = [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]
-        for policy in policies:
+        config, _ = read_run(run)
+        for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
             ensemble.bind(policy, 1, _spans(task, policy.span_length))  # tells now what does not fit
-            agents.setdefault(f"rlae_{algorithm_of(run)}", []).append(Method(ensemble, policy))
+            agents.setdefault(f"rlae_{config.algorithm}", []).append(Method(ensemble, policy))
     return agents
 
 

@@ -208,12 +208,11 @@ def learn(
     )
     p, b = mask.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(p * b, *leaf.shape[2:]), samples)
-    policy = spec.policy.policy if isinstance(spec.policy, SideBySide) else spec.policy
     optimiser = make_optimiser(config)
     rate = step_size(config, state.iteration)
 
     def loss_of(params: Any, taken: _Samples) -> tuple[Array, PPOLoss]:
-        distribution, value = policy.apply(params, taken.observation)
+        distribution, value = spec.policy.apply(params, taken.observation)
         loss = ppo_loss(
             distribution.log_prob(taken.action),
             taken.log_prob,

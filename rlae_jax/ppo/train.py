@@ -447,9 +447,24 @@ def _dev_scores(
     return np.concatenate([scores.result() for scores in pending])
 
 
-def algorithm_of(run: Path) -> str:
-    """ "ppo" or "mappo", of a run directory that `load_policy` accepts."""
-    return str(files.read_json(run / CONFIG_FILE)["algorithm"])
+def read_run(run: str | os.PathLike[str]) -> tuple[PPOConfig, Dims]:
+    """The settings of a run directory, and the sizes that its agents were made for.
+
+    Raises:
+      InputError: not the directory of a training run.
+    """
+    path = Path(run) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
+    raw = files.read_json(path)
+    try:
+        settings = dict(raw["settings"])
+        agent: dict[str, Any] = settings.pop("agent")
+        agent = {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
+        config = ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
+        return config, Dims(tuple(member["width"] for member in raw["members"]), raw["spans"], raw["text_width"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the configuration of a training run ({error})") from error
 
 
 def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest: bool = False) -> BoundPolicy:
@@ -461,22 +476,11 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
     Raises:
       InputError: not a run directory, no checkpoint in it, one that does not fit its configuration, no such seed.
     """
-    run = Path(run)
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
-    raw = files.read_json(run / CONFIG_FILE)
-    try:
-        settings = dict(raw["settings"])
-        agent: dict[str, Any] = settings.pop("agent")
-        agent = {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
-        config = ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
-        dims = Dims(tuple(member["width"] for member in raw["members"]), raw["spans"], raw["text_width"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{run / CONFIG_FILE}: not the configuration of a training run ({error})") from error
+    config, dims = read_run(run)
     if seed is not None and not config.seed <= seed < config.seed + config.seeds:
         last = config.seed + config.seeds - 1
         raise InputError(f"{run} has no agent of seed {seed}; its seeds are {config.seed} to {last}")
-    checkpoints = Checkpoints(run)
+    checkpoints = Checkpoints(Path(run))
     try:
         step = checkpoints.newest()
         if step is None:
