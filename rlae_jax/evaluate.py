@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,15 +37,19 @@ from rlae_jax.fusion.policy import (
     Policy,
     Schedule,
 )
+from rlae_jax.metrics import read_metrics
 from rlae_jax.ppo.dirichlet import Dirichlet
 from rlae_jax.ppo.train import load_policy, read_run, train_seeds
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
 SEARCH_PROMPTS = 1_024
-# A search over many points tries them on this many prompts first, and all prompts are for this many of them.
+# A search over more points than two members' grid has tries them on this many prompts first, and all prompts are for
+# this many of them.
+_EXHAUSTIVE = 21
 _FIRST_PROMPTS = 64
-_FINALISTS = 21  # all points of two members' grid
+_FINALISTS = 8
+_SCHEDULE_POINTS = 100  # weights that a schedule's search tries for a span
 _ROWS = 256  # prompts per timed call
 _SEARCH_ROWS = 1_024
 
@@ -294,7 +299,7 @@ def _policy(agent: Method) -> BoundPolicy:
 def _rounds(points: int, prompts: int) -> list[tuple[int, int]]:
     """Successive halving: per round on how many prompts points are tried, and how many of them are kept."""
     rounds, n = [], _FIRST_PROMPTS
-    while points > _FINALISTS and n < prompts:
+    while points > _EXHAUSTIVE and n < prompts:
         points = max(_FINALISTS, -(-points // 4))
         rounds.append((n, points))
         n *= 4
@@ -307,23 +312,28 @@ def search_size(points: int, prompts: int) -> int:
     return sum(tried * n for tried, (n, _) in zip(kept, _rounds(points, prompts), strict=False))
 
 
+def _search_prompts(task: Task, points: int, answers: int) -> int:
+    """On how many training prompts a search has to try its points: on `SEARCH_PROMPTS`, or on more, so that it looks at
+    `answers` answers, if the split has as many."""
+    most = len(task.split("train"))
+    enough = (n for n in range(SEARCH_PROMPTS, most, 64) if search_size(points, n) >= answers)
+    return min(next(enough, most), most)
+
+
 def _search(
-    ensemble: Ensemble,
-    task: Task,
-    candidates: Float[np.ndarray, "W P K"],
-    on_progress: Callable[[int], None],
-) -> int:
+    name: str, ensemble: Ensemble, task: Task, candidates: Float[np.ndarray, "W P K"], answers: int
+) -> tuple[int, int]:
     """Which of the weights per span has the best mean reward on training prompts; of equally good ones the nearest to
-    uniform.
+    uniform. And at how many answers it looked, which are at least `answers` where there are enough prompts.
 
     All are tried on a few prompts, the better ones on four times as many, and so on; the last round reads all prompts.
     A batch holds several candidates, as weights are per row.
     """
-    examples = task.split("train").take(SEARCH_PROMPTS)
+    examples = task.split("train").take(_search_prompts(task, len(candidates), answers))
     distances = np.sum((candidates - 1 / candidates.shape[2]) ** 2, axis=(1, 2))
     left = list(range(len(candidates)))
-    done = 0
-    with RewardPool(task.reward) as pool:
+    done, total = 0, search_size(len(candidates), len(examples))
+    with RewardPool(task.reward) as pool, report.progress(f"search for {name}", total, "answers") as update:
         for n, kept in _rounds(len(candidates), len(examples)):
             rows = [(point, i) for point in left for i in range(n)]
             pending = []
@@ -337,7 +347,7 @@ def _search(
                 )
                 pending.append(pool.submit(prompts, generation.texts, references))
                 done += len(places)
-                on_progress(done)
+                update(done, "")
             scores = (
                 np.concatenate([rewards.result() for rewards in pending])
                 .reshape(len(left), n)
@@ -345,48 +355,62 @@ def _search(
             )
             order = np.lexsort((distances[left], -scores))
             left = [left[i] for i in order[:kept]]
-    return left[0]
+    return left[0], done
 
 
-def _search_points(task: Task) -> int:
-    return len(task.split("train").take(SEARCH_PROMPTS))
+def _with(grid: Float[np.ndarray, "W K"], weights: Float[np.ndarray, "K"]) -> Float[np.ndarray, "W K"]:
+    """The grid and a point that may lie beside it."""
+    known = np.any(np.all(np.isclose(grid, weights, atol=1e-6), axis=1))
+    return grid if known else np.concatenate([grid, weights[None]]).astype(np.float32)
 
 
-def static_weights(
-    ensemble: Ensemble, task: Task, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> Float[np.ndarray, "K"]:
-    """The best fixed weights: the simplex grid of step 0.05 with the one-hots, on (at least 1,000) training prompts.
+def _uniform(members: int) -> Float[np.ndarray, "K"]:
+    return np.full(members, 1 / members, np.float32)
+
+
+def static_weights(ensemble: Ensemble, task: Task, answers: int = 0) -> tuple[Float[np.ndarray, "K"], int]:
+    """The best fixed weights: the simplex grid of step 0.05, which has the one-hots, and equal weights, on training
+    prompts.
 
     Args:
-      on_progress: called with how many answers of how many were looked at.
+      answers: at how many answers to look at least. Without it 1,024 prompts are read.
+
+    Returns the weights, and at how many answers it looked.
     """
-    grid = simplex_grid(len(ensemble.members), STATIC_STEP)
-    total = search_size(len(grid), _search_points(task))
-    return grid[_search(ensemble, task, grid[:, None], lambda done: on_progress(done, total))]
+    members = len(ensemble.members)
+    grid = _with(simplex_grid(members, STATIC_STEP), _uniform(members))
+    best, looked = _search("static", ensemble, task, grid[:, None], answers)
+    return grid[best], looked
 
 
 def schedule_weights(
     ensemble: Ensemble,
     task: Task,
     start: Float[np.ndarray, "K"],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> BoundPolicy:
+    answers: int = 0,
+) -> tuple[BoundPolicy, int]:
     """The best weights per span index, which see no state: one pass of coordinate search over the spans.
 
-    Each span in turn takes the best point of the static grid while the others keep theirs; all begin at `start`. On the
+    Each span in turn takes the best point of a grid while the others keep theirs; all begin at `start`. The grid is the
+    one of `static_weights`, or a coarser one if that has more than 100 points, with the span's weights so far: on the
     training prompts the result is never worse than `start` in every span, unless the first rounds of the search drop
-    it.
+    it. Arguments and what is returned besides the policy are as in `static_weights`.
     """
-    grid = simplex_grid(len(ensemble.members), STATIC_STEP)
+    step = STATIC_STEP
+    while len(grid := simplex_grid(len(ensemble.members), step)) > _SCHEDULE_POINTS:
+        step *= 2
     spans = _spans(task, task.span_length)
-    size = search_size(len(grid), _search_points(task))
     weights = np.tile(start, (spans, 1)).astype(np.float32)
+    looked = 0
     for p in range(spans):
-        candidates = np.repeat(weights[None], len(grid), axis=0)
-        candidates[:, p] = grid
-        best = _search(ensemble, task, candidates, lambda done, p=p: on_progress(p * size + done, spans * size))  # type: ignore[misc]
-        weights[p] = grid[best]
-    return BoundPolicy(Schedule(), weights, Dims(ensemble.widths, spans), task.span_length)
+        points = _with(grid, weights[p])
+        candidates = np.repeat(weights[None], len(points), axis=0)
+        candidates[:, p] = points
+        name = f"schedule, span {p + 1} of {spans}"
+        best, size = _search(name, ensemble, task, candidates, -(-answers // spans))
+        weights[p] = points[best]
+        looked += size
+    return BoundPolicy(Schedule(), weights, Dims(ensemble.widths, spans), task.span_length), looked
 
 
 # Values that are tried; of equally good ones the first is taken.
@@ -398,9 +422,13 @@ _THRESHOLDS = (0.5, 0.3, 0.7, 0.8, 0.9, 0.95, 0.99)
 _TOP_KS = (10, 1, 2, 3, 5, 20, 50)
 
 
-def _tuned(name: str, task: Task, options: Sequence[Mapping[str, Any]], make: Callable[..., Method]) -> Method:
+def _tuned(
+    name: str, task: Task, options: Sequence[Mapping[str, Any]], answers: int, make: Callable[..., Method]
+) -> Method:
     """The method of the options that have the best mean reward on training prompts; of equally good ones the first."""
-    examples = task.split("train").take(SEARCH_PROMPTS)
+    n = max(SEARCH_PROMPTS, -(-answers // len(options)))
+    examples = task.split("train").take(min(n, len(task.split("train"))))
+    began = time.perf_counter()
     scores = []
     with (
         RewardPool(task.reward) as pool,
@@ -415,7 +443,12 @@ def _tuned(name: str, task: Task, options: Sequence[Mapping[str, Any]], make: Ca
             scores.append(np.mean(np.concatenate([rewards.result() for rewards in pending])))
             update(len(scores) * len(examples), "")
     best = options[int(np.argmax(scores))]
-    return dataclasses.replace(make(**best), found={**best, "searched": len(options) * len(examples)})
+    return dataclasses.replace(make(**best), found={**best, **_cost(len(options) * len(examples), began)})
+
+
+def _cost(answers: int, began: float) -> dict[str, Any]:
+    """What a search took, for results.json."""
+    return {"searched": answers, "search_seconds": time.perf_counter() - began}
 
 
 def _untrained(ensemble: Ensemble, task: Task, policy: Any, span_length: int, **settings: float) -> Method:
@@ -456,7 +489,8 @@ def baseline_methods(
         there is what they need: `shuffled` needs an agent, `router` a directory, `perplexity` members that are no
         encoder-decoders.
       agents: trained ones by name; `shuffled` is the first of them, with each of its seeds.
-      config: of the router: the agent's own settings.
+      config: of the router: the agents' own settings. Every search looks at no fewer answers than an agent saw with
+        them in training, if the train split has enough prompts.
       runs: where the router's run is kept (as `router`), and taken up again.
 
     Raises:
@@ -490,6 +524,7 @@ def baseline_methods(
         if name in lacking:
             raise InputError(f"method {name} {lacking[name]}")
     length = task.span_length
+    answers = 0 if config is None else config.iterations * config.prompts * config.samples
 
     def single(name: str) -> Method:
         k = singles.index(name)
@@ -497,28 +532,26 @@ def baseline_methods(
         return Method(Ensemble([ensemble.members[k]], end_ids=ensemble.member_ends[k]), None, length)
 
     def static() -> Method:
-        total = search_size(_grid_points(ensemble), _search_points(task))
-        with report.progress("search for static", total, "answers") as update:
-            weights = static_weights(ensemble, task, lambda done, total: update(done, ""))
-        found = {"weights": np.round(weights, 4).tolist(), "searched": total}
-        return Method(ensemble, weights, length, found)
+        began = time.perf_counter()
+        weights, looked = static_weights(ensemble, task, answers)
+        return Method(ensemble, weights, length, {"weights": np.round(weights, 4).tolist(), **_cost(looked, began)})
 
     def schedule() -> Method:
-        spans = _spans(task, length)
-        total = spans * search_size(_grid_points(ensemble), _search_points(task))
         start = made("static")
         assert isinstance(start, Method)
-        with report.progress("search for schedule", total, "answers") as update:
-            policy = schedule_weights(ensemble, task, np.asarray(start.weights), lambda done, total: update(done, ""))
-        total += start.found["searched"]
-        return Method(ensemble, policy, None, {"weights": np.round(policy.params, 4).tolist(), "searched": total})
+        began = time.perf_counter() - start.found["search_seconds"]
+        policy, looked = schedule_weights(ensemble, task, np.asarray(start.weights), answers)
+        cost = _cost(looked + start.found["searched"], began)
+        return Method(ensemble, policy, None, {"weights": np.round(policy.params, 4).tolist(), **cost})
 
     def router() -> list[AnyMethod]:
         assert runs is not None
         return [Method(ensemble, policy) for policy in train_router(ensemble, task, config, runs / "router")]
 
     def tuned(name: str, policy: Any, options: Sequence[Mapping[str, Any]], span_length: int) -> Method:
-        return _tuned(name, task, options, lambda **option: _untrained(ensemble, task, policy, span_length, **option))
+        return _tuned(
+            name, task, options, answers, lambda **option: _untrained(ensemble, task, policy, span_length, **option)
+        )
 
     def temperatures(name: str) -> list[dict[str, float]]:
         return [{"temperature": value} for value in _TEMPERATURES[name]]
@@ -543,7 +576,7 @@ def baseline_methods(
         "consistency": lambda: tuned("consistency", Consistency(), temperatures("consistency"), 1),
         "gate": lambda: tuned("gate", Gate(), thresholds, 1),
         "topk": lambda: _tuned(
-            *("topk", task, [{"k": k} for k in _TOP_KS]),
+            *("topk", task, [{"k": k} for k in _TOP_KS], answers),
             lambda k: Method(with_fusion(ensemble, f"topk:{k}"), None, length),
         ),
         "random": lambda: Method(ensemble, drawn),
@@ -557,10 +590,6 @@ def baseline_methods(
         return makers[name]()
 
     return {name: made(name) for name in names}
-
-
-def _grid_points(ensemble: Ensemble) -> int:
-    return len(simplex_grid(len(ensemble.members), STATIC_STEP))
 
 
 def _require_written(task: Task) -> None:
@@ -587,12 +616,14 @@ def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: 
 
 def router_config(runs: Sequence[Path]) -> PPOConfig | None:
     """The settings of a router that is to be compared with these runs' agents: the first algorithm's, PPO's if it is
-    among them, with as many seeds as there are agents of it. None where there are no runs."""
+    among them, with as many seeds as there are agents of it, and as many iterations as were done at most. None where
+    there are no runs."""
     configs = sorted((read_run(run)[0] for run in runs), key=lambda config: config.algorithm != "ppo")
     if not configs:
         return None
+    done = max((row["iteration"] for run in runs for row in read_metrics(Path(run))), default=configs[0].iterations)
     seeds = sum(config.seeds for config in configs if config.algorithm == configs[0].algorithm)
-    return dataclasses.replace(configs[0], seeds=seeds)
+    return dataclasses.replace(configs[0], seeds=seeds, iterations=done)
 
 
 def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[str, list[Method]]:
@@ -613,18 +644,6 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
 
 def _seeds(method: AnyMethod | Sequence[AnyMethod]) -> list[AnyMethod]:
     return list(method) if isinstance(method, Sequence) else [method]
-
-
-def join_seeds(studies: Sequence[Mapping[str, AnyMethod | Sequence[AnyMethod]]]) -> dict[str, list[AnyMethod]]:
-    """Methods of several repetitions, each with its own members and agents, as one method per name with all its seeds.
-
-    Raises:
-      InputError: repetitions that differ in their methods, or in how many seeds each has already.
-    """
-    shapes = [{name: len(_seeds(method)) for name, method in study.items()} for study in studies]
-    if any(shape != shapes[0] or set(shape.values()) - {1} for shape in shapes):
-        raise InputError(f"repetitions need the same methods, each once; found {shapes}")
-    return {name: [_seeds(study[name])[0] for study in studies] for name in studies[0]}
 
 
 def evaluate(
@@ -667,7 +686,7 @@ def evaluate(
                 answers[name].append(writer.answers(one, functools.partial(_shift, update, done, name)))
                 done += len(examples)
                 predictions += _predictions(name, seed, examples, answers[name][-1])
-            table[name] = _row(_seeds(method), answers[name])
+            table[name] = _measured(_seeds(method), answers[name])
     if pool.problems:
         report.console.print(str(pool.problems), highlight=False, markup=False)
     results = {
@@ -695,19 +714,11 @@ def _rewards(seeds: Sequence[_Answers]) -> Float[np.ndarray, "S N"]:
     return np.stack([answers.rewards for answers in seeds]).astype(np.float64)
 
 
-def _row(methods: Sequence[AnyMethod], seeds: Sequence[_Answers]) -> dict[str, Any]:
+def _measured(methods: Sequence[AnyMethod], seeds: Sequence[_Answers]) -> dict[str, Any]:
     """A method's entry in results.json."""
-    rewards = _rewards(seeds)
-    score = float(np.mean(rewards))
-    binary = bool(np.all((rewards == 0) | (rewards == 1)))
     seconds = sum(answers.seconds for answers in seeds)
-    row = {
-        "score": score,
-        "accuracy": score if binary else None,
-        "n": rewards.shape[1],
-        "ci95": list(statistics.interval95(rewards)),
-        "per_seed": rewards.mean(axis=1).tolist(),
-        "scores": {"reward": score},
+    rewards = _rewards(seeds)
+    row = _row(rewards) | {
         "ms_per_token": seconds * 1e3 / max(sum(answers.tokens for answers in seeds), 1),
         "ms_per_answer": seconds * 1e3 / rewards.size,
     }
@@ -717,6 +728,74 @@ def _row(methods: Sequence[AnyMethod], seeds: Sequence[_Answers]) -> dict[str, A
     for key in found[0] if found else ():
         row[key] = found[0][key] if len(found) == 1 else [one[key] for one in found]
     return row
+
+
+def _row(rewards: Float[np.ndarray, "S N"]) -> dict[str, Any]:
+    """What an entry in results.json says about rewards."""
+    score = float(np.mean(rewards))
+    binary = bool(np.all((rewards == 0) | (rewards == 1)))
+    return {
+        "score": score,
+        "accuracy": score if binary else None,
+        "n": rewards.shape[1],
+        "ci95": list(statistics.interval95(rewards)),
+        "per_seed": rewards.mean(axis=1).tolist(),
+        "scores": {"reward": score},
+    }
+
+
+def join_results(directories: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Evaluations of the same methods on the same prompts, each with its own members and agents, as one results.json
+    with all their seeds. Times are means; what searches found is listed.
+
+    Args:
+      directories: each has the `results.json` and `predictions.jsonl` that `evaluate` wrote.
+
+    Raises:
+      InputError: evaluations that differ in their prompts, in their methods, or in how many seeds a method has.
+    """
+    paths = [Path(directory) for directory in directories]
+    parts = [files.read_json(path / "results.json") for path in paths]
+    rewards: list[dict[str, Float[np.ndarray, "S N"]]] = []
+    asked = set()
+    for path, part in zip(paths, parts, strict=True):
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in part["methods"]}
+        for row in files.read_json_lines(path / "predictions.jsonl"):
+            rows[row["method"]].append(row)
+        rewards.append(
+            {
+                name: np.array([row["reward"] for row in of]).reshape(-1, part["methods"][name]["n"])
+                for name, of in rows.items()
+            }
+        )
+        prompts = tuple(row["prompt"] for of in rows.values() for row in of if row["seed"] == 0)
+        shape = tuple((name, table.shape) for name, table in rewards[-1].items())
+        asked.add((part["task"], part["split"], shape, prompts))
+    if len(asked) != 1:
+        names = " and ".join(map(str, paths[:2]))
+        raise InputError(
+            f"evaluations differ in their prompts, methods or seeds, such as {names}; they cannot be joined"
+        )
+    joined = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
+    table: dict[str, Any] = {}
+    for name, values in joined.items():
+        of = [part["methods"][name] for part in parts]
+        table[name] = _row(values)
+        for key in of[0].keys() - table[name].keys():
+            found = [one[key] for one in of]
+            if key in ("ms_per_token", "ms_per_answer"):
+                table[name][key] = float(np.mean(found))
+            else:
+                table[name][key] = found[0] if key == "reference" else found
+    return {
+        "schema": 1,
+        "task": parts[0]["task"],
+        "split": parts[0]["split"],
+        "methods": table,
+        "differences": _differences({name: v for name, v in joined.items() if not table[name].get("reference")}),
+        "seconds": {"evaluation": sum(part["seconds"]["evaluation"] for part in parts)},
+        "environment": parts[0]["environment"],
+    }
 
 
 def _differences(rewards: Mapping[str, Float[np.ndarray, "S N"]]) -> list[dict[str, Any]]:

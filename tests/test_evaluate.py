@@ -19,7 +19,7 @@ from rlae_jax.evaluate import (
     Replay,
     baseline_methods,
     evaluate,
-    join_seeds,
+    join_results,
     load_agents,
     member_names,
     router_config,
@@ -85,7 +85,7 @@ class TestGrid:
 class TestSearch:
     def test_how_many_answers_it_looks_at(self):
         assert search_size(21, 1_024) == 21 * 1_024  # two members: every point on every prompt
-        assert search_size(231, 1_024) == 231 * 64 + 58 * 256 + 21 * 1_024
+        assert search_size(231, 1_024) == 231 * 64 + 58 * 256 + 15 * 1_024
         assert search_size(231, 40) == 231 * 40
         assert search_size(1, 1_024) == 1_024
 
@@ -96,13 +96,24 @@ class TestSearch:
         logits[:, len(toys.LETTERS)] = 8.0  # "0", which is right after a and e
         members.append(make_chain_lm(logits, tokenizer=members[0].tokenizer, name="zero", end_ids=(), context=64))
         ensemble, task = rj.Ensemble(members, end_ids=(toys.END,)), toys.task()
-        whole = static_weights(ensemble, task)
+        whole, looked = static_weights(ensemble, task)
+        assert looked == 232 * 64  # the grid and equal weights
         monkeypatch.setattr(evaluation, "_FIRST_PROMPTS", 16)
-        seen = []
-        halved = static_weights(ensemble, task, lambda done, total: seen.append((done, total)))
+        halved, looked = static_weights(ensemble, task)
         np.testing.assert_array_equal(halved, whole)
-        assert seen[-1] == (search_size(231, 64),) * 2
-        assert search_size(231, 64) < 231 * 64 / 1.5
+        assert looked == search_size(232, 64) < 232 * 64 / 1.5
+
+    def test_it_looks_at_no_fewer_answers_than_asked_for(self, ensemble, monkeypatch):
+        monkeypatch.setattr(evaluation, "SEARCH_PROMPTS", 8)
+        task = toys.task()
+        n = len(task.split("train"))
+        assert n == 64
+        assert static_weights(ensemble, task)[1] == 21 * 8
+        assert static_weights(ensemble, task, answers=21 * 8 + 1)[1] == 21 * n  # in steps of 64 prompts
+        assert static_weights(ensemble, task, answers=10**9)[1] == 21 * n
+        config = dataclasses.replace(toys.SETTINGS, iterations=1, prompts=100)
+        (found,) = baseline_methods(ensemble, task, ["perplexity"], config=config).values()
+        assert found.found["searched"] == 7 * 15 >= 100
 
 
 def test_repeated_names_are_numbered(make_lm):
@@ -144,8 +155,8 @@ class TestMethods:
         prompts = [a + b for a in toys.LETTERS for b in toys.KNOWN["left"]]
         task = Task("two", {"train": toys.examples(prompts)}, exact_match, max_new_tokens=2, span_length=1)
         ensemble = rj.Ensemble(pair)
-        static = static_weights(ensemble, task)
-        schedule = schedule_weights(ensemble, task, np.array([0.5, 0.5], np.float32))
+        static, _ = static_weights(ensemble, task)
+        schedule, _ = schedule_weights(ensemble, task, np.array([0.5, 0.5], np.float32))
         answers = ensemble.generate(prompts, schedule, max_new_tokens=2)
         assert answers.texts == [toys.right_digit(prompt[-1]) for prompt in prompts]
         assert answers.finish_reasons == ["stop"] * len(prompts)
@@ -371,12 +382,27 @@ class TestSeeds:
         np.testing.assert_allclose(rows[0]["p"], 0.1835, atol=1e-4)  # t = 2 of (1/4, 0, 1/4)
         assert rows[2]["p"] == 1.0
 
-    def test_repetitions_become_seeds(self, ensemble, agent, raises_input_error):
-        other = Method(ensemble, [1, 0], 1)
-        joined = join_seeds([{"a": agent, "b": [other]}, {"b": agent, "a": [other]}])
-        assert joined == {"a": [agent, other], "b": [other, agent]}
-        raises_input_error(lambda: join_seeds([{"a": agent}, {"b": agent}]), "same methods", "'b'")
-        raises_input_error(lambda: join_seeds([{"a": [agent, other]}] * 2), "once")
+    def test_repetitions_become_seeds(self, ensemble, agent, tmp_path, raises_input_error):
+        """Two evaluations, joined from their files, are what one evaluation of both seeds is."""
+        other = Method(ensemble, [1, 0], 1, {"weights": [1, 0]})
+        static = dataclasses.replace(other, found={"weights": [0, 1]})
+        task = toys.task()
+        oracle = Pick((agent, other), oracle=True)
+        evaluate({"rlae_ppo": agent, "static": static, "oracle": oracle}, task, out=tmp_path / "a")
+        evaluate({"rlae_ppo": other, "static": other, "oracle": oracle}, task, out=tmp_path / "b")
+        whole = evaluate({"rlae_ppo": [agent, other], "static": [static, other], "oracle": [oracle, oracle]}, task)
+        joined = join_results([tmp_path / "a", tmp_path / "b"])
+        assert joined["differences"] == whole["differences"]
+        for name, row in whole["methods"].items():
+            assert {**joined["methods"][name], "ms_per_token": 0, "ms_per_answer": 0} == {
+                **row,
+                "ms_per_token": 0,
+                "ms_per_answer": 0,
+            }
+        evaluate({"rlae_ppo": agent, "uniform": other}, task, out=tmp_path / "c")
+        raises_input_error(lambda: join_results([tmp_path / "a", tmp_path / "c"]), "methods", str(tmp_path / "c"))
+        evaluate({"rlae_ppo": agent, "static": static, "oracle": oracle}, task, out=tmp_path / "d", limit=3)
+        raises_input_error(lambda: join_results([tmp_path / "a", tmp_path / "d"]), "prompts")
 
     def test_without_agents_all_are_compared_with_uniform(self, evaluated):
         rows = evaluated[0]["differences"]
