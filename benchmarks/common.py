@@ -34,13 +34,20 @@ class Options:
 
     quick: bool
     json_path: Path | None
+    out: Path | None = None
 
 
-def parse_args(description: str, arguments: Sequence[str] | None = None) -> Options:
-    """Reads `--quick` and `--json PATH`. A path that cannot be written is told before any long work starts."""
+def parse_args(description: str, arguments: Sequence[str] | None = None, out: Path | None = None) -> Options:
+    """Reads `--quick` and `--json PATH`. A path that cannot be written is told before any long work starts.
+
+    Args:
+      out: the default of `--out DIR`, of a benchmark that keeps what it has done.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repeats and small cases only")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write rows, checks and environment here")
+    if out is not None:
+        parser.add_argument("--out", type=Path, metavar="DIR", default=out, help=f"where results are kept ({out})")
     parsed = parser.parse_args(arguments)
     if parsed.json is not None:
         try:
@@ -49,7 +56,7 @@ def parse_args(description: str, arguments: Sequence[str] | None = None) -> Opti
             parser.error(f"--json {parsed.json}: cannot make its directory ({error})")
         if parsed.json.is_dir() or not os.access(parsed.json.parent, os.W_OK):
             parser.error(f"--json {parsed.json}: not a file that can be written")
-    return Options(parsed.quick, parsed.json)
+    return Options(parsed.quick, parsed.json, getattr(parsed, "out", None))
 
 
 def require(*modules: str) -> None:

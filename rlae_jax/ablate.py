@@ -34,7 +34,7 @@ from rlae_jax.evaluate import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import TrainProgress, claim_directory, run_config, train_seeds
-from rlae_jax.statistics import t_quantile95
+from rlae_jax.statistics import t_interval
 from rlae_jax.tasks import Task
 
 # What stands for several fields at once: the algorithm is the settings' class, and an encoder goes with what is read.
@@ -235,13 +235,9 @@ def _all_failed(reasons: Sequence[tuple[str, str]]) -> InputError:
 
 
 def interval_over_seeds(scores: Sequence[float]) -> tuple[float, float]:
-    """mean +- t s / sqrt(n), with Student's t of n - 1 degrees of freedom: of the mean over two or more seeds.
-
-    It is bounded, as rewards are, by 0 and 1.
-    """
-    n, mean = len(scores), float(np.mean(scores))
-    half = t_quantile95(n - 1) * float(np.std(scores, ddof=1)) / math.sqrt(n)
-    return max(mean - half, 0.0), min(mean + half, 1.0)
+    """`t_interval` of the mean over two or more seeds, bounded, as rewards are, by 0 and 1."""
+    low, high = t_interval(scores)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def ablate(
@@ -436,10 +432,8 @@ def table(results: Mapping[str, Any]) -> rich.table.Table:
 
 
 def _markdown(results: Mapping[str, Any]) -> str:
-    head, rows = _rows(results)
-    sides = [":--" if column in results["vary"] else "--:" for column in head]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, sides, *rows)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in _notes(results)), ""])
+    table = report.markdown_table(*_rows(results), left=len(results["vary"]))
+    return "\n".join([table, "", *(f"- {note}" for note in _notes(results)), ""])
 
 
 def lines_over(results: Mapping[str, Any], field: str) -> dict[str, list[tuple[float, float, float] | None]]:

@@ -50,8 +50,7 @@ _EXHAUSTIVE = 21
 _FIRST_PROMPTS = 64
 _FINALISTS = 8
 _SCHEDULE_POINTS = 100  # weights that a schedule's search tries for a span
-_ROWS = 256  # prompts per timed call
-_SEARCH_ROWS = 1_024
+_ROWS = 256  # prompts per call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +336,8 @@ def _search(
         for n, kept in _rounds(len(candidates), len(examples)):
             rows = [(point, i) for point in left for i in range(n)]
             pending = []
-            for start in range(0, len(rows), _SEARCH_ROWS):
-                points, places = zip(*rows[start : start + _SEARCH_ROWS], strict=True)
+            for start in range(0, len(rows), _ROWS):
+                points, places = zip(*rows[start : start + _ROWS], strict=True)
                 prompts, references = (
                     [column[i] for i in places] for column in (examples.prompts, examples.references)
                 )
@@ -436,8 +435,8 @@ def _tuned(
     ):
         for option in options:
             pending = []
-            for start in range(0, len(examples), _SEARCH_ROWS):
-                part = slice(start, start + _SEARCH_ROWS)
+            for start in range(0, len(examples), _ROWS):
+                part = slice(start, start + _ROWS)
                 generation = _generate(make(**option), task, examples.prompts[part])
                 pending.append(pool.submit(examples.prompts[part], generation.texts, examples.references[part]))
             scores.append(np.mean(np.concatenate([rewards.result() for rewards in pending])))
@@ -558,6 +557,8 @@ def baseline_methods(
 
     thresholds = [{"threshold": t, "member": m} for t in _THRESHOLDS for m in range(len(singles))]
     spans = _spans(task, length)
+    # Where k is the whole vocabulary, topk is uniform.
+    entries = max(lm.config.vocab for lm in ensemble.members)
     drawn = BoundPolicy(
         RandomWeights(), np.ones(len(singles), np.float32), Dims(ensemble.widths, spans), length, sample=True
     )
@@ -576,7 +577,7 @@ def baseline_methods(
         "consistency": lambda: tuned("consistency", Consistency(), temperatures("consistency"), 1),
         "gate": lambda: tuned("gate", Gate(), thresholds, 1),
         "topk": lambda: _tuned(
-            *("topk", task, [{"k": k} for k in _TOP_KS], answers),
+            *("topk", task, [{"k": k} for k in _TOP_KS if k < entries], answers),
             lambda k: Method(with_fusion(ensemble, f"topk:{k}"), None, length),
         ),
         "random": lambda: Method(ensemble, drawn),

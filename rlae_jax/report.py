@@ -5,7 +5,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,14 @@ def progress(description: str, total: int, unit: str) -> Iterator[Update]:
             yield update
         return
 
-    last = started
+    last, told = started, -1
 
     def line(done: int, note: str = "") -> None:
-        nonlocal last
+        nonlocal last, told
         now = time.monotonic()
-        if done < total and now - last < _SECONDS_BETWEEN_LINES:
+        if done == told or (done < total and now - last < _SECONDS_BETWEEN_LINES):
             return
-        last = now
+        last, told = now, done
         elapsed = max(now - started, 1e-9)
         left = f"{elapsed / done * (total - done):.0f} s left" if 0 < done < total else f"{elapsed:.1f} s"
         print(
@@ -123,6 +123,12 @@ def differences_table(results: Mapping[str, Any]) -> rich.table.Table:
             style="bold" if row["p_holm"] < 0.05 else None,
         )
     return table
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown whose first columns, so many, are aligned on the left."""
+    sides = [":--" if i < left else "--:" for i in range(len(head))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, sides, *rows))
 
 
 # Distinguishable with colour-blind eyes (Okabe and Ito).

@@ -50,6 +50,13 @@ def t_quantile95(freedom: int) -> float:
     return high
 
 
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """mean +- t s / sqrt(n), with Student's t of n - 1 degrees of freedom: the mean's 95% interval, for n >= 2."""
+    n, mean = len(values), float(np.mean(values))
+    half = t_quantile95(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean - half, mean + half
+
+
 def bootstrap_interval(rewards: ArrayLike, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """The percentile bootstrap's 95% interval of the mean: seeds are drawn with replacement, then prompts.
 

@@ -1,0 +1,641 @@
+"""The claims of RLAE's abstract on the embedded tasks: what was measured, its interval, and a verdict as it comes out.
+
+    python -m benchmarks.claims_rlae [--quick] [--json PATH] [--out DIR]
+
+For every seed the specialists are trained anew, and on every task an agent with PPO and one with MAPPO; all baselines
+are tuned on the training prompts with at least as many answers as an agent saw. Test prompts are read once.
+
+- R1: each agent against every baseline on every task. That dynamic weights help is said only where an agent beats both
+  `router` (the same agent, one action per answer) and `schedule` (the best weights per span index).
+- R2: both kinds of agent work.
+- R3: agents answer tasks that they were not trained on; the reference is the static weights tuned on the new task.
+- R4: milliseconds per answer and time to equal score, against other ways to weight.
+
+In `twins` (one member three times) and `dominant` (one member best everywhere) no dynamic weights can help: gains there
+would show that something is wrong with the study. Everything goes into DIR, a piece at a time: after an interruption
+the same command goes on. Models are small, and two processes on one core each do twice the work of one on two; only the
+times of R4 are taken alone, on all cores.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import rlae_jax as rj
+import rlae_jax.evaluate as evaluation
+from benchmarks import common
+from rlae_jax import files, report, specialists, statistics
+from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
+from rlae_jax.evaluate import Method, baseline_methods, evaluate, join_results, transfer_matrix, with_fusion
+from rlae_jax.metrics import read_metrics
+from rlae_jax.ppo.train import train_seeds
+from rlae_jax.tasks import Task, embedded, skills
+
+GAIN = ("skills", "overlap", "skills3", "mixed", "noisy")
+CONTROLS = ("twins", "dominant")
+AGENTS = {f"rlae_{name}": name for name in ALGORITHMS}
+FIXED = ("uniform", "static")
+DYNAMIC = ("router", "schedule")
+LIGHT = ("gate", "perplexity", "consistency", "topk")  # what the abstract's latency is compared with
+SPANS = 4  # of the longest task, so that agents fit all of them
+PROMPTS = 256  # per PPO iteration
+_MOST_MAPPINGS = 20_000  # every compiled program takes some of the 65,530 that a process may have
+
+Results = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes:
+      iterations: of PPO per task.
+      prompts, transfer_prompts: of the test split, in the tables and in the transfer matrix.
+      quick: specialists take half the steps, and searches a quarter of the prompts.
+    """
+
+    seeds: int
+    iterations: Mapping[str, int]
+    prompts: int
+    transfer_prompts: int
+    rounds: int
+    quick: bool = False
+
+
+FULL = Plan(
+    seeds=5,
+    iterations=dict.fromkeys((*GAIN, *CONTROLS), 60) | {"skills3": 120},
+    prompts=1_024,
+    transfer_prompts=512,
+    rounds=21,
+)
+QUICK = Plan(
+    seeds=1,
+    iterations={"skills3": 30, "noisy": 30, "twins": 10, "dominant": 10},
+    prompts=256,
+    transfer_prompts=128,
+    rounds=5,
+    quick=True,
+)
+
+
+def settings(plan: Plan, task: str, seed: int, algorithm: str) -> PPOConfig:
+    """The same for all tasks but for how long; chosen on dev."""
+    return ALGORITHMS[algorithm](
+        iterations=plan.iterations[task],
+        prompts=PROMPTS,
+        eval_every=20,
+        seed=seed,
+        agent=AgentConfig(max_spans=SPANS),
+    )
+
+
+def task_of(name: str) -> Task:
+    return skills.skills() if name == "skills" else embedded.embedded(name)
+
+
+# --- pieces of work; each leaves files behind, and is done if they exist ---
+
+
+def members_of(out: Path, plan: Plan, task: str, seed: int) -> rj.Ensemble:
+    names = specialists.POOL[task]
+    paths = specialists.build_pool(out / "specialists", seed, names, plan.quick)
+    return rj.Ensemble([rj.load(paths[name]) for name in names])
+
+
+def cell(out: Path, task: str, seed: int) -> Path:
+    """Where the agents and results of a task and seed lie."""
+    return out / "cells" / task / f"seed-{seed}"
+
+
+def train_specialist(out: Path, plan: Plan, name: str, seed: int) -> None:
+    specialists.build_pool(out / "specialists", seed, [name], plan.quick)
+
+
+def run_cell(out: Path, plan: Plan, name: str, seed: int) -> None:
+    """Trains both agents, tunes all baselines, and answers the test prompts."""
+    if plan.quick:
+        evaluation.SEARCH_PROMPTS = 256
+    directory = cell(out, name, seed)
+    if (directory / "results.json").is_file():
+        return
+    members, task = members_of(out, plan, name, seed), task_of(name)
+    agents = {}
+    for agent, algorithm in AGENTS.items():
+        config = settings(plan, name, seed, algorithm)
+        (policy,) = train_seeds(members, task, config, directory / algorithm, resume=True)
+        agents[agent] = [Method(members, policy)]
+    config = settings(plan, name, seed, "ppo")
+    baselines = baseline_methods(members, task, ["all"], agents=agents, config=config, runs=directory)
+    evaluate({**baselines, **agents}, task, "test", limit=plan.prompts, out=directory)
+
+
+def transfer_path(out: Path, column: str, seed: int) -> Path:
+    return out / "transfer" / column / f"seed-{seed}.json"
+
+
+def run_transfer(out: Path, plan: Plan, column: str, seed: int) -> None:
+    """Scores the agents of all tasks on one."""
+    path = transfer_path(out, column, seed)
+    if path.is_file():
+        return
+    pools, tasks = {column: members_of(out, plan, column, seed)}, {column: task_of(column)}
+    found = {}
+    for agent, algorithm in AGENTS.items():
+        agents = {row: rj.load_policy(cell(out, row, seed) / algorithm) for row in plan.iterations}
+        found[agent] = transfer_matrix(agents, pools, tasks, limit=plan.transfer_prompts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, found)
+
+
+# --- the workers ---
+
+
+def _start_worker(cores: "Queue[int]", log: Path) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+    _use_compilation_cache(log.parent)
+    to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(to, 1)
+
+
+def _use_compilation_cache(out: Path) -> None:
+    """Seeds and processes share their programs."""
+    jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _work(piece: Callable[..., None], *arguments: Any) -> float:
+    began = time.perf_counter()
+    piece(*arguments)
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_text(encoding="utf-8").count("\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+    return time.perf_counter() - began
+
+
+def run_all(out: Path, plan: Plan) -> None:
+    """Everything that takes long, in as many processes as there are cores."""
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(common.cores()))
+    context = multiprocessing.get_context("spawn")
+    cores: Queue[int] = context.Queue()
+    for core in usable:
+        cores.put(core)
+    seeds = range(plan.seeds)
+    # The longest first, and neighbours with different programs, so that processes do not compile the same ones at once.
+    longest = [task for task in ("mixed", "skills3") if task in plan.iterations]
+    others = [task for task in plan.iterations if task not in longest]
+    tasks = [(task, s) for s in seeds for task in longest] + [(task, s) for task in others for s in seeds]
+    recipes = sorted({name for task in plan.iterations for name in specialists.POOL[task]})
+    phases: list[tuple[str, Callable[..., None], list[tuple[str, int]]]] = [
+        ("specialists", train_specialist, [(name, s) for s in seeds for name in recipes]),
+        ("agents and baselines", run_cell, tasks),
+        ("transfer", run_transfer, tasks),
+    ]
+    arguments = (cores, out / "workers.log")
+    with concurrent.futures.ProcessPoolExecutor(len(usable), context, _start_worker, arguments) as pool:
+        for title, piece, pieces in phases:
+            with report.progress(title, len(pieces), "pieces") as update:
+                pending = {pool.submit(_work, piece, out, plan, name, seed): (name, seed) for name, seed in pieces}
+                for done, future in enumerate(concurrent.futures.as_completed(pending), start=1):
+                    name, seed = pending[future]
+                    update(done, f"({name}, seed {seed}: {future.result():.0f} s)")
+
+
+# --- what was found ---
+
+
+def merge_transfer(out: Path, plan: Plan, agent: str) -> dict[str, Any]:
+    """The whole matrix with every seed's scores, [row][column][seed]."""
+    names = list(plan.iterations)
+    parts = {(c, s): files.read_json(transfer_path(out, c, s))[agent] for c in names for s in range(plan.seeds)}
+    per_seed = [
+        [[parts[c, s]["scores"][parts[c, s]["rows"].index(r)][0] for s in range(plan.seeds)] for c in names]
+        for r in names
+    ]
+    scores = np.mean(per_seed, axis=2).tolist()
+    return {"rows": names, "columns": names, "scores": scores, "per_seed": per_seed}
+
+
+def difference(results: Results, a: str, b: str) -> dict[str, Any]:
+    """The row of `a` against `b`."""
+    (found,) = [row for row in results["differences"] if (row["a"], row["b"]) == (a, b)]
+    return dict(found)
+
+
+def better(row: Mapping[str, Any]) -> str:
+    """The verdict on "a is better than b"."""
+    if row["difference"] > 0 and row["p_holm"] < 0.05:
+        return "holds"
+    return "fails" if row["ci95"][1] <= 0 else "undecided"
+
+
+def sign_verdict(interval: Sequence[float]) -> str:
+    """The verdict on "this is above 0"."""
+    return "holds" if interval[0] > 0 else "fails" if interval[1] <= 0 else "undecided"
+
+
+def all_of(verdicts: Sequence[str]) -> str:
+    """The verdict on several claims at once."""
+    return "holds" if set(verdicts) == {"holds"} else "fails" if "fails" in verdicts else "undecided"
+
+
+def baselines_of(results: Results) -> list[str]:
+    return [name for name, row in results["methods"].items() if name not in AGENTS and not row.get("reference")]
+
+
+def best_baseline(results: Results) -> str:
+    """The one with the highest score on the test prompts themselves, which is hard on the agents."""
+    return max(baselines_of(results), key=lambda name: results["methods"][name]["score"])
+
+
+def claim(
+    name: str, measurement: str, value: float | None, ci95: Sequence[float] | None, verdict: str
+) -> dict[str, Any]:
+    return {"claim": name, "measurement": measurement, "value": value, "ci95": ci95, "verdict": verdict}
+
+
+def score_claims(tables: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """R1 and R2."""
+    claims = []
+    for agent in AGENTS:
+        verdicts = []
+        for task, results in tables.items():
+            best = best_baseline(results)
+            row = difference(results, agent, best)
+            verdicts.append(better(row))
+            said = f"{results['methods'][agent]['score']:.3f} against {best} {results['methods'][best]['score']:.3f}"
+            control = " (control)" if task in CONTROLS else ""
+            claims.append(
+                claim(
+                    f"R1 {agent} above the best baseline, {task}{control}",
+                    said,
+                    row["difference"],
+                    row["ci95"],
+                    verdicts[-1],
+                )
+            )
+        claims.append(
+            claim(
+                f"R1 {agent} above every baseline on every task",
+                f"{verdicts.count('holds')} of {len(verdicts)} tasks",
+                None,
+                None,
+                all_of(verdicts),
+            )
+        )
+        for task, results in tables.items():
+            rows = [difference(results, agent, other) for other in DYNAMIC]
+            least = min(rows, key=lambda row: row["difference"])
+            claims.append(
+                claim(
+                    f"R1 dynamic weights help {agent}, {task}",
+                    f"above {' and '.join(DYNAMIC)}, the smaller difference",
+                    least["difference"],
+                    least["ci95"],
+                    all_of([better(row) for row in rows]),
+                )
+            )
+    for agent in AGENTS:
+        helped = [task for task in tables if task not in CONTROLS]
+        rows = [difference(tables[task], agent, other) for task in helped for other in FIXED]
+        least = min(rows, key=lambda row: row["difference"])
+        said = f"above {' and '.join(FIXED)} on {', '.join(helped)}, the smallest difference"
+        verdict = all_of([better(row) for row in rows])
+        claims.append(claim(f"R2 {agent} works", said, least["difference"], least["ci95"], verdict))
+    for task, results in tables.items():
+        row = difference(results, "rlae_ppo", "rlae_mappo")
+        verdict = "no difference shown" if row["p_holm"] >= 0.05 else "PPO" if row["difference"] > 0 else "MAPPO"
+        claims.append(claim(f"R2 which is better, {task}", "PPO minus MAPPO", row["difference"], row["ci95"], verdict))
+    return claims
+
+
+def transfer_claims(tables: Mapping[str, Results], matrices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """R3. A gain is what an agent is above the static weights that were tuned on the task that it answers."""
+    claims = []
+    for agent, matrix in matrices.items():
+        names = [name for name in matrix["columns"] if name not in CONTROLS]
+        places = [matrix["columns"].index(name) for name in names]
+        scores = np.array(matrix["per_seed"])[np.ix_(places, places)]
+        static = np.array([tables[name]["methods"]["static"]["per_seed"] for name in names])
+        gains = scores - static[None]
+        elsewhere = ~np.eye(len(names), dtype=bool)
+        own, other = (np.mean(gains[where], axis=0) for where in (~elsewhere, elsewhere))
+        interval = statistics.t_interval(other) if len(other) > 1 else (float(other[0]),) * 2
+        said = (
+            f"mean gain over the new task's static weights; {other.mean() / own.mean():.0%} of the gain at home kept; "
+            f"{int(np.sum(gains[elsewhere].mean(axis=1) > 0))} of {int(elsewhere.sum())} cells above"
+        )
+        claims.append(claim(f"R3 {agent} generalises", said, float(other.mean()), interval, sign_verdict(interval)))
+    return claims
+
+
+# --- R4 ---
+
+
+def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
+    """Milliseconds per token and answer of each method on the same members and prompts, alternating in one process."""
+    members, task = members_of(out, plan, task_name, 0), task_of(task_name)
+    prompts = task.split("test").take(PROMPTS).prompts
+    found = files.read_json(cell(out, task_name, 0) / "results.json")["methods"]
+    length = task.span_length
+    methods: dict[str, tuple[rj.Ensemble, Any, int | None]] = {
+        "uniform": (members, None, length),
+        "gate": (members, "gate", 1),
+        "perplexity": (members, "perplexity", length),
+        "consistency": (members, "consistency", 1),
+        "topk": (with_fusion(members, f"topk:{found['topk']['k']}"), None, length),
+        **{
+            agent: (members, rj.load_policy(cell(out, task_name, 0) / algorithm), None)
+            for agent, algorithm in AGENTS.items()
+        },
+    }
+
+    def answer(name: str) -> Any:
+        ensemble, weights, span_length = methods[name]
+        return ensemble.generate(prompts, weights, span_length=span_length, max_new_tokens=task.max_new_tokens)
+
+    tokens = {name: sum(answer(name).steps) for name in methods}
+    others = common.OtherLoad()
+    timings = common.time_alternating(
+        {name: lambda name=name: answer(name) for name in methods},  # type: ignore[misc]
+        rounds=plan.rounds,
+        budget_seconds=120.0,
+    )
+    rows = []
+    for name, timing in timings.items():
+        low, high = timing.quartiles
+        to_equal = {
+            agent: seconds_to(cell(out, task_name, 0) / algorithm, found[name]["score"])
+            for agent, algorithm in AGENTS.items()
+        }
+        rows.append(
+            {
+                "kind": "time",
+                "task": task_name,
+                "method": name,
+                "score": found[name]["score"],
+                "ms_per_answer": 1e3 * timing.median / len(prompts),
+                "ms_per_answer_quartiles": [1e3 * low / len(prompts), 1e3 * high / len(prompts)],
+                "ms_per_token": 1e3 * timing.median / tokens[name],
+                "ratio_per_token": common.pairwise_ratio(timing, timings["uniform"]) * tokens["uniform"] / tokens[name],
+                "ratios_per_answer": {
+                    agent: list(np.quantile(np.divide(timings[agent].seconds, timing.seconds), [0.25, 0.5, 0.75]))
+                    for agent in AGENTS
+                },
+                "tuning_seconds": found[name].get("search_seconds"),
+                "training_seconds": seconds_to(cell(out, task_name, 0) / AGENTS[name], float("inf"))
+                if name in AGENTS
+                else None,
+                "training_seconds_to_equal_score": to_equal,
+                "rounds": len(timing.seconds),
+                "cores_used_by_others": others.share(),
+            }
+        )
+    return rows
+
+
+def seconds_to(run: Path, score: float) -> float | None:
+    """Seconds of training until the agent's dev score was this high; None if it never was. Infinity takes all of it."""
+    rows = read_metrics(run)
+    if score == float("inf"):
+        return float(sum(row["seconds"] for row in rows))
+    reached = [row["iteration"] for row in rows if row.get("dev", -1.0) >= score]
+    return float(sum(row["seconds"] for row in rows if row["iteration"] <= reached[0])) if reached else None
+
+
+def time_claims(times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    claims = []
+    for agent in AGENTS:
+        verdicts = []
+        for row in (row for row in times if row["method"] in LIGHT):
+            low, middle, high = row["ratios_per_answer"][agent]
+            verdicts.append("holds" if high < 1 else "fails" if low > 1 else "undecided")
+            equal = row["training_seconds_to_equal_score"][agent]
+            reached = (
+                "never reaches its score" if equal is None else f"reaches its score after {equal:.0f} s of training"
+            )
+            said = f"time per answer relative to {row['method']} (quartiles); {reached}"
+            claims.append(claim(f"R4 {agent} faster than {row['method']}", said, middle, [low, high], verdicts[-1]))
+    return claims
+
+
+# --- checks, tables, page ---
+
+
+def make_checks(tables: Mapping[str, Results], times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    checks = []
+    for agent, algorithm in AGENTS.items():
+        for task in ("skills3", "noisy"):
+            rows = [difference(tables[task], agent, other) for other in FIXED]
+            gain, p = min(row["difference"] for row in rows), max(row["p_holm"] for row in rows)
+            checks.append(common.check(f"{algorithm}_{task}_gain", gain, ">=", 0.033))
+            checks.append(common.check(f"{algorithm}_{task}_gain_p", p, "<=", 0.01))
+    for task in CONTROLS:
+        ends = [abs(end) for agent in AGENTS for end in difference(tables[task], agent, "static")["ci95"]]
+        checks.append(common.check(f"{task}_bound", max(ends), "<=", 0.02))
+    score = {name: row["score"] for name, row in tables["skills3"]["methods"].items()}
+    lost = (score["rlae_ppo"] - score["shuffled"]) / (score["rlae_ppo"] - score["static"])
+    checks.append(common.check("shuffled_loss", lost, ">=", 0.5))
+    ratio = max(row["ratio_per_token"] for row in times if row["method"] in AGENTS)
+    checks.append(common.check("ms_ratio", ratio, "<=", 1.25))
+    return checks
+
+
+def _number(value: float | None, ci95: Sequence[float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.3f}" if ci95 is None else f"{value:+.3f} ({ci95[0]:+.3f} to {ci95[1]:+.3f})"
+
+
+def claim_cells(claims: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    return [(c["claim"], c["measurement"], _number(c["value"], c["ci95"]), c["verdict"]) for c in claims]
+
+
+CLAIM_COLUMNS = ("claim", "measurement", "value (95% interval)", "verdict")
+
+
+def score_cells(tables: Mapping[str, Results]) -> list[list[str]]:
+    """Method by task: score and interval. Members alone are named by their place, as they differ between tasks."""
+    rows: dict[str, dict[str, str]] = {}
+    for task, results in tables.items():
+        place = 0
+        for name, row in results["methods"].items():
+            if name.startswith("single:"):
+                place += 1
+                name = f"member {place} alone"
+            low, high = row["ci95"]
+            rows.setdefault(name, {})[task] = f"{row['score']:.3f} ({low:.3f} to {high:.3f})"
+    return [[name, *(cells.get(task, "") for task in tables)] for name, cells in rows.items()]
+
+
+def time_cells(times: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    def seconds(value: float | None) -> str:
+        return "" if value is None else f"{value:.0f}"
+
+    return [
+        (
+            row["method"],
+            "{:.3f} ({:.3f} to {:.3f})".format(row["ms_per_answer"], *row["ms_per_answer_quartiles"]),
+            f"{row['ms_per_token']:.4f}",
+            f"{row['ratio_per_token']:.2f}",
+            f"{row['score']:.3f}",
+            seconds(row["training_seconds"] or row["tuning_seconds"]),
+            *(seconds(row["training_seconds_to_equal_score"][agent]) or "never" for agent in AGENTS),
+        )
+        for row in times
+    ]
+
+
+TIME_COLUMNS = (
+    "method",
+    "ms per answer (quartiles)",
+    "ms per token",
+    "against uniform",
+    "score",
+    "training or tuning, s",
+    *(f"{agent} as good after, s" for agent in AGENTS),
+)
+
+
+def write_page(
+    out: Path,
+    plan: Plan,
+    tables: Mapping[str, Results],
+    matrices: Mapping[str, Any],
+    times: Sequence[Mapping[str, Any]],
+    claims: Sequence[Mapping[str, Any]],
+    checks: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+) -> None:
+    """`claims.md` and pictures beside it."""
+    table = report.markdown_table
+    parts = [
+        "# The claims of RLAE's abstract, measured",
+        f"`python -m benchmarks.claims_rlae{' --quick' if plan.quick else ''}`: {plan.seeds} seeds, {plan.prompts} "
+        f"test prompts per task, {environment['cpu']}, {environment['cores']} cores. Iterations of {PROMPTS} prompts: "
+        + ", ".join(f"{task} {n}" for task, n in plan.iterations.items())
+        + ".",
+        "## Claims",
+        table(CLAIM_COLUMNS, claim_cells(claims)),
+        "## Checks",
+        table(
+            ("check", "value", "required", ""),
+            [
+                (c["name"], f"{c['value']:.3g}", f"{c['op']} {c['required']:g}", "ok" if c["ok"] else "FAILED")
+                for c in checks
+            ],
+        ),
+        "## Scores",
+        "Mean reward of all seeds with its 95% interval (bootstrap over seeds, then prompts). The oracle is a "
+        "reference line: whether any member alone is right.",
+        table(("method", *tables), score_cells(tables)),
+        *(f"![{task}](scores-{task}.png)" for task in tables),
+        "## Every seed",
+        *(
+            f"{task}\n\n"
+            + table(
+                ("method", *(f"seed {s}" for s in range(plan.seeds))),
+                [(name, *(f"{score:.3f}" for score in row["per_seed"])) for name, row in results["methods"].items()],
+            )
+            for task, results in tables.items()
+        ),
+        "## Differences",
+        "On the same prompts, paired by seed; p corrected for all rows of a task (Holm).",
+        *(
+            f"{task}\n\n"
+            + table(
+                ("a", "b", "a - b", "95% interval", "p (Holm)"),
+                [
+                    (
+                        r["a"],
+                        r["b"],
+                        f"{r['difference']:+.3f}",
+                        f"{r['ci95'][0]:+.3f} to {r['ci95'][1]:+.3f}",
+                        f"{r['p_holm']:.2g}",
+                    )
+                    for r in results["differences"]
+                ],
+            )
+            for task, results in tables.items()
+        ),
+        "## Transfer",
+        "Trained on the row, tested on the column, without retraining; mean of all seeds "
+        f"({plan.transfer_prompts} prompts).",
+    ]
+    for agent, matrix in matrices.items():
+        cells = [
+            (row, *(f"{score:.3f}" for score in scores))
+            for row, scores in zip(matrix["rows"], matrix["scores"], strict=True)
+        ]
+        parts += [
+            f"{agent}\n\n" + table(("trained on", *matrix["columns"]), cells),
+            f"![{agent}](transfer-{agent}.png)",
+        ]
+        report.transfer_map(out / f"transfer-{agent}.png", matrix, f"Transfer of {agent}")
+    parts += [
+        "## Time",
+        f"{times[0]['task']}, {PROMPTS} prompts at once, seed 0, all cores; training and tuning on one core, "
+        "compilation included. The last columns: after how many seconds of training the agent's dev score reached this "
+        "method's.",
+        table(TIME_COLUMNS, time_cells(times)),
+    ]
+    for task, results in tables.items():
+        report.scores_chart(out / f"scores-{task}.png", results)
+    files.write_text(out / "claims.md", "\n\n".join(parts) + "\n")
+
+
+def claim_directory(out: Path, plan: Plan) -> None:
+    """Exits if the directory holds a study with other settings."""
+    marks = {name: specialists.fingerprint(name, 0, plan.quick) for name in specialists.RECIPES}
+    wanted = {
+        **dataclasses.asdict(plan),
+        "specialists": marks,
+        "pool": {k: list(v) for k, v in specialists.POOL.items()},
+    }
+    path = out / "plan.json"
+    if path.is_file() and files.read_json(path) != wanted:
+        sys.exit(f"error: {out} holds a study with other settings; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, wanted)
+
+
+def main() -> None:
+    options = common.parse_args(__doc__.splitlines()[0] if __doc__ else "", out=Path("runs/claims_rlae"))
+    plan = QUICK if options.quick else FULL
+    assert options.out is not None
+    out = options.out / "quick" if options.quick else options.out
+    environment = common.environment()
+    claim_directory(out, plan)
+    began = time.perf_counter()
+    try:
+        run_all(out, plan)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    _use_compilation_cache(out)
+    tables = {task: join_results([cell(out, task, s) for s in range(plan.seeds)]) for task in plan.iterations}
+    matrices = {agent: merge_transfer(out, plan, agent) for agent in AGENTS}
+    times = time_methods(out, plan, "skills3")
+    claims = [*score_claims(tables), *transfer_claims(tables, matrices), *time_claims(times)]
+    checks = make_checks(tables, times)
+    common.print_table("Scores", ("method", *tables), score_cells(tables))
+    common.print_table("Claims", CLAIM_COLUMNS, claim_cells(claims))
+    common.print_table("Time", TIME_COLUMNS, time_cells(times))
+    write_page(out, plan, tables, matrices, times, claims, checks, environment)
+    rows = [*({"kind": "claim", **c} for c in claims), *times]
+    common.finish(rows, checks, environment, options.json_path)
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; tables and pictures in {out / 'claims.md'}")
+
+
+if __name__ == "__main__":
+    main()
