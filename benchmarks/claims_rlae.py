@@ -260,9 +260,20 @@ def best_baseline(results: Results) -> str:
 
 
 def claim(
-    name: str, measurement: str, value: float | None, ci95: Sequence[float] | None, verdict: str
+    name: str, measurement: str, value: float | None, ci95: Sequence[float] | None, verdict: str, sign: str = "+"
 ) -> dict[str, Any]:
-    return {"claim": name, "measurement": measurement, "value": value, "ci95": ci95, "verdict": verdict}
+    """A row of the table of claims. A difference is shown with its sign."""
+    shown = "" if value is None else f"{value:{sign}.3f}"
+    if ci95 is not None and (ci95[0] != value or ci95[1] != value):
+        shown += f" ({ci95[0]:{sign}.3f} to {ci95[1]:{sign}.3f})"
+    return {
+        "claim": name,
+        "measurement": measurement,
+        "value": value,
+        "ci95": ci95,
+        "verdict": verdict,
+        "shown": shown,
+    }
 
 
 def score_claims(tables: Mapping[str, Results]) -> list[dict[str, Any]]:
@@ -426,7 +437,8 @@ def time_claims(times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "never reaches its score" if equal is None else f"reaches its score after {equal:.0f} s of training"
             )
             said = f"time per answer relative to {row['method']} (quartiles); {reached}"
-            claims.append(claim(f"R4 {agent} faster than {row['method']}", said, middle, [low, high], verdicts[-1]))
+            name = f"R4 {agent} faster than {row['method']}"
+            claims.append(claim(name, said, middle, [low, high], verdicts[-1], sign=""))
     return claims
 
 
@@ -452,14 +464,8 @@ def make_checks(tables: Mapping[str, Results], times: Sequence[Mapping[str, Any]
     return checks
 
 
-def _number(value: float | None, ci95: Sequence[float] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:+.3f}" if ci95 is None else f"{value:+.3f} ({ci95[0]:+.3f} to {ci95[1]:+.3f})"
-
-
 def claim_cells(claims: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    return [(c["claim"], c["measurement"], _number(c["value"], c["ci95"]), c["verdict"]) for c in claims]
+    return [(c["claim"], c["measurement"], c["shown"], c["verdict"]) for c in claims]
 
 
 CLAIM_COLUMNS = ("claim", "measurement", "value (95% interval)", "verdict")

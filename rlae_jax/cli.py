@@ -110,6 +110,9 @@ class TaskOptions:
     """Prompts go through the models' chat templates."""
     max_new_tokens: int | None = None
     """The longest answer. Default: the task's."""
+    max_prompt_tokens: int | None = None
+    """Leave out prompts that have more tokens for some model, and say how many. Default: none is left out, and one
+    that does not fit is an error."""
 
     def load(self) -> "Task":
         """The task, with what was given changed."""
@@ -136,6 +139,24 @@ class TaskOptions:
         if self.max_new_tokens is not None:
             found = dataclasses.replace(found, max_new_tokens=self.max_new_tokens)
         return found
+
+    def fit(self, task: "Task", ensemble: "Ensemble") -> "Task":
+        """The task without prompts that are too long."""
+        from rlae_jax import report
+
+        most = self.max_prompt_tokens
+        if most is None:
+            return task
+        rows = {}
+        for split, examples in task.splits.items():
+            lengths = ensemble.lengths(ensemble.encode(examples.prompts, chat=task.chat)) if len(examples) else []
+            rows[split] = [i for i, length in enumerate(lengths) if length <= most]
+        left_out = [
+            f"{len(task.splits[split]) - len(kept)} of {len(task.splits[split])} {split}"
+            for split, kept in rows.items()
+        ]
+        report.console.print(f"left out, as longer than {most} tokens: {', '.join(left_out)} prompts", highlight=False)
+        return task.select(rows)
 
 
 Prompted = Annotated[TaskOptions, OmitArgPrefixes]
@@ -355,6 +376,7 @@ def train(
     temperature: float | None = None,
     reads: tuple[Literal["hidden", "stats", "span", "prompt", "text"], ...] | None = None,
     encoder: str | None = None,
+    max_spans: int | None = None,
     distribution: Literal["dirichlet", "logistic_normal"] | None = None,
     share_actors: bool = False,
     member_cost: float | None = None,
@@ -393,6 +415,7 @@ def train(
         temperature: of the tokens during training; 0 writes the most probable ones. Default: the preset's.
         reads: what the agent sees. Default: hidden stats span.
         encoder: of an agent that reads text: a Hugging Face encoder, such as microsoft/deberta-v3-base.
+        max_spans: spans of the longest answers that the agent shall ever set weights for. Default: those of the task.
         distribution: of a single agent's weights. Default: dirichlet.
         share_actors: the agents of mappo are one network.
         member_cost: taken off the reward for each further member in use. Default: 0.
@@ -432,6 +455,7 @@ def train(
         "reads": reads,
         "encoder": encoder,
         "span_lengths": span_lengths,
+        "max_spans": max_spans,
         "distribution": distribution,
         "share_actors": share_actors or None,
     }
@@ -439,6 +463,7 @@ def train(
     agent = dataclasses.replace(make().agent, **_given(of_agent))
     config = make(**_given(changes), agent=agent)
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
+    found = prompted.fit(found, ensemble)
     began = time.perf_counter()
     done, problems = config.iterations, ""
     try:
@@ -526,6 +551,7 @@ def evaluate(
         raise InputError(f"--limit must be at least 1, not {limit}")
     found = prompted.load()
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
+    found = prompted.fit(found, ensemble)
     examples = found.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
     ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts, chat=found.chat)), found.max_new_tokens)
@@ -615,6 +641,7 @@ def ablate(
     make_cells(base, values)  # tells now, not after reading gigabytes
     found = prompted.load()
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
+    found = prompted.fit(found, ensemble)
     try:
         results = ablate(ensemble, found, base, values, out, split=split, limit=limit, resume=resume)
     except (Interrupted, KeyboardInterrupt) as interrupted:

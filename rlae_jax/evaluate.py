@@ -11,10 +11,11 @@ import dataclasses
 import functools
 import itertools
 import os
+import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Key
 from rlae_jax import files, report, statistics
 from rlae_jax.config import PPOConfig
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights, bucket
+from rlae_jax.fusion.ensemble import Ensemble, Weights, bucket
 from rlae_jax.fusion.operators import get_operator
 from rlae_jax.fusion.policy import (
     BoundPolicy,
@@ -36,6 +37,7 @@ from rlae_jax.fusion.policy import (
     Perplexity,
     Policy,
     Schedule,
+    take_rows,
 )
 from rlae_jax.metrics import read_metrics
 from rlae_jax.ppo.dirichlet import Dirichlet
@@ -69,6 +71,10 @@ class Replay:
         rows = jnp.arange(len(observation.span)) % params.shape[0]
         weights = params[rows, jnp.minimum(observation.span, params.shape[1] - 1)]
         return Deterministic(weights), jnp.zeros(weights.shape[0])
+
+    def of_rows(self, params: Float[Array, "B P K"], start: Array | int, n: int, total: int) -> tuple["Replay", Array]:
+        del total
+        return self, take_rows(params, start, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +182,47 @@ def _replayed(ensemble: Ensemble, task: Task, weights: Float[np.ndarray, "B P K"
     return Method(ensemble, BoundPolicy(Replay(), params, dims, span_length))
 
 
-def _generate(method: Method, task: Task, prompts: Sequence[str]) -> Generation:
-    return method.ensemble.generate(
-        prompts,
+class _Batch(NamedTuple):
+    """Answers to some prompts."""
+
+    texts: list[str]
+    finish_reasons: list[str]
+    weights: list[Float[np.ndarray, "P K"]]  # of each row's own spans
+    tokens: int
+
+
+def _answer(method: Method, task: Task, examples: Examples) -> _Batch:
+    """Greedy answers, or the letters of the likeliest options: of the highest log-probability per byte, so that long
+    options are not at a disadvantage. Such an answer counts as one token, and its weights are not kept."""
+    if task.by_likelihood:
+        assert examples.options is not None
+        found = method.ensemble.log_likelihoods(
+            examples.prompts, examples.options, method.weights, method.span_length, chat=task.chat
+        )
+        texts = [
+            string.ascii_uppercase[np.argmax(row / [len(option.encode()) for option in options])]
+            for row, options in zip(found, examples.options, strict=True)
+        ]
+        none = np.zeros((0, len(method.ensemble.members)), np.float32)
+        return _Batch(texts, ["likeliest"] * len(texts), [none] * len(texts), len(texts))
+    generation = method.ensemble.generate(
+        examples.prompts,
         method.weights,
         span_length=method.span_length,
         max_new_tokens=task.max_new_tokens,
         stop=task.stop,
         chat=task.chat,
     )
+    weights = [used[~np.isnan(used[:, 0])] for used in generation.weights]
+    return _Batch(generation.texts, generation.finish_reasons, weights, sum(generation.steps))
+
+
+def _with_room(ensemble: Ensemble, task: Task) -> Task:
+    """Of a task by likelihood, the task whose longest answer is its longest option in the ensemble's tokens."""
+    if not task.by_likelihood:
+        return task
+    options = {option for examples in task.splits.values() for own in examples.options or () for option in own}
+    return dataclasses.replace(task, max_new_tokens=max(ensemble.lengths(ensemble.encode(sorted(options)))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,29 +261,29 @@ class _Writer:
           method_for: gives the method for a batch of rows.
         """
         examples = self._examples
-        generations: list[Generation] = []
+        batches: list[_Batch] = []
         pending = []
         seconds = 0.0
         compiled: set[int] = set()
         for start in range(0, len(examples), _ROWS):
-            part = slice(start, min(start + _ROWS, len(examples)))
-            method, prompts = method_for(part), examples.prompts[part]
-            if len(prompts) not in compiled:  # the first call of a size compiles, and is not timed
-                compiled.add(len(prompts))
-                _generate(method, self._task, prompts)
+            places = slice(start, min(start + _ROWS, len(examples)))
+            method, part = method_for(places), examples.select(range(places.start, places.stop))
+            if len(part) not in compiled:  # the first call of a size compiles, and is not timed
+                compiled.add(len(part))
+                _answer(method, self._task, part)
             began = time.perf_counter()
-            generation = _generate(method, self._task, prompts)
+            batch = _answer(method, self._task, part)
             seconds += time.perf_counter() - began
-            generations.append(generation)
-            pending.append(self._pool.submit(prompts, generation.texts, examples.references[part]))
-            on_progress(part.stop)
+            batches.append(batch)
+            pending.append(self._pool.submit(part.prompts, batch.texts, part.references))
+            on_progress(places.stop)
         return _Answers(
-            [text for generation in generations for text in generation.texts],
-            [reason for generation in generations for reason in generation.finish_reasons],
-            [used[~np.isnan(used[:, 0])] for generation in generations for used in generation.weights],
+            [text for batch in batches for text in batch.texts],
+            [reason for batch in batches for reason in batch.finish_reasons],
+            [used for batch in batches for used in batch.weights],
             np.concatenate([rewards.result() for rewards in pending]),
             seconds,
-            sum(sum(generation.steps) for generation in generations),
+            sum(batch.tokens for batch in batches),
         )
 
     def _shuffled(self, agent: Method) -> Callable[[slice], Method]:
@@ -338,13 +376,11 @@ def _search(
             pending = []
             for start in range(0, len(rows), _ROWS):
                 points, places = zip(*rows[start : start + _ROWS], strict=True)
-                prompts, references = (
-                    [column[i] for i in places] for column in (examples.prompts, examples.references)
-                )
-                generation = _generate(
-                    _replayed(ensemble, task, candidates[list(points)], task.span_length), task, prompts
-                )
-                pending.append(pool.submit(prompts, generation.texts, references))
+                part, weights = examples.select(places), candidates[list(points)]
+                if task.by_likelihood:  # each option is a row
+                    weights = np.repeat(weights, [len(own) for own in part.options or ()], axis=0)
+                texts = _answer(_replayed(ensemble, task, weights, task.span_length), task, part).texts
+                pending.append(pool.submit(part.prompts, texts, part.references))
                 done += len(places)
                 update(done, "")
             scores = (
@@ -436,9 +472,9 @@ def _tuned(
         for option in options:
             pending = []
             for start in range(0, len(examples), _ROWS):
-                part = slice(start, start + _ROWS)
-                generation = _generate(make(**option), task, examples.prompts[part])
-                pending.append(pool.submit(examples.prompts[part], generation.texts, examples.references[part]))
+                part = examples.select(range(start, min(start + _ROWS, len(examples))))
+                texts = _answer(make(**option), task, part).texts
+                pending.append(pool.submit(part.prompts, texts, part.references))
             scores.append(np.mean(np.concatenate([rewards.result() for rewards in pending])))
             update(len(scores) * len(examples), "")
     best = options[int(np.argmax(scores))]
@@ -493,9 +529,9 @@ def baseline_methods(
       runs: where the router's run is kept (as `router`), and taken up again.
 
     Raises:
-      InputError: an unknown name, or one that lacks what it needs; a task without written answers.
+      InputError: an unknown name, or one that lacks what it needs.
     """
-    _require_written(task)
+    task = _with_room(ensemble, task)
     singles = member_names(ensemble)
     agent = next(iter((agents or {}).values()), ())
     known = [*singles, *ALL]
@@ -505,6 +541,8 @@ def baseline_methods(
         lacking["shuffled"] = "needs a trained agent (--policy RUN) whose spans all have the same length"
     if runs is None:
         lacking["router"] = "is trained, and needs a directory for its run"
+    if task.by_likelihood:
+        lacking |= dict.fromkeys(("router", "shuffled"), "is for written answers, not for the likeliest option")
     if not ensemble.continues:
         lacking["perplexity"] = "reads how likely a prompt is, which an encoder-decoder cannot say"
     if names is None:
@@ -593,14 +631,6 @@ def baseline_methods(
     return {name: made(name) for name in names}
 
 
-def _require_written(task: Task) -> None:
-    if task.by_likelihood:
-        raise InputError(
-            f"task {task.name} takes the likeliest of its options for the answer; only written answers can be compared "
-            "here. Choose a reward that reads the answer's text"
-        )
-
-
 def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: Path) -> list[BoundPolicy]:
     """The same agent with the same training, but one action for the whole answer. Goes on with the run in `out`."""
     config = PPOConfig() if config is None else config
@@ -635,6 +665,7 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
       InputError: not a run directory, or an agent of other members or for shorter answers than the task's.
     """
     agents: dict[str, list[Method]] = {}
+    task = _with_room(ensemble, task)
     for run in runs:
         config, _ = read_run(run)
         for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
@@ -667,9 +698,8 @@ def evaluate(
       limit: only the split's first prompts.
 
     Raises:
-      InputError: an unknown or empty split, prompts that do not fit, a task without written answers.
+      InputError: an unknown or empty split, prompts that do not fit.
     """
-    _require_written(task)
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)

@@ -280,8 +280,8 @@ class TestAll:
     def test_members_write_once_for_vote_and_oracle(self, ensemble, monkeypatch):
         task = toys.task()
         calls = []
-        generate = evaluation._generate
-        monkeypatch.setattr(evaluation, "_generate", lambda *args: calls.append(args) or generate(*args))
+        answer = evaluation._answer
+        monkeypatch.setattr(evaluation, "_answer", lambda *args: calls.append(args) or answer(*args))
         evaluate(baseline_methods(ensemble, task, ["vote", "oracle", *SINGLES]), task)
         assert len(calls) == 2 * 2  # each member once for compiling and once for its answers
 
@@ -292,9 +292,6 @@ class TestAll:
         raises_input_error(
             lambda: baseline_methods(ensemble, task, ["shuffled"], agents={"rlae_ppo": [Method(ensemble)]}), "policy"
         )
-        options = dataclasses.replace(task, by_likelihood=True)
-        raises_input_error(lambda: baseline_methods(ensemble, options, ["uniform"]), "toy", "likeliest")
-        raises_input_error(lambda: evaluate({"a": agent}, options), "toy", "likeliest")
 
 
 class TestVote:
@@ -413,6 +410,67 @@ class TestSeeds:
         np.testing.assert_allclose(first["difference"], 2 / 8)
         assert first["p"] == statistics.sign_flip_p(np.repeat([1.0, -1.0], [40, 24]))
         assert first["p_holm"] > first["p"]
+
+
+class TestByLikelihood:
+    """The toy task as multiple choice: the options are the four digits."""
+
+    @staticmethod
+    def options(examples, more=()):
+        n = len(examples)
+        letters = ["ABCD"[int(reference)] for reference in examples.references]
+        return dataclasses.replace(examples, references=letters, options=[(*toys.DIGITS, *more)] * n)
+
+    def task(self):
+        task = toys.task()
+        splits = {name: self.options(examples) for name, examples in task.splits.items()}
+        return dataclasses.replace(task, splits=splits, by_likelihood=True)
+
+    def test_it_scores_what_writing_scores(self, ensemble, agent, raises_input_error):
+        task = self.task()
+        names = [*SINGLES, "uniform", "static", "schedule", "confidence", "gate", "random", "vote", "oracle"]
+        methods = baseline_methods(ensemble, task, names) | {"rlae_ppo": agent}
+        rows = evaluate(methods, task)["methods"]
+        scores = {name: row["score"] for name, row in rows.items() if name != "random"}
+        assert scores == {
+            "single:left": 5 / 8,
+            "single:right": 3 / 8,
+            "uniform": 3 / 8,
+            "static": 5 / 8,
+            "schedule": 5 / 8,
+            "confidence": 3 / 8,
+            "gate": 5 / 8,
+            "vote": 5 / 8,
+            "oracle": 1,
+            "rlae_ppo": 1,
+        }
+        for name in ("router", "shuffled"):
+            raises_input_error(
+                lambda name=name: baseline_methods(ensemble, task, [name], agents={"rlae_ppo": [agent]}),
+                name,
+                "likeliest",
+            )
+
+    def test_long_options_are_at_no_disadvantage(self, ensemble):
+        """Compared with the likelihoods themselves, per byte; prompts may have options of different number."""
+        task = self.task()
+        examples = self.options(toys.task().split("test").take(6), more=("00", "123"))
+        options = [own if i % 2 else own[2:] for i, own in enumerate(examples.options)]
+        task = dataclasses.replace(task, splits={"test": dataclasses.replace(examples, options=options)})
+        texts = evaluation._answer(Method(ensemble, [1, 1]), task, task.split("test")).texts
+        for prompt, own, text in zip(examples.prompts, options, texts, strict=True):
+            (likely,) = ensemble.log_likelihoods([prompt], [own], [1, 1])
+            assert text == "ABCDEF"[int(np.argmax([p / len(option) for p, option in zip(likely, own, strict=True)]))]
+
+    def test_the_longest_option_has_room(self, ensemble):
+        examples = self.options(toys.task().split("test"), more=("0123012",))
+        task = dataclasses.replace(self.task(), splits={"train": examples, "test": examples})
+        methods = baseline_methods(ensemble, task, ["schedule", "random"])
+        assert methods["schedule"].weights.params.shape == (7, 2)
+        assert evaluate(methods, task)["methods"]["schedule"]["score"] == 5 / 8
+
+    def test_agents_are_trained_on_written_answers(self, ensemble, tmp_path, raises_input_error):
+        raises_input_error(lambda: rj.train(ensemble, self.task(), toys.SETTINGS, tmp_path / "run"), "likelihood")
 
 
 class TestRouter:

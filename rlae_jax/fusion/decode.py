@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Key
 
 from rlae_jax.fusion.feed import Lockstep, MemberParams, Model, Ragged, Spelling, models_of, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, FusionOperator, linear, loglinear
-from rlae_jax.fusion.policy import STATS, ChoosesLength, Dims, Fixed, Observation, Policy
+from rlae_jax.fusion.policy import STATS, ChoosesLength, Dims, Fixed, Observation, Policy, of_rows
 from rlae_jax.fusion.reading import TextReader
 from rlae_jax.fusion.sampling import Sampling, choose_token
 from rlae_jax.models import ModelConfig, transformer
@@ -154,6 +154,12 @@ class DecodeState(NamedTuple):
         """True where a row really took a decision."""
         spans = np.arange(self.trajectory.value.shape[0])
         return self.decisions[None] > spans[:, None]
+
+
+def without_caches(state: DecodeState) -> DecodeState:
+    """What is read of answers: no caches, which would be copied out of the loop, and no keys, which have no form
+    outside."""
+    return state._replace(feed=(), row_keys=(), seen=(), prompt_scores=())
 
 
 def row_keys(key: Key[Array, ""] | Key[Array, "B"], batch: int) -> Key[Array, "B"]:
@@ -522,3 +528,95 @@ def decode(
       active: rows that are False write nothing.
     """
     return decode_spans(params, prefill(params, prompt_ids, prompt_mask, key, spec, active), policy_params, spec)
+
+
+# Bytes of weights, keys and values that a step finds in a processor's cache, and the fewest rows whose products are
+# still efficient.
+_CACHED_BYTES = 16 * 2**20
+_LEAST_ROWS = 32
+
+
+class _Rows(NamedTuple):
+    """What belongs to the rows of a batch."""
+
+    ids: Any
+    mask: Any
+    keys: Key[Array, "B"]
+    active: Any
+    limits: Any
+    forced: Any
+    text: Any
+
+
+def answers(
+    params: tuple[MemberParams, ...],
+    prompt_ids: Any,
+    prompt_mask: Any,
+    policy_params: Any,
+    key: Key[Array, ""] | Key[Array, "B"],
+    spec: DecodeSpec,
+    active: Bool[Array, "B"] | None = None,
+    samples: int = 1,
+) -> DecodeState:
+    """As `decode`, for who reads the answers alone (`without_caches`). On the CPU a large batch may be decoded a group
+    of rows after another, which gives the same answers.
+
+    Args:
+      samples: answers per prompt, one after another, which share its prefill.
+    """
+    b = (prompt_ids if spec.union is None else prompt_ids[0]).shape[0]
+    text = () if spec.reader is None else spec.reader.prompts
+    rows = _Rows(prompt_ids, prompt_mask, row_keys(key, b), active, spec.limits, spec.forced, text)
+
+    def run(rows: _Rows, spec: DecodeSpec, policy_params: Any) -> DecodeState:
+        state = prefill(params, rows.ids, rows.mask, rows.keys, spec, rows.active)
+        state = state if samples == 1 else repeat_rows(state, spec, samples)
+        return without_caches(decode_spans(params, state, policy_params, spec))
+
+    groups = _groups(params, rows, spec, samples)
+    if groups == 1:
+        return run(rows, spec, policy_params)
+    n = b // groups
+
+    def of_group(group: tuple[Array, _Rows]) -> DecodeState:
+        start, own = group
+        policy, own_params = of_rows(spec.policy, policy_params, start * samples, n * samples, b * samples)
+        reader = spec.reader and dataclasses.replace(spec.reader, prompts=own.text)
+        changes = {"policy": policy, "limits": own.limits, "forced": own.forced, "reader": reader}
+        return run(own, dataclasses.replace(spec, **changes), own_params)
+
+    split = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(groups, n, *leaf.shape[1:]), rows)
+    states = lax.map(of_group, (jnp.arange(groups) * n, split))
+    trajectory = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), states.trajectory)
+    per_row = states._replace(step=(), trajectory=())
+    joined: DecodeState = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), per_row)
+    return joined._replace(
+        step=jnp.max(states.step),
+        trajectory=jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1, *leaf.shape[3:]), trajectory),
+    )
+
+
+def _groups(params: tuple[MemberParams, ...], rows: _Rows, spec: DecodeSpec, samples: int) -> int:
+    """In how many groups a batch is decoded.
+
+    A step of small members at a large batch spends most of its time reading keys and values, and reads them all again
+    in the next one. On the CPU those of a group may stay in the processor's cache, if the weights, which every group
+    reads anew, do so, too.
+    """
+    if jax.default_backend() != "cpu" or any(not isinstance(p, dict) for p in params):
+        return 1
+    b = len(rows.keys)
+    ids = [rows.ids] * len(spec.members) if spec.union is None else rows.ids
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    kept = 0
+    for member, own, p in zip(spec.members, ids, params, strict=True):
+        slots = own.shape[1] + (spec.max_new_tokens if spec.union is None else spec.member_tokens)
+        itemsize = jax.tree.leaves(p)[0].dtype.itemsize
+        kept += 2 * member.layers * member.kv_heads * member.head_width * slots * itemsize * b * samples
+    agents = getattr(spec.policy, "agents", 1)  # whose rows stand together
+    groups = 1
+    while weights + kept / groups > _CACHED_BYTES:
+        groups = agents if groups == 1 < agents else 2 * groups
+        if b % groups or b // groups * samples < _LEAST_ROWS:
+            return 1
+    return groups

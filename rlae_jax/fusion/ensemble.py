@@ -146,25 +146,22 @@ def same_tables(vocab: int, members: int) -> decoding.UnionTables:
     return decoding.UnionTables((spelling,) * members, jnp.zeros((8, vocab), jnp.int8))
 
 
+def _keys(seed: Array) -> Array:
+    return jax.random.key(seed) if seed.ndim == 0 else jax.vmap(jax.random.key)(seed)
+
+
 def _begin(
     params: Any, ids: Any, mask: Any, seed: Array, spec: decoding.DecodeSpec, active: Array, samples: int
 ) -> decoding.DecodeState:
-    key = jax.random.key(seed) if seed.ndim == 0 else jax.vmap(jax.random.key)(seed)
-    state = decoding.prefill(params, ids, mask, key, spec, active)
+    state = decoding.prefill(params, ids, mask, _keys(seed), spec, active)
     return state if samples == 1 else decoding.repeat_rows(state, spec, samples)
-
-
-def _result(state: decoding.DecodeState) -> decoding.DecodeState:
-    """What the host reads: without caches, which would be copied out of the loop, and keys, which have no host form."""
-    return state._replace(feed=(), row_keys=(), seen=(), prompt_scores=())
 
 
 @functools.partial(jax.jit, static_argnames="samples")
 def _decode(
     params: Any, ids: Any, mask: Any, policy_params: Any, seed: Array, spec: Any, active: Array, samples: int
 ) -> decoding.DecodeState:
-    state = _begin(params, ids, mask, seed, spec, active, samples)
-    return _result(decoding.decode_spans(params, state, policy_params, spec))
+    return decoding.answers(params, ids, mask, policy_params, _keys(seed), spec, active, samples)
 
 
 _start = functools.partial(jax.jit, static_argnames="samples")(_begin)
@@ -942,7 +939,7 @@ class Ensemble:
         while True:
             until += steps
             state = _advance(params, state, policy_params, spec, np.int32(until))
-            host = _rows_of(jax.device_get(_result(state)), rows)
+            host = _rows_of(jax.device_get(decoding.without_caches(state)), rows)
             if job.stop:
                 stopped = np.zeros(len(state.done), bool)
                 stopped[:rows] = [reason == "stop" for reason in self._collect(job, host).finish_reasons]

@@ -9,6 +9,9 @@ and `reads`, the parts of the observation that it looks at; the decoding loop co
 pytree over a batch of rows that draws actions and says which weights an action is: most actions are the weights
 themselves, but several agents that act together have an action each. A policy with `span_lengths` also chooses how long
 its action holds. Fixed weights are a policy too, so decoding has one path. Trained policies live in `rlae_jax.ppo`.
+
+Parameters are the same for all rows of a batch, unless the policy has a method `of_rows`, which takes those of some
+rows (see the function of that name).
 """
 
 import dataclasses
@@ -79,6 +82,17 @@ class Policy(Protocol):
     def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, "B"]]: ...
 
 
+def of_rows(policy: Policy, params: Any, start: Array | int, n: int, total: int) -> tuple[Policy, Any]:
+    """The policy and its parameters for n of the `total` rows of a batch, from row `start` on."""
+    own = getattr(policy, "of_rows", None)
+    return (policy, params) if own is None else own(params, start, n, total)
+
+
+def take_rows(params: Float[Array, "B *N"], start: Array | int, n: int) -> Float[Array, "n *N"]:
+    """Of parameters with a row for each row of a batch, or with one for all."""
+    return params if len(params) == 1 else jax.lax.dynamic_slice_in_dim(params, start, n)
+
+
 class Deterministic(NamedTuple):
     """All probability on one point of the simplex."""
 
@@ -115,6 +129,10 @@ class Fixed:
     def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
         del observation
         return Deterministic(params), jnp.zeros(params.shape[0])
+
+    def of_rows(self, params: Float[Array, "B K"], start: Array | int, n: int, total: int) -> tuple["Fixed", Array]:
+        del total
+        return self, take_rows(params, start, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +267,10 @@ class Draw:
     def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[OneHot, Float[Array, "B"]]:
         del observation
         return OneHot(params), jnp.zeros(params.shape[0])
+
+    def of_rows(self, params: Float[Array, "B K"], start: Array | int, n: int, total: int) -> tuple["Draw", Array]:
+        del total
+        return self, take_rows(params, start, n)
 
 
 # Policies that need no training, by name; all but the first decide anew at every step.

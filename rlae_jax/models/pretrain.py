@@ -1,4 +1,4 @@
-"""Next-token training of a small language model from scratch: what makes the embedded specialists.
+"""Next-token training of a small language model: what makes the embedded specialists.
 
 In: sequences Int[R, T] and the places that are predicted Bool[R, T]. Out: parameters. All steps of a report interval
 are one compiled scan; batches are drawn on the device from the seed.
@@ -83,15 +83,18 @@ def pretrain(
     train: PretrainConfig,
     *,
     seed: int,
+    params: transformer.Params | None = None,
     on_progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> transformer.Params:
-    """Trains from random parameters; the same seed gives the same parameters on the same machine.
+    """The same seed gives the same parameters on the same machine.
 
     Args:
+      params: where training starts; they are left as they are. None means random ones.
       on_progress: called with the number of steps done and their mean loss, every `report_every` steps.
     """
     init_key, data_key = jax.random.split(jax.random.key(seed))
-    params = transformer.init_params(config, init_key)
+    # Copies, as each step takes the memory of what it is given.
+    params = transformer.init_params(config, init_key) if params is None else jax.tree.map(jnp.copy, params)
     optimiser_state = _optimiser(train).init(params)
     ids, predicted = jnp.asarray(ids), jnp.asarray(predicted)
     for start in range(0, train.steps, train.report_every):

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.config import PPOConfig
-from rlae_jax.fusion.decode import DecodeSpec, decode_spans, prefill, repeat_rows, row_keys
+from rlae_jax.fusion.decode import DecodeSpec, answers, row_keys
 from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
@@ -71,6 +71,14 @@ class SideBySide:
         blocks = jax.tree.map(lambda leaf: leaf.reshape(self.agents, -1, *leaf.shape[1:]), observation)
         both = jax.vmap(self.policy.apply)(params, blocks)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
+
+    def of_rows(self, params: Any, start: Array | int, n: int, total: int) -> tuple["SideBySide", Any]:
+        """The agent whose rows they are."""
+        if n * self.agents > total:
+            raise ValueError(f"{n} of {total} rows belong to more than one of {self.agents} agents")
+        agent = start * self.agents // total
+        of_one = functools.partial(jax.lax.dynamic_index_in_dim, index=agent, keepdims=True)
+        return SideBySide(self.policy, 1), jax.tree.map(of_one, params)
 
 
 class _Samples(NamedTuple):
@@ -141,10 +149,7 @@ def rollout(
 ) -> Rollout:
     """Decodes a batch with weights drawn from the policy, recording every decision; `samples` answers to each prompt,
     which share its prefill."""
-    state = prefill(params, batch.ids, batch.mask, key, spec)
-    if samples > 1:
-        state = repeat_rows(state, spec, samples)
-    state = decode_spans(params, state, policy_params, spec)
+    state = answers(params, batch.ids, batch.mask, policy_params, key, spec, samples=samples)
     spans = state.trajectory
     return Rollout(
         observation=spans.observation,

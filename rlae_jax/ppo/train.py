@@ -269,6 +269,11 @@ def train_seeds(
     max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
     out = Path(out)
+    if task.by_likelihood:
+        raise InputError(
+            f"task {task.name} takes the likeliest of its options for the answer, and agents learn from written ones; "
+            "train with its own reward, and evaluate by likelihood"
+        )
     reading: _Reading | None = None
     if config.agent.encoder is not None:
         encoder = load_encoder(config.agent.encoder)

@@ -37,8 +37,12 @@ class Examples:
 
     def take(self, n: int) -> "Examples":
         """The first n, or all of them."""
-        options = None if self.options is None else self.options[:n]
-        return Examples(self.prompts[:n], self.references[:n], options)
+        return self.select(range(min(n, len(self))))
+
+    def select(self, rows: Sequence[int]) -> "Examples":
+        """These ones, in this order."""
+        options = None if self.options is None else [self.options[i] for i in rows]
+        return Examples([self.prompts[i] for i in rows], [self.references[i] for i in rows], options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +86,9 @@ class Task:
         if not len(examples):
             raise InputError(f"task {self.name}: its split {name!r} is empty: no example is left for it")
         return examples
+
+    def select(self, rows: Mapping[str, Sequence[int]]) -> "Task":
+        """The task with these examples of each split."""
+        splits = {split: examples.select(rows[split]) for split, examples in self.splits.items()}
+        skills = self.skills and {split: [needed[i] for i in rows[split]] for split, needed in self.skills.items()}
+        return dataclasses.replace(self, splits=splits, skills=skills)
