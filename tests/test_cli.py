@@ -103,7 +103,7 @@ class TestHelp:
     def test_of_the_program(self, call):
         status, out, _ = call("--help")
         assert status == 0
-        for command in ("demo", "generate", "train", "evaluate", "ablate", "inspect"):
+        for command in ("demo", "specialists", "generate", "train", "evaluate", "ablate", "inspect"):
             assert command in out
         assert cli.CACHE_VARIABLE in out
 
@@ -111,6 +111,7 @@ class TestHelp:
         ("command", "options"),
         [
             ("demo", "--seed --out --quick"),
+            ("specialists", "--task --out --seed --quick"),
             ("generate", "--models --prompt --weights --policy --max-new-tokens --span-length --temperature --seed"),
             ("generate", "--min-p --repetition-penalty --samples --stream --scores --end-ids --member-tokens --fusion"),
             ("train", "--models --task --data --out --algo --iterations --seed --resume --end-ids"),

@@ -1,12 +1,13 @@
 """The specialists: what they are taught and never see, their tokenizers, and directories that are always complete."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax import specialists
+from rlae_jax import cli, specialists
 from rlae_jax.specialists import POOL, RECIPES, build_pool, make_tokenizer, sequences, vocabulary
 from rlae_jax.tasks import embedded, skills
 from tests.tasks.test_embedded import by_hand, digits_of
@@ -267,6 +268,15 @@ class TestBuildPool:
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
         assert not list(tmp_path.rglob("*noisy*"))
         assert rj.load(build_pool(tmp_path, 0, ["noisy"])["noisy"]).name == "noisy"
+
+    def test_the_command_says_what_to_do_with_them(self, tiny, tmp_path, capsys):
+        cli.specialists(task="noisy", out=tmp_path)
+        told = capsys.readouterr().out
+        train, evaluate = [line.split() for line in told.splitlines() if line.startswith("  rlae-jax")]
+        models = train[train.index("--models") + 1 :][:3]
+        assert models == evaluate[evaluate.index("--models") + 1 :][:3]
+        assert [Path(model).name for model in models] == list(POOL["noisy"])
+        assert all((Path(model) / "config.json").is_file() for model in models)
 
     def test_bad_arguments(self, tiny, tmp_path, raises_input_error):
         raises_input_error(lambda: build_pool(tmp_path, 0, ["noisi"]), "noisi", "overlap_70_30")
