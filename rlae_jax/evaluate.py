@@ -15,7 +15,7 @@ import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +145,7 @@ class Pick:
 
 
 AnyMethod = Method | Shuffled | Pick
+_Row = TypeVar("_Row")
 
 
 def member_names(ensemble: Ensemble) -> list[str]:
@@ -357,6 +358,15 @@ def _search_prompts(task: Task, points: int, answers: int) -> int:
     return min(next(enough, most), most)
 
 
+def _filled(rows: Sequence[_Row]) -> Iterator[tuple[Sequence[_Row], int]]:
+    """Batches of rows, and how many of each count. Where there are several, the last is filled up with rows that do
+    not, so that all run the same program."""
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS]
+        missing = _ROWS - len(part) if start else 0
+        yield [*part, *rows[:missing]], len(part)
+
+
 def _search(
     name: str, ensemble: Ensemble, task: Task, candidates: Float[np.ndarray, "W P K"], answers: int
 ) -> tuple[int, int]:
@@ -374,14 +384,14 @@ def _search(
         for n, kept in _rounds(len(candidates), len(examples)):
             rows = [(point, i) for point in left for i in range(n)]
             pending = []
-            for start in range(0, len(rows), _ROWS):
-                points, places = zip(*rows[start : start + _ROWS], strict=True)
+            for batch, counting in _filled(rows):
+                points, places = zip(*batch, strict=True)
                 part, weights = examples.select(places), candidates[list(points)]
                 if task.by_likelihood:  # each option is a row
                     weights = np.repeat(weights, [len(own) for own in part.options or ()], axis=0)
-                texts = _answer(_replayed(ensemble, task, weights, task.span_length), task, part).texts
-                pending.append(pool.submit(part.prompts, texts, part.references))
-                done += len(places)
+                texts = _answer(_replayed(ensemble, task, weights, task.span_length), task, part).texts[:counting]
+                pending.append(pool.submit(part.prompts[:counting], texts, part.references[:counting]))
+                done += counting
                 update(done, "")
             scores = (
                 np.concatenate([rewards.result() for rewards in pending])
@@ -471,10 +481,10 @@ def _tuned(
     ):
         for option in options:
             pending = []
-            for start in range(0, len(examples), _ROWS):
-                part = examples.select(range(start, min(start + _ROWS, len(examples))))
-                texts = _answer(make(**option), task, part).texts
-                pending.append(pool.submit(part.prompts, texts, part.references))
+            for batch, counting in _filled(range(len(examples))):
+                part = examples.select(batch)
+                texts = _answer(make(**option), task, part).texts[:counting]
+                pending.append(pool.submit(part.prompts[:counting], texts, part.references[:counting]))
             scores.append(np.mean(np.concatenate([rewards.result() for rewards in pending])))
             update(len(scores) * len(examples), "")
     best = options[int(np.argmax(scores))]
