@@ -526,7 +526,7 @@ def write_page(
         + ".",
         HISTORY,
         "## Claims",
-        table(CLAIM_COLUMNS, claim_cells(claims)),
+        table(CLAIM_COLUMNS, claim_cells(claims), left=2),
         "## Checks",
         table(
             ("check", "value", "required", ""),
