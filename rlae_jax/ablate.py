@@ -33,7 +33,7 @@ from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.evaluate import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.ppo.train import TrainProgress, claim_directory, run_config, train_seeds
+from rlae_jax.ppo.train import TrainProgress, claim_directory, require_written, run_config, train_seeds
 from rlae_jax.statistics import t_interval
 from rlae_jax.tasks import Task
 
@@ -268,6 +268,7 @@ def ablate(
       Interrupted: Ctrl-C while a cell was trained; `resume=True` goes on from there.
     """
     out = Path(out)
+    require_written(task)
     cells = make_cells(base, vary)
     examples = task.split(split)
     n = len(examples if limit is None else examples.take(limit))

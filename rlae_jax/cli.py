@@ -100,8 +100,8 @@ class TaskOptions:
     """The answer's field in the file; in JSON it may be a list, of which any counts."""
     reward: str | None = None
     """exact_match, last_number, gsm8k, multiple_choice, token_f1, squad_match, triviaqa_match, math_equivalence, or
-    your own module:function (or file.py:function) of a text and a reference. Default: the benchmark's; exact_match
-    for a file."""
+    your own module:function (or file.py:function) of a text and a reference; to evaluate multiple choice also
+    likelihood: the likeliest option is the answer. Default: the benchmark's; exact_match for a file."""
     data_dir: Path | None = None
     """A directory with the benchmark's files, NAME/SPLIT.jsonl; otherwise it comes from the Hub."""
     shots: int | None = None
@@ -119,7 +119,8 @@ class TaskOptions:
         from rlae_jax.tasks import get_task, jsonl
 
         if (self.task is None) == (self.data is None):
-            raise InputError("give either --task NAME (try skills) or --data FILE.jsonl")
+            both = "" if self.task is None else ", not both"
+            raise InputError(f"give either --task NAME (try skills) or --data FILE.jsonl{both}")
         if self.data is not None:
             foreign = [name for name in ("data_dir", "shots") if getattr(self, name) is not None]
             if foreign:
@@ -151,11 +152,13 @@ class TaskOptions:
         for split, examples in task.splits.items():
             lengths = ensemble.lengths(ensemble.encode(examples.prompts, chat=task.chat)) if len(examples) else []
             rows[split] = [i for i, length in enumerate(lengths) if length <= most]
-        left_out = [
-            f"{len(task.splits[split]) - len(kept)} of {len(task.splits[split])} {split}"
-            for split, kept in rows.items()
-        ]
-        report.console.print(f"left out, as longer than {most} tokens: {', '.join(left_out)} prompts", highlight=False)
+        for split, kept in rows.items():
+            if task.splits[split].prompts and not kept:
+                raise InputError(f"no {split} prompt has at most {most} tokens; give a larger number, or fewer --shots")
+        counts = [(len(task.splits[split]), len(kept), split) for split, kept in rows.items()]
+        told = [f"{n - kept} of {n} {split}" for n, kept, split in counts]
+        if any(n > kept for n, kept, _ in counts):
+            report.console.print(f"left out, as longer than {most} tokens: {', '.join(told)} prompts", highlight=False)
         return task.select(rows)
 
 
@@ -315,6 +318,10 @@ def generate(
         raise InputError("--stream prints text only; leave out --show-weights and --scores, or --stream")
     chosen = _choose_weights(weights, policy)
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
+    if policy is not None and Path(policy).is_dir():
+        from rlae_jax.ppo.train import check_members
+
+        check_members(policy, ensemble)
     options: dict[str, Any] = {
         "span_length": span_length,
         "max_new_tokens": max_new_tokens,
@@ -482,8 +489,8 @@ def train(
                 log_to=log_to,
                 on_progress=show,
             )
-    except Interrupted as interrupted:
-        raise _how_to_go_on(str(interrupted), resume) from None
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        raise _how_to_go_on(str(interrupted) or "stopped", resume) from None
     if problems:
         report.console.print(problems, highlight=False, markup=False)
     if done < config.iterations:
@@ -509,6 +516,7 @@ def evaluate(
     policy: Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")] = (),
     methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None,
     limit: int | None = None,
+    search_prompts: int | None = None,
     adapters: Adapters = (),
     fusion: Literal["linear", "loglinear"] = "linear",
     end_ids: EndIds = (),
@@ -534,7 +542,9 @@ def evaluate(
             anew for each span), shuffled (the agent's weights for another prompt), vote (the members' most frequent
             answer), oracle (whether any member's answer is right: a reference line); all is all of them. Default:
             single:NAME, uniform, static, confidence and schedule.
-        limit: only the first so many prompts of the split.
+        limit: only the first so many prompts of the split. Searches on train are not bounded by it.
+        search_prompts: training prompts that searches read. Default: 1024, or more where an agent saw more answers in
+            training. They take the most time; an evaluation cannot be resumed.
         fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
@@ -547,8 +557,9 @@ def evaluate(
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
         raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, not {limit}")
+    for name, value in (("limit", limit), ("search-prompts", search_prompts)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
     found = prompted.load()
     ensemble = _load_ensemble(models, adapters, fusion, dtype, end_ids)
     found = prompted.fit(found, ensemble)
@@ -556,7 +567,13 @@ def evaluate(
     examples = examples if limit is None else examples.take(limit)
     ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts, chat=found.chat)), found.max_new_tokens)
     agents = load_agents(ensemble, found, policy)
-    chosen = baseline_methods(ensemble, found, methods, agents=agents, config=router_config(policy), runs=out)
+    chosen = baseline_methods(
+        *(ensemble, found, methods),
+        agents=agents,
+        config=router_config(policy),
+        runs=out,
+        search_prompts=search_prompts,
+    )
     results = evaluate_methods({**chosen, **agents}, found, split, limit=limit, out=out)
     names = {run: f"rlae_{read_run(run)[0].algorithm}" for run in policy}
     files.write_json(

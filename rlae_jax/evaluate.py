@@ -41,7 +41,7 @@ from rlae_jax.fusion.policy import (
 )
 from rlae_jax.metrics import read_metrics
 from rlae_jax.ppo.dirichlet import Dirichlet
-from rlae_jax.ppo.train import load_policy, read_run, train_seeds
+from rlae_jax.ppo.train import check_members, load_policy, read_run, train_seeds
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
@@ -181,6 +181,21 @@ def _replayed(ensemble: Ensemble, task: Task, weights: Float[np.ndarray, "B P K"
     params = np.concatenate([weights, filling]).astype(np.float32)
     dims = Dims(ensemble.widths, _spans(task, span_length))
     return Method(ensemble, BoundPolicy(Replay(), params, dims, span_length))
+
+
+class Budget(NamedTuple):
+    """How much searches look at.
+
+    Attributes:
+      answers: no fewer than this many, if the train split has enough prompts.
+      prompts: of the train split at most; by default at least `SEARCH_PROMPTS`, and as many as `answers` needs.
+    """
+
+    answers: int = 0
+    prompts: int | None = None
+
+
+_NO_BUDGET = Budget()
 
 
 class _Batch(NamedTuple):
@@ -350,11 +365,12 @@ def search_size(points: int, prompts: int) -> int:
     return sum(tried * n for tried, (n, _) in zip(kept, _rounds(points, prompts), strict=False))
 
 
-def _search_prompts(task: Task, points: int, answers: int) -> int:
-    """On how many training prompts a search has to try its points: on `SEARCH_PROMPTS`, or on more, so that it looks at
-    `answers` answers, if the split has as many."""
+def _search_prompts(task: Task, points: int, budget: Budget) -> int:
+    """On how many training prompts a search has to try its points."""
     most = len(task.split("train"))
-    enough = (n for n in range(SEARCH_PROMPTS, most, 64) if search_size(points, n) >= answers)
+    if budget.prompts is not None:
+        return min(budget.prompts, most)
+    enough = (n for n in range(SEARCH_PROMPTS, most, 64) if search_size(points, n) >= budget.answers)
     return min(next(enough, most), most)
 
 
@@ -368,15 +384,15 @@ def _filled(rows: Sequence[_Row]) -> Iterator[tuple[Sequence[_Row], int]]:
 
 
 def _search(
-    name: str, ensemble: Ensemble, task: Task, candidates: Float[np.ndarray, "W P K"], answers: int
+    name: str, ensemble: Ensemble, task: Task, candidates: Float[np.ndarray, "W P K"], budget: Budget
 ) -> tuple[int, int]:
     """Which of the weights per span has the best mean reward on training prompts; of equally good ones the nearest to
-    uniform. And at how many answers it looked, which are at least `answers` where there are enough prompts.
+    uniform. And at how many answers it looked.
 
     All are tried on a few prompts, the better ones on four times as many, and so on; the last round reads all prompts.
     A batch holds several candidates, as weights are per row.
     """
-    examples = task.split("train").take(_search_prompts(task, len(candidates), answers))
+    examples = task.split("train").take(_search_prompts(task, len(candidates), budget))
     distances = np.sum((candidates - 1 / candidates.shape[2]) ** 2, axis=(1, 2))
     left = list(range(len(candidates)))
     done, total = 0, search_size(len(candidates), len(examples))
@@ -413,18 +429,15 @@ def _uniform(members: int) -> Float[np.ndarray, "K"]:
     return np.full(members, 1 / members, np.float32)
 
 
-def static_weights(ensemble: Ensemble, task: Task, answers: int = 0) -> tuple[Float[np.ndarray, "K"], int]:
+def static_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) -> tuple[Float[np.ndarray, "K"], int]:
     """The best fixed weights: the simplex grid of step 0.05, which has the one-hots, and equal weights, on training
     prompts.
-
-    Args:
-      answers: at how many answers to look at least. Without it 1,024 prompts are read.
 
     Returns the weights, and at how many answers it looked.
     """
     members = len(ensemble.members)
     grid = _with(simplex_grid(members, STATIC_STEP), _uniform(members))
-    best, looked = _search("static", ensemble, task, grid[:, None], answers)
+    best, looked = _search("static", ensemble, task, grid[:, None], budget)
     return grid[best], looked
 
 
@@ -432,14 +445,14 @@ def schedule_weights(
     ensemble: Ensemble,
     task: Task,
     start: Float[np.ndarray, "K"],
-    answers: int = 0,
+    budget: Budget = _NO_BUDGET,
 ) -> tuple[BoundPolicy, int]:
     """The best weights per span index, which see no state: one pass of coordinate search over the spans.
 
     Each span in turn takes the best point of a grid while the others keep theirs; all begin at `start`. The grid is the
     one of `static_weights`, or a coarser one if that has more than 100 points, with the span's weights so far: on the
     training prompts the result is never worse than `start` in every span, unless the first rounds of the search drop
-    it. Arguments and what is returned besides the policy are as in `static_weights`.
+    it. Also returns at how many answers it looked.
     """
     step = STATIC_STEP
     while len(grid := simplex_grid(len(ensemble.members), step)) > _SCHEDULE_POINTS:
@@ -452,7 +465,7 @@ def schedule_weights(
         candidates = np.repeat(weights[None], len(points), axis=0)
         candidates[:, p] = points
         name = f"schedule, span {p + 1} of {spans}"
-        best, size = _search(name, ensemble, task, candidates, -(-answers // spans))
+        best, size = _search(name, ensemble, task, candidates, budget._replace(answers=-(-budget.answers // spans)))
         weights[p] = points[best]
         looked += size
     return BoundPolicy(Schedule(), weights, Dims(ensemble.widths, spans), task.span_length), looked
@@ -468,10 +481,10 @@ _TOP_KS = (10, 1, 2, 3, 5, 20, 50)
 
 
 def _tuned(
-    name: str, task: Task, options: Sequence[Mapping[str, Any]], answers: int, make: Callable[..., Method]
+    name: str, task: Task, options: Sequence[Mapping[str, Any]], budget: Budget, make: Callable[..., Method]
 ) -> Method:
     """The method of the options that have the best mean reward on training prompts; of equally good ones the first."""
-    n = max(SEARCH_PROMPTS, -(-answers // len(options)))
+    n = budget.prompts or max(SEARCH_PROMPTS, -(-budget.answers // len(options)))
     examples = task.split("train").take(min(n, len(task.split("train"))))
     began = time.perf_counter()
     scores = []
@@ -526,6 +539,7 @@ def baseline_methods(
     agents: Mapping[str, Sequence[Method]] | None = None,
     config: PPOConfig | None = None,
     runs: Path | None = None,
+    search_prompts: int | None = None,
 ) -> dict[str, AnyMethod | list[AnyMethod]]:
     """The methods to compare agents with, by name; several seeds of one are a list.
 
@@ -536,6 +550,7 @@ def baseline_methods(
       agents: trained ones by name; `shuffled` is the first of them, with each of its seeds.
       config: of the router: the agents' own settings. Every search looks at no fewer answers than an agent saw with
         them in training, if the train split has enough prompts.
+      search_prompts: of the train split, that searches read at most; see `Budget`.
       runs: where the router's run is kept (as `router`), and taken up again.
 
     Raises:
@@ -571,7 +586,8 @@ def baseline_methods(
         if name in lacking:
             raise InputError(f"method {name} {lacking[name]}")
     length = task.span_length
-    answers = 0 if config is None else config.iterations * config.prompts * config.samples
+    seen = 0 if config is None else config.iterations * config.prompts * config.samples
+    budget = Budget(seen, search_prompts)
 
     def single(name: str) -> Method:
         k = singles.index(name)
@@ -580,14 +596,14 @@ def baseline_methods(
 
     def static() -> Method:
         began = time.perf_counter()
-        weights, looked = static_weights(ensemble, task, answers)
+        weights, looked = static_weights(ensemble, task, budget)
         return Method(ensemble, weights, length, {"weights": np.round(weights, 4).tolist(), **_cost(looked, began)})
 
     def schedule() -> Method:
         start = made("static")
         assert isinstance(start, Method)
         began = time.perf_counter() - start.found["search_seconds"]
-        policy, looked = schedule_weights(ensemble, task, np.asarray(start.weights), answers)
+        policy, looked = schedule_weights(ensemble, task, np.asarray(start.weights), budget)
         cost = _cost(looked + start.found["searched"], began)
         return Method(ensemble, policy, None, {"weights": np.round(policy.params, 4).tolist(), **cost})
 
@@ -597,7 +613,7 @@ def baseline_methods(
 
     def tuned(name: str, policy: Any, options: Sequence[Mapping[str, Any]], span_length: int) -> Method:
         return _tuned(
-            name, task, options, answers, lambda **option: _untrained(ensemble, task, policy, span_length, **option)
+            name, task, options, budget, lambda **option: _untrained(ensemble, task, policy, span_length, **option)
         )
 
     def temperatures(name: str) -> list[dict[str, float]]:
@@ -625,7 +641,7 @@ def baseline_methods(
         "consistency": lambda: tuned("consistency", Consistency(), temperatures("consistency"), 1),
         "gate": lambda: tuned("gate", Gate(), thresholds, 1),
         "topk": lambda: _tuned(
-            *("topk", task, [{"k": k} for k in _TOP_KS if k < entries], answers),
+            *("topk", task, [{"k": k} for k in _TOP_KS if k < entries], budget),
             lambda k: Method(with_fusion(ensemble, f"topk:{k}"), None, length),
         ),
         "random": lambda: Method(ensemble, drawn),
@@ -681,6 +697,7 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
         for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
             ensemble.bind(policy, 1, _spans(task, policy.span_length))  # tells now what does not fit
             agents.setdefault(f"rlae_{config.algorithm}", []).append(Method(ensemble, policy))
+        check_members(run, ensemble)
     return agents
 
 

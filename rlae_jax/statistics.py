@@ -163,7 +163,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Difference:
     p = sign_flip_p(by_seed.mean(axis=0))
     if seeds > 1:
         p = max(p, t_test_p(by_seed.mean(axis=1)))
-    return Difference(float(by_seed.mean()), bootstrap_interval(by_seed), p)
+    low, high = bootstrap_interval(by_seed)
+    return Difference(float(by_seed.mean()), (max(low, -1.0), min(high, 1.0)), p)  # rewards are in [0, 1]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

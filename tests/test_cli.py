@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -431,7 +432,7 @@ class TestBadInput:
     def test_tasks(self, refused, models, data, tmp_path, command):
         base = [command, "--models", *models, "--out", tmp_path / "out"]
         refused(*base, parts=["either --task", "--data"])
-        refused(*base, "--task", "skills", "--data", data, parts=["either --task", "--data"])
+        refused(*base, "--task", "skills", "--data", data, parts=["either --task", "not both"])
         refused(*base, "--task", "skils", parts=["'skils'", "skills"])
         refused(*base, "--data", tmp_path / "gone.jsonl", parts=["gone.jsonl"])
         refused(*base, "--data", data, parts=["60 lines that lack a field", "line 1 has no 'prompt' and no 'answer'"])
@@ -447,7 +448,29 @@ class TestBadInput:
             other = [*base, "--reward", "last_number", "--learning-rate", "0.5", "--out", run, *resume]
             refused(*other, parts=["another configuration", "settings.learning_rate"])
         refused(*base, "--out", tmp_path / "new", "--iterations", "0", parts=["iterations must be at least 1"])
+        fewer = [*base, "--reward", "last_number", "--out", run, "--resume", "--iterations", "1"]
+        refused(*fewer, parts=["done 2 iterations already", "not 1"])
+        ablation = ["ablate", "--models", *models, *data_options, "--vary", "span_length=2,4", "--out", run]
+        refused(*ablation, parts=["holds what the command train made"])
+        long = ["--max-prompt-tokens", "2", "--out", tmp_path / "new"]
+        refused(*base, *long, parts=["no train prompt has at most 2 tokens"])
         refused(*base, "--out", run / "config.json" / "x", parts=["is a file"])
+
+    def test_an_agent_is_told_from_its_members(self, models, trained):
+        """Weights go by place: other members of the same width, or another order, are not refused, but told."""
+        from rlae_jax.ppo.train import check_members
+
+        def told(*directories):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                check_members(trained, rj.Ensemble([rj.load(directory) for directory in directories]))
+            return [str(warning.message) for warning in caught]
+
+        assert told(*models) == []
+        (other,) = told(models[1], models[0])
+        assert "trained with alpha, beta; given are beta, alpha: in another order" in other
+        (other,) = told(models[0], models[0])
+        assert "these are others" in other
 
     def test_train_on_prompts_that_do_not_fit(self, refused, models, tmp_path):
         path = tmp_path / "long.jsonl"
@@ -461,6 +484,7 @@ class TestBadInput:
         refused(*base, "--methods", "uniform", "best", parts=["best", "static", "single:alpha"])
         refused(*base, "--policy", tmp_path / "gone", parts=["gone is not a run directory"])
         refused(*base, "--limit", "0", parts=["--limit", "0"])
+        refused(*base, "--search-prompts", "0", parts=["--search-prompts", "0"])
         refused(*base, "--methods", "uniform", "shuffled", parts=["shuffled", "--policy"])
         alone = ["evaluate", "--models", models[0], *data_options, "--out", tmp_path / "out", "--methods", "uniform"]
         refused(*alone, "--policy", trained, parts=["[16, 16]", "[16]"])

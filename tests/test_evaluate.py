@@ -14,6 +14,7 @@ from rlae_jax import files, report, statistics
 from rlae_jax.evaluate import (
     ALL,
     BASELINES,
+    Budget,
     Method,
     Pick,
     Replay,
@@ -109,11 +110,14 @@ class TestSearch:
         n = len(task.split("train"))
         assert n == 64
         assert static_weights(ensemble, task)[1] == 21 * 8
-        assert static_weights(ensemble, task, answers=21 * 8 + 1)[1] == 21 * n  # in steps of 64 prompts
-        assert static_weights(ensemble, task, answers=10**9)[1] == 21 * n
+        assert static_weights(ensemble, task, Budget(21 * 8 + 1))[1] == 21 * n  # in steps of 64 prompts
+        assert static_weights(ensemble, task, Budget(10**9))[1] == 21 * n
+        assert static_weights(ensemble, task, Budget(10**9, prompts=5))[1] == 21 * 5
         config = dataclasses.replace(toys.SETTINGS, iterations=1, prompts=100)
         (found,) = baseline_methods(ensemble, task, ["perplexity"], config=config).values()
         assert found.found["searched"] == 7 * 15 >= 100
+        (found,) = baseline_methods(ensemble, task, ["perplexity"], config=config, search_prompts=4).values()
+        assert found.found["searched"] == 7 * 4
 
 
 def test_repeated_names_are_numbered(make_lm):

@@ -13,8 +13,10 @@ import dataclasses
 import functools
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +35,7 @@ from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.fusion.reading import TextReader
-from rlae_jax.metrics import MetricsLog, load_sinks
+from rlae_jax.metrics import MetricsLog, load_sinks, read_metrics
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.tasks import Examples, RewardPool, Task
@@ -98,7 +100,34 @@ def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
         for key in sorted(ours.keys() | theirs.keys()):
             yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else key)
     elif ours != theirs:
-        yield f"{where} is {theirs!r} there and {ours!r} here"
+        yield f"{where} is {_short(theirs)} there and {_short(ours)} here"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
+    """Warns if an ensemble's members are not those that a run's agents were trained with: their weights go by place."""
+    trained = files.read_json(Path(run) / CONFIG_FILE)["members"]
+    given = [(lm.name, lm.fingerprint()) for lm in ensemble.members]
+    known = [(member["name"], member["sha256"]) for member in trained]
+    if [mark for _, mark in given] == [mark for _, mark in known]:
+        return
+    of_run, of_ensemble = (", ".join(name for name, _ in members) for members in (known, given))
+    order = sorted(mark for _, mark in given) == sorted(mark for _, mark in known)
+    why = "in another order" if order else "and these are others, even where names are alike"
+    warnings.warn(f"{run} was trained with {of_run}; given are {of_ensemble}: {why}", stacklevel=2)
+
+
+def require_written(task: Task) -> None:
+    """Raises an `InputError` for a task whose answers are not written."""
+    if task.by_likelihood:
+        raise InputError(
+            f"task {task.name} takes the likeliest of its options for the answer, and agents learn from written ones; "
+            "train with its own reward, and evaluate by likelihood"
+        )
 
 
 def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
@@ -112,6 +141,11 @@ def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
     path = out / CONFIG_FILE
     files.require_writable_parent(out)
     if path.is_file():
+        kinds = [raw.get("command", "train") for raw in (wanted, files.read_json(path))]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"{out} holds what the command {kinds[1]} made; choose another directory for this {kinds[0]}"
+            )
         findings = [
             ("settings differ", difference)
             for difference in _differences(_plain(wanted), files.read_json(path))
@@ -197,6 +231,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         if requested:
             raise KeyboardInterrupt
         requested = True
+        sys.stderr.write("\nstopping after this iteration; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -269,10 +304,11 @@ def train_seeds(
     max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
     out = Path(out)
-    if task.by_likelihood:
+    require_written(task)
+    done = max((row["iteration"] for row in read_metrics(out)), default=0) if resume else 0
+    if done > config.iterations:
         raise InputError(
-            f"task {task.name} takes the likeliest of its options for the answer, and agents learn from written ones; "
-            "train with its own reward, and evaluate by likelihood"
+            f"{out} has done {done} iterations already; to go on give more than that, not {config.iterations}"
         )
     reading: _Reading | None = None
     if config.agent.encoder is not None:

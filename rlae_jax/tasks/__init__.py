@@ -35,6 +35,6 @@ def get_task(name: str, **options: Any) -> Task:
         raise InputError(f"task {name!r} is unknown; use one of {', '.join(TASKS)}, or a JSON lines or CSV file")
     known = inspect.signature(TASKS[name]).parameters
     if foreign := [option for option in options if option not in known]:
-        has = f"its options are {', '.join(known)}" if known else "it has no options"
+        has = f"its options are {', '.join(known)}" if known else "it comes with everything, also its reward"
         raise InputError(f"task {name} has no option {foreign[0]!r}; {has}")
     return TASKS[name](**options)

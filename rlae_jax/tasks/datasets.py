@@ -279,7 +279,7 @@ def load(
     if n_shots < 0 or limit < 1:
         raise InputError(f"a task needs 0 shots or more and a limit above 0, not {n_shots} and {limit}")
     if by_likelihood and benchmark.reward != "multiple_choice":
-        raise InputError(f"{name} has no options whose likelihood could be compared; leave the reward {LIKELIHOOD!r}")
+        raise InputError(f"{name} has no options whose likelihood could be compared; leave the reward out")
     compares_texts = by_likelihood and benchmark.likelihood_template is not None
     form = _Form(
         # A plain question, as it is continued in ordinary text.

@@ -211,7 +211,10 @@ def get_reward(name: str) -> Reward:
     if name == MATH:
         return _math_equivalence()
     if ":" not in name:
-        raise InputError(f"reward {name!r} is unknown; use one of {', '.join([*REWARDS, MATH])}, or MODULE:FUNCTION")
+        raise InputError(
+            f"reward {name!r} is unknown; use one of {', '.join([*REWARDS, MATH])}, or MODULE:FUNCTION (for multiple "
+            "choice also likelihood)"
+        )
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         name = f"{Path(module).resolve()}:{function}"
