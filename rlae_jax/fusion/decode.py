@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8, Key
 
 from rlae_jax.fusion.feed import Lockstep, MemberParams, Model, Ragged, Spelling, models_of, prompt_log_probs
-from rlae_jax.fusion.operators import Candidates, FusionOperator, linear, loglinear
+from rlae_jax.fusion.operators import Candidates, FusionOperator, Hidden, linear, loglinear
 from rlae_jax.fusion.policy import STATS, ChoosesLength, Dims, Fixed, Observation, Policy, of_rows
 from rlae_jax.fusion.reading import TextReader
 from rlae_jax.fusion.sampling import Sampling, choose_token
@@ -402,7 +402,9 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
     if union is not None:
         allowed = union.utf8[state.character] >= 0
         log_probs = tuple(jnp.where(allowed, log_p, -jnp.inf) for log_p in log_probs)
-    if isinstance(spec.fusion, Candidates) and union is not None:
+    if isinstance(spec.fusion, Hidden):
+        fused = models[0].base_log_probs(spec.fusion(hidden, span.weights), spec.vocab)
+    elif isinstance(spec.fusion, Candidates) and union is not None:
         read = tuple(map(_through_first, own_log_probs, union.spellings))
         fused = spec.fusion(log_probs, span.weights, read)
     else:

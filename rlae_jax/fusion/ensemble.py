@@ -19,7 +19,7 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion import union as vocabularies
 from rlae_jax.fusion.feed import Lockstep, Spelling
-from rlae_jax.fusion.operators import FusionOperator, get_operator
+from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
 from rlae_jax.fusion.policy import EVERY_STEP, UNTRAINED, BoundPolicy, Dims, Draw, Fixed, Policy
 from rlae_jax.fusion.reading import Text, TextReader
 from rlae_jax.fusion.sampling import Sampling
@@ -73,8 +73,8 @@ def bucket(n: int, smallest: int = 1) -> int:
     return size
 
 
-def normalise_weights(weights: Any, batch: int, members: int) -> Float[np.ndarray, "B K"]:
-    """Checks [K] or [B, K] weights and scales each row to sum to 1.
+def normalise_weights(weights: Any, batch: int, members: int, *, given: bool = False) -> Float[np.ndarray, "B K"]:
+    """Checks [K] or [B, K] weights and scales each row to sum to 1, or leaves them as they are given.
 
     Raises:
       InputError: a wrong shape, or a row that is negative, not finite or all zero.
@@ -100,7 +100,7 @@ def normalise_weights(weights: Any, batch: int, members: int) -> Float[np.ndarra
             findings.append(("all zero", where))
     if findings:
         raise grouped_error("unusable weights", findings, "each row needs weights >= 0, at least one of them > 0")
-    return rows / rows.sum(axis=1, keepdims=True)
+    return rows if given else rows / rows.sum(axis=1, keepdims=True)
 
 
 def same_tokenizer(members: Sequence[LM]) -> bool:
@@ -231,6 +231,8 @@ class Ensemble:
         self._read_by: tuple[Encoder, TextReader] | None = None  # the last encoder that a policy had
         self.shared: lora.Stack | None = None  # the members' adapters, where they are all of one base
         self.fusion = get_operator(fusion, len(members))
+        if isinstance(self.fusion, Hidden):
+            raise InputError("fusion hidden needs members that share a head: adapters of one base (from_adapters)")
         self.union: vocabularies.UnionVocabulary | None = None
         if not same_tokenizer(members):
             self._unite(end_ids)
@@ -287,8 +289,13 @@ class Ensemble:
           InputError: no adapters, or one for another base.
         """
         loaded = load_adapters(adapters, lm)
-        ensemble = cls([lm.with_adapters([adapter]) for adapter in loaded], fusion, end_ids=end_ids)
+        ensemble = cls([lm.with_adapters([adapter]) for adapter in loaded], end_ids=end_ids)
+        ensemble.fusion = get_operator(fusion, len(loaded))
         ensemble.shared = lora.stack(loaded)
+        if isinstance(ensemble.fusion, Hidden) and any(
+            path.split(".")[0] in lora.HEADS for path in ensemble.shared.params
+        ):
+            raise InputError("fusion hidden needs one head for all members, and these adapters change it")
         return ensemble
 
     @property
@@ -544,7 +551,8 @@ class Ensemble:
                 )
             params = weights.init(jax.random.key(0), Dims(self.widths, spans))
             return weights, params, isinstance(weights, Draw)
-        return Fixed(), normalise_weights(weights, batch, len(self.members)), False
+        given = isinstance(self.fusion, Hidden)
+        return Fixed(), normalise_weights(weights, batch, len(self.members), given=given), False
 
     def read_prompts(self, prompts: Sequence[str], encoder: Encoder, reader: TextReader, tokens: int) -> Text:
         """Prompts as `TextReader.prompts`: of each the last ids, at most `tokens` with those around them."""

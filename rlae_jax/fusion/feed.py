@@ -79,6 +79,10 @@ class Model(NamedTuple):
         logits = transformer.output_head(self.config, self.params, hidden, self.adapters)[:, :vocab]
         return tuple(jnp.split(jax.nn.log_softmax(logits, axis=-1), self.members))
 
+    def base_log_probs(self, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
+        """What the head without adapters predicts from states of one batch."""
+        return jax.nn.log_softmax(transformer.output_head(self.config, self.params, hidden)[:, :vocab], axis=-1)
+
 
 def models_of(params: tuple[MemberParams, ...], spec: FeedSpec, batch: int) -> tuple[Model, ...]:
     """The forward passes of a batch."""

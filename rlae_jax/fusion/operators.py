@@ -3,7 +3,7 @@
 An operator is a pure function `(log_probs, weights) -> fused`, with log_probs a tuple of K arrays Float[B, V] (each
 row's log-probabilities under one member), weights Float[B, K] and fused Float[B, V]: log-probabilities up to a constant
 per row, which neither the choice of a token nor a softmax sees. Give `Ensemble` one of the names below or a function of
-your own; it is traced into the decoding loop.
+your own; it is traced into the decoding loop. `Hidden` alone fuses states, of members that share a head.
 
 With different tokenizers V is the union vocabulary and a member's log-probability is -inf for entries that it lacks.
 """
@@ -93,6 +93,21 @@ class Proxy:
         return base + self.alpha * jnp.where(both, jnp.where(both, expert, 0.0) - jnp.where(both, anti, 0.0), 0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """head(sum_k w_k h_k): the members' last hidden states, after the final norm, are summed, and the head that they
+    share reads the sum (EMORL, arXiv 2505.02579, section 3.2). Weights are taken as given, not normalised.
+
+    With a linear head without soft caps the result is sum_k w_k logits_k, exactly; what it saves is all heads but one.
+    Greedily it depends on the direction of the weights alone; their size is an inverse temperature when sampling.
+    """
+
+    def __call__(self, hidden: tuple[Float[Array, "B D"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B D"]:
+        """The fused state. Unlike those of other operators, the arguments are states rather than log-probabilities."""
+        total = sum(weights[:, k, None] * h.astype(jnp.float32) for k, h in enumerate(hidden))
+        return jnp.asarray(total).astype(hidden[0].dtype)
+
+
 def _whole(text: str, name: str, least: int) -> int:
     if not text.isdigit() or int(text) < least:
         raise InputError(f"fusion {name}:{text}: expected a whole number of at least {least}")
@@ -113,12 +128,13 @@ OPERATORS: dict[str, Any] = {
     "topk": lambda k="10": Candidates(_whole(k, "topk", 1)),
     "primary": lambda member="0": Candidates(primary=_whole(member, "primary", 0)),
     "proxy": lambda alpha="1": Proxy(_number(alpha)),
+    "hidden": Hidden,
 }
 
 
 def get_operator(fusion: str | FusionOperator, members: int) -> FusionOperator:
-    """The operator of a name ("linear", "loglinear", "topk[:k]", "primary[:member]", "proxy[:alpha]"), or the function
-    itself.
+    """The operator of a name ("linear", "loglinear", "topk[:k]", "primary[:member]", "proxy[:alpha]", "hidden"), or the
+    function itself.
 
     Raises:
       InputError: an unknown name, a number it cannot take, or another number of members than it needs.
@@ -127,7 +143,7 @@ def get_operator(fusion: str | FusionOperator, members: int) -> FusionOperator:
         operator = fusion
     else:
         name, *number = fusion.split(":", 1)
-        if name not in OPERATORS or (number and name in ("linear", "loglinear")):
+        if name not in OPERATORS or (number and name in ("linear", "loglinear", "hidden")):
             raise InputError(f"fusion {fusion!r} is unknown; use one of {', '.join(OPERATORS)}, or a pure function")
         operator = OPERATORS[name](*number)
     if isinstance(operator, Proxy) and members != 3:

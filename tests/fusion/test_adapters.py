@@ -4,7 +4,6 @@ Nearly all the time is compilation, so the tests share models, shapes and option
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,6 @@ from rlae_jax.fusion import feed
 from rlae_jax.fusion.ensemble import pad_rows
 from rlae_jax.fusion.policy import Confidence, Dims
 from tests.adapters import EVERY_LAYER, add_by_hand, random_adapter
-from tests.data import hf
 from tests.fusion.policies import Reader
 
 # Five rows are filled up to a bucket of six.
@@ -180,14 +178,6 @@ class TestMembersOfOneBase:
         assert_same(write(shared, weights=[0, 1, 0]), expected)
         assert_same(write(chosen, adapters=[1] * B), expected)
         assert len({tuple(row) for row in expected.tokens}) > 2
-
-
-@pytest.fixture(scope="module")
-def t5(tmp_path_factory) -> rj.LM:
-    stored = hf.Stored(**json.loads((hf.REFERENCE / "t5.json").read_text())["untied"])
-    directory = tmp_path_factory.mktemp("t5") / "t5"
-    hf.write_checkpoint(directory, stored.config, stored.tensors, stored.seed)
-    return rj.load(directory)
 
 
 def nbytes(tree: Any) -> int:
