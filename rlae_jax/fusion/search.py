@@ -1,0 +1,228 @@
+"""Search for weights: what to try next, given scores of what was tried. Knows nothing of models.
+
+In: a function from points Float[N, d] to their scores Float[N, M] under M objectives, all of a call at once, so that it
+can decode them as rows of one batch. Out: the best point, all points with their scores, what a picture needs.
+
+- `hierarchical`: EMORL's search (arXiv 2505.02579, section 3.3) in a box, or in a simplex, where what is subdivided are
+  simplices rather than boxes.
+- `grid`, `random_points`: every point of a grid, or random ones.
+
+No point is evaluated twice (`Scores`), and what was evaluated can be kept in a file from which a search goes on.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from rlae_jax.errors import InputError
+
+Evaluate = Callable[[Float[np.ndarray, "N d"]], Float[np.ndarray, "N M"]]
+SPACES = ("box", "simplex")
+_DIGITS = 9  # of a point's coordinates, by which it is known again
+
+
+class Scores:
+    """Points and their scores; evaluates those that are new.
+
+    Args:
+      evaluate: points to scores; the objectives' mean is what a search raises.
+      rays: points in one direction from the origin have the same scores, as with greedily decoded hidden states.
+      path: a file with a line per point. What it has already is not evaluated again.
+      batch: points per call at most.
+
+    Raises:
+      InputError: a file with something else in it; scores that are not finite, or not one row per point.
+    """
+
+    def __init__(self, evaluate: Evaluate, *, rays: bool = False, path: Path | None = None, batch: int | None = None):
+        self._evaluate, self._rays, self._path, self._batch = evaluate, rays, path, batch
+        self._known: dict[tuple[float, ...], Float[np.ndarray, "M"]] = {}
+        self.points: list[tuple[float, ...]] = []  # in the order in which they were asked for
+        self.evaluations = 0
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for i, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+                self._known[self._key(row["point"])] = np.array(row["scores"], np.float64)
+            except (ValueError, KeyError, TypeError) as error:
+                if i == len(lines) - 1:  # cut off in the middle
+                    return
+                raise InputError(f"{path}, line {i + 1}: not a point of a search ({error})") from error
+
+    def _key(self, point: Sequence[float]) -> tuple[float, ...]:
+        values = np.asarray(point, np.float64)
+        if self._rays and values.max() > 0:
+            values = values / values.max()
+        return tuple(float(value) for value in np.round(values, _DIGITS))
+
+    def __call__(self, points: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N M"]:
+        """The scores of these points."""
+        wanted = [tuple(float(value) for value in np.round(point, _DIGITS)) for point in points]
+        self.points += [point for point in dict.fromkeys(wanted) if point not in set(self.points)]
+        new = {key: point for point in wanted if (key := self._key(point)) not in self._known}
+        size = self._batch or max(len(new), 1)
+        items = list(new.items())
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            scores = np.asarray(self._evaluate(np.array([point for _, point in part])), np.float64)
+            if scores.ndim != 2 or len(scores) != len(part) or not np.all(np.isfinite(scores)):
+                raise InputError(
+                    f"scores of {len(part)} points must be {len(part)} rows of finite numbers, not of shape "
+                    f"{list(scores.shape)}: {scores.ravel()[:5].tolist()}"
+                )
+            self.evaluations += len(part)
+            for (key, _), row in zip(part, scores, strict=True):
+                self._known[key] = row
+            self._write(part)
+        return np.array([self._known[self._key(point)] for point in wanted])
+
+    def _write(self, part: Sequence[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            for key, point in part:
+                file.write(json.dumps({"point": point, "scores": self._known[key].tolist()}) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+      weights: the point with the highest mean score; of equally good ones the first that was tried.
+      score: that mean.
+      points, scores: all that were tried, in order, with their scores under each objective.
+      evaluations: of them, how many had to be evaluated.
+      regions: of a hierarchical search, the corners of the region of each level.
+    """
+
+    weights: Float[np.ndarray, "d"]
+    score: float
+    points: Float[np.ndarray, "N d"]
+    scores: Float[np.ndarray, "N M"]
+    evaluations: int
+    regions: list[Float[np.ndarray, "C d"]] = dataclasses.field(default_factory=list)
+
+
+def _result(known: Scores, regions: list[np.ndarray] | None = None) -> SearchResult:
+    points = np.array(known.points)
+    scores = known(points)
+    best = int(np.argmax(scores.mean(axis=1)))
+    return SearchResult(
+        points[best], float(scores[best].mean()), points, scores, known.evaluations, [] if regions is None else regions
+    )
+
+
+def hierarchical(known: Scores, dimensions: int, levels: int = 5, space: str = "box") -> SearchResult:
+    """EMORL's hierarchical grid search.
+
+    A level tries the points that cut its region in half along every axis (3^d in a box), and the next level's region is
+    the part (of 2^d) whose corners have the highest sum of scores. N levels in a box take 3^d + (N - 1)(3^d - 2^d)
+    evaluations, since a part's corners are known.
+
+    Args:
+      space: "box" for [0, 1]^d, as published, or "simplex" for weights that sum to 1. The parts of a simplex are those
+        of its edgewise subdivision (Edelsbrunner and Grayson, 2000): d(d + 1)/2 points and 2^(d - 1) parts.
+
+    Raises:
+      InputError: an unknown space, no levels or no dimensions.
+    """
+    if space not in SPACES:
+        raise InputError(f"space must be one of {', '.join(SPACES)}, not {space!r}")
+    if levels < 1 or dimensions < 1:
+        raise InputError(f"a search needs at least one level and one dimension, not {levels} and {dimensions}")
+    parts = _box_parts if space == "box" else _simplex_parts
+    region = np.array(list(itertools.product((0.0, 1.0), repeat=dimensions))) if space == "box" else np.eye(dimensions)
+    regions = []
+    for _ in range(levels):
+        regions.append(region)
+        candidates = list(parts(region))
+        points = np.unique(np.round(np.concatenate(candidates), _DIGITS), axis=0)
+        known(points)
+        totals = [known(corners).mean(axis=1).sum() for corners in candidates]
+        region = candidates[int(np.argmax(totals))]
+    return _result(known, regions)
+
+
+def _box_parts(region: Float[np.ndarray, "C d"]) -> Iterator[Float[np.ndarray, "C d"]]:
+    """The 2^d boxes of half the size, each as its corners."""
+    low, high = region.min(axis=0), region.max(axis=0)
+    axes = [((a, (a + b) / 2), ((a + b) / 2, b)) for a, b in zip(low, high, strict=True)]
+    for sides in itertools.product(*axes):
+        yield np.array(list(itertools.product(*sides)))
+
+
+def _simplex_parts(region: Float[np.ndarray, "d d"]) -> Iterator[Float[np.ndarray, "d d"]]:
+    """The 2^(d - 1) simplices of the edgewise subdivision in halves, each as its corners.
+
+    A part is a table of 2 x d numbers that, read row by row, rise from 0 to d - 1 in steps of at most 1; the mean of
+    the corners that a column names is a corner of the part, and no two columns are alike.
+    """
+    d = len(region)
+    for rises in itertools.combinations(range(1, 2 * d), d - 1):
+        table = np.searchsorted(rises, np.arange(2 * d), side="right").reshape(2, d)
+        if len({tuple(column) for column in table.T}) == d:
+            yield region[table].mean(axis=0)
+
+
+def grid(known: Scores, dimensions: int, step: float, space: str = "box") -> SearchResult:
+    """Every point whose coordinates are multiples of `step`; in a simplex those that sum to 1."""
+    n = round(1 / step)
+    if space == "box":
+        points = np.array(list(itertools.product(range(n + 1), repeat=dimensions))) / n
+    else:
+        bars = itertools.combinations(range(n + dimensions - 1), dimensions - 1)
+        points = (np.diff([(-1, *bar, n + dimensions - 1) for bar in bars], axis=1) - 1) / n
+    known(points)
+    return _result(known)
+
+
+def random_points(known: Scores, dimensions: int, points: int, seed: int = 0, space: str = "box") -> SearchResult:
+    """Points drawn uniformly."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.random((points, dimensions)) if space == "box" else rng.dirichlet(np.ones(dimensions), points)
+    known(drawn)
+    return _result(known)
+
+
+def pareto(scores: Float[np.ndarray, "N M"]) -> list[int]:
+    """The points that no other one beats: is at least as good under every objective, and better under one."""
+    values = np.asarray(scores, np.float64)
+    return [
+        i for i, row in enumerate(values) if not np.any(np.all(values >= row, axis=1) & np.any(values > row, axis=1))
+    ]
+
+
+def hypervolume(scores: Float[np.ndarray, "N M"], reference: Sequence[float] | None = None) -> float:
+    """The volume of what lies below at least one point and above the reference, by default 0 in every objective.
+
+    By slices along the last objective, recursively (Fonseca, Paquete and Lopez-Ibanez, 2006).
+    """
+    values = np.asarray(scores, np.float64)
+    low = np.zeros(values.shape[1]) if reference is None else np.asarray(reference, np.float64)
+    return _volume(np.maximum(values - low, 0.0))
+
+
+def _volume(values: Float[np.ndarray, "N M"]) -> float:
+    if not len(values):
+        return 0.0
+    if values.shape[1] == 1:
+        return float(values.max())
+    order = np.argsort(-values[:, -1], kind="stable")
+    total = 0.0
+    for i, row in enumerate(order):
+        below = values[order[i + 1], -1] if i + 1 < len(order) else 0.0
+        height = values[row, -1] - below
+        if height > 0:
+            total += height * _volume(values[order[: i + 1], :-1])
+    return total

@@ -1,0 +1,117 @@
+"""The searches on functions whose optimum is known, and what they may not do: evaluate a point twice."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from rlae_jax.fusion.search import Scores, _simplex_parts, grid, hierarchical, hypervolume, pareto, random_points
+
+
+def cone(optimum):
+    """Falls linearly from its only maximum; two objectives, of which the second is constant."""
+
+    def evaluate(points):
+        distance = np.abs(points - optimum).max(axis=1)
+        return np.stack([1 - distance, np.full(len(points), 0.5)], axis=1)
+
+    return evaluate
+
+
+class TestHierarchical:
+    @pytest.mark.parametrize("d", [2, 3, 4, 5])
+    def test_a_box(self, d):
+        optimum = np.random.default_rng(d).random(d)
+        known = Scores(cone(optimum))
+        found = hierarchical(known, d, levels=4)
+        assert found.evaluations == len(found.points) == 3**d + 3 * (3**d - 2**d)
+        assert [region.shape for region in found.regions] == [(2**d, d)] * 4
+        assert np.abs(found.weights - optimum).max() <= 1 / 16 + 1e-9
+        whole = grid(Scores(cone(optimum)), d, 1 / 16) if d <= 3 else None
+        if whole is not None:
+            assert whole.evaluations == 17**d
+            assert found.score == pytest.approx(whole.score)
+
+    @pytest.mark.parametrize("d", [2, 3, 4, 5])
+    def test_a_simplex(self, d):
+        optimum = np.random.default_rng(d).dirichlet(np.ones(d))
+        found = hierarchical(Scores(cone(optimum)), d, levels=5, space="simplex")
+        np.testing.assert_allclose(found.points.sum(axis=1), 1)
+        assert np.all(found.points >= 0)
+        assert found.evaluations <= d * (d + 1) // 2 + 4 * (d * (d + 1) // 2 - d)
+        whole = grid(Scores(cone(optimum)), d, 1 / 8, space="simplex")
+        assert found.score > whole.score - 0.1
+
+    @pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
+    def test_parts_of_a_simplex_fill_it(self, d):
+        parts = list(_simplex_parts(np.eye(d)))
+        assert len(parts) == 2 ** (d - 1)
+        volumes = [abs(np.linalg.det(corners)) for corners in parts]
+        np.testing.assert_allclose(volumes, 0.5 ** (d - 1))
+        points = np.unique(np.concatenate(parts), axis=0)
+        assert len(points) == d * (d + 1) // 2
+        inside = np.random.default_rng(0).dirichlet(np.ones(d), 200)
+        holds = [np.all(np.linalg.solve(corners.T, inside.T) >= -1e-9, axis=0) for corners in parts]
+        assert np.all(np.sum(holds, axis=0) == 1)
+
+    def test_what_it_refuses(self, raises_input_error):
+        known = Scores(cone(np.zeros(2)))
+        raises_input_error(lambda: hierarchical(known, 2, space="ball"), "box, simplex", "ball")
+        raises_input_error(lambda: hierarchical(known, 2, levels=0), "level")
+
+
+class TestScores:
+    def test_points_on_a_ray_are_one(self):
+        asked = []
+        known = Scores(lambda points: asked.append(points) or cone(np.ones(3))(points), rays=True)
+        found = hierarchical(known, 3, levels=1)
+        assert len(found.points) == 27
+        assert found.evaluations == len(np.concatenate(asked)) == 20  # 19 directions, and the origin
+
+    def test_a_file_from_which_a_search_goes_on(self, tmp_path):
+        path = tmp_path / "points.jsonl"
+        first = hierarchical(Scores(cone(np.full(2, 0.3)), path=path, batch=4), 2, levels=3)
+        lines = path.read_text().splitlines()
+        assert len(lines) == first.evaluations
+        path.write_text("\n".join(lines[:7]) + "\n" + lines[7][:10])
+        again = hierarchical(Scores(cone(np.full(2, 0.3)), path=path), 2, levels=3)
+        assert again.evaluations == first.evaluations - 7
+        np.testing.assert_array_equal(again.points, first.points)
+        np.testing.assert_array_equal(again.scores, first.scores)
+
+    def test_a_file_of_something_else(self, tmp_path, raises_input_error):
+        path = tmp_path / "points.jsonl"
+        path.write_text(json.dumps({"prompt": "x"}) + "\n" + "{}\n")
+        raises_input_error(lambda: Scores(cone(np.zeros(2)), path=path), "points.jsonl", "line 1")
+
+    @pytest.mark.parametrize("scores", [np.full((3, 1), np.nan), np.zeros((2, 1)), np.zeros(3)])
+    def test_scores_that_are_none(self, raises_input_error, scores):
+        raises_input_error(lambda: Scores(lambda points: scores)(np.eye(3)), "3 rows")
+
+
+def test_random_points_are_the_same_for_a_seed():
+    one, other = (random_points(Scores(cone(np.full(3, 0.5))), 3, 20, seed=s, space="simplex") for s in (0, 0))
+    np.testing.assert_array_equal(one.points, other.points)
+    np.testing.assert_allclose(one.points.sum(axis=1), 1)
+    assert random_points(Scores(cone(np.full(3, 0.5))), 3, 20, seed=1).points.max() <= 1
+
+
+class TestFronts:
+    def test_pareto_by_hand(self):
+        scores = np.array([[1, 0], [0, 1], [0.5, 0.5], [0.4, 0.5], [0.5, 0.5], [1, 0]])
+        assert pareto(scores) == [0, 1, 2, 4, 5]
+        assert pareto(np.zeros((0, 2))) == []
+
+    @pytest.mark.parametrize("m", [1, 2, 3, 4])
+    def test_hypervolume_by_counting_cells(self, m):
+        """On a lattice the volume is the number of cells that lie below some point."""
+        rng = np.random.default_rng(m)
+        points = rng.integers(0, 6, size=(7, m))
+        cells = [
+            any(all(c < p for c, p in zip(cell, point, strict=True)) for point in points)
+            for cell in itertools.product(range(6), repeat=m)
+        ]
+        assert hypervolume(points) == pytest.approx(sum(cells))
+        shifted = hypervolume(points + 2.0, reference=[2.0] * m)
+        assert shifted == pytest.approx(sum(cells))
