@@ -182,13 +182,18 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
 
 
 def use(
-    stack: Stack, weights: Float[Array, "B M"], *, dropout: float = 0.0, key: Key[Array, ""] | None = None
+    stack: Stack,
+    weights: Float[Array, "B M"],
+    *,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | Key[Array, "B"] | None = None,
 ) -> Adapters:
     """The stack as a batch of B rows uses it.
 
     Args:
       weights: how much of each adapter each row takes; one-hot rows pick one, zeros leave the base as it is.
-      dropout, key: for training; the inputs of every adapter are dropped with this probability.
+      dropout, key: for training; the inputs of every adapter are dropped with this probability. With a key per row a
+        row's draws do not depend on what else is in the batch.
     """
     rank = next(iter(stack.params.values()))["b"].shape[1]
     a = {p: jnp.moveaxis(leaf["a"], 0, -2).reshape(*leaf["a"].shape[1:-1], -1) for p, leaf in stack.params.items()}
@@ -230,7 +235,11 @@ def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) ->
             return delta(x[:, None])[:, 0]
         if adapters.dropout:
             rate, key = adapters.dropout
-            kept = jax.random.bernoulli(_path_key(key, path), 1 - rate, x.shape)
+            if key.ndim:
+                draw = jax.vmap(lambda own: jax.random.bernoulli(_path_key(own, path), 1 - rate, x.shape[1:]))
+                kept = draw(key)
+            else:
+                kept = jax.random.bernoulli(_path_key(key, path), 1 - rate, x.shape)
             x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
         z = jnp.einsum(down, x, adapters.a[path].astype(x.dtype), precision=precision)
         z = z * adapters.rows[:, None].astype(x.dtype)

@@ -1,0 +1,294 @@
+"""Fine-tuning of M adapters of one base at once, each for an objective of its own: sampling and updates as programs.
+
+The adapters are a stack with a leading M axis; a batch has M blocks of rows, and block m is adapter m's. The base is
+read once for all blocks, and one gradient of the blocks' summed losses is every adapter's own, since no row reads two
+adapters. What belongs to an adapter (factors, optimiser, seed, step) does not depend on which others are in the stack.
+
+    prompts [M, B, T] ──sample──► tokens [M*B*k, N] ──texts, scorers (host)──► rewards [M, B*k] ──update──► stack
+"""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from rlae_jax.emorl import losses
+from rlae_jax.errors import InputError
+from rlae_jax.fusion import decode as decoding
+from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
+
+ALGORITHMS = ("scst", "grpo", "ppo")
+_PUBLISHED = LoraConfig(rank=8, alpha=32.0, dropout=0.05)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EMORLConfig:
+    """How adapters are fine-tuned. The defaults are EMORL's published figures where it gives any.
+
+    Attributes:
+      algorithm: "scst": self-critical sequence training. "grpo": advantages in units of their group's spread and a
+        clipped ratio. "ppo": a value head, advantages over tokens and a clipped ratio.
+      steps: of training at most; `validate_every` of them lie between two validations.
+      batch, samples: prompts per step, and answers to each.
+      epochs: updates from one batch of samples (grpo, ppo).
+      kl_weight: of the penalty that keeps an adapter near the base.
+      window, threshold: an adapter has converged when the standard deviation of its last `window` validation scores is
+        below `threshold` times their mean.
+    """
+
+    algorithm: str = "scst"
+    lora: LoraConfig = _PUBLISHED
+    steps: int = 1_000
+    batch: int = 16
+    samples: int = 3
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    gradient_norm: float = 2.0
+    kl_weight: float = 0.05
+    clip: float = 0.2
+    gae_lambda: float = 0.95
+    value_weight: float = 0.5
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    validate_every: int = 8
+    validation_prompts: int = 32
+    window: int = 20
+    threshold: float = 0.015
+    seed: int = 0
+
+    counts: ClassVar[tuple[str, ...]] = (
+        *("steps", "batch", "samples", "epochs", "max_new_tokens", "validate_every", "validation_prompts", "window"),
+    )
+
+    def __post_init__(self) -> None:
+        low = [name for name in self.counts if getattr(self, name) < 1]
+        if low:
+            raise InputError(f"{', '.join(low)} must be at least 1")
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}")
+        if self.samples < 2 and self.algorithm != "ppo":
+            raise InputError(f"{self.algorithm} compares the samples of a prompt: it needs at least 2, not 1")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise InputError(f"schedule must be constant, linear or cosine, not {self.schedule!r}")
+
+
+class Adapting(NamedTuple):
+    """What training changes. Every leaf has a leading M axis."""
+
+    factors: lora.Factors
+    value: Float[Array, "M D"]  # the value head of ppo
+    optimiser: Any
+    step: Int[Array, "M"]  # steps done
+
+
+class Written(NamedTuple):
+    """Samples: of block m the B prompts, of each prompt its k samples."""
+
+    tokens: Int[Array, "R N"]
+    mask: Bool[Array, "R N"]  # True up to the end token, which counts
+    ended: Bool[Array, "R"]
+
+
+def _optimiser(config: EMORLConfig) -> optax.GradientTransformation:
+    decay = optax.add_decayed_weights(config.weight_decay)
+    falling = max(config.steps - config.warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, falling),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, falling),
+    }[config.schedule]
+    before = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
+    rate = optax.join_schedules([before, after], [config.warmup]) if config.warmup else after
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_norm),
+        optax.scale_by_adam(),
+        decay,
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def begin(model: ModelConfig, config: EMORLConfig, seed: int) -> Adapting:
+    """A fresh adapter, alone in its axis. The same seed gives the same one."""
+    factors = lora.init(config.lora, transformer.linears(model), jax.random.key(seed))
+    value = jnp.zeros(model.hidden_width)
+    state = Adapting(factors, value, _optimiser(config).init((factors, value)), jnp.int32(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
+
+
+def join(states: list[Adapting]) -> Adapting:
+    """Several adapters as one stack."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
+
+
+def take(state: Adapting, m: int) -> Adapting:
+    """Adapter m, alone in its axis."""
+    return jax.tree.map(lambda leaf: leaf[m : m + 1], state)
+
+
+def _stack(factors: lora.Factors, config: EMORLConfig, members: int) -> lora.Stack:
+    return lora.Stack(factors, jnp.full((members,), config.lora.scale, jnp.float32))
+
+
+def _rows_of(members: int, rows: int) -> Float[Array, "R M"]:
+    """Block m's rows use adapter m."""
+    return jnp.repeat(jnp.eye(members), rows // members, axis=0)
+
+
+def step_keys(seeds: Int[Array, "M"], steps: Int[Array, "M"], purpose: int) -> Key[Array, "M"]:
+    """Functions of an adapter's seed and step alone, so that a resumed run draws what an uninterrupted one does."""
+
+    def one(seed: Array, step: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
+
+    return jax.vmap(one)(seeds, steps)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def sample(
+    base: transformer.Params,
+    state: Adapting,
+    ids: Int[Array, "M B T"],
+    mask: Array,
+    seeds: Int[Array, "M"],
+    spec: decoding.DecodeSpec,
+    config: EMORLConfig,
+) -> Written:
+    """k answers to every prompt of every block, each under the block's adapter.
+
+    Args:
+      spec: of an ensemble of the base with one stack (`Ensemble([base.with_adapters(...)])`).
+    """
+    m, b, t = ids.shape
+    keys = jax.vmap(lambda key: decoding.row_keys(key, b))(step_keys(seeds, state.step, 0)).reshape(-1)
+    adapted = lora.Adapted(base, _stack(state.factors, config, m), _rows_of(m, m * b))
+    rows = ids.reshape(m * b, t), mask.reshape(m * b, t)
+    written = decoding.answers((adapted,), *rows, jnp.ones((1, 1)), keys, spec, samples=config.samples)
+    places = jnp.arange(written.tokens.shape[1])
+    return Written(written.tokens, places < written.steps[:, None], written.ended)
+
+
+class _Read(NamedTuple):
+    log_probs: Float[Array, "R N"]
+    hidden: Float[Array, "R N D"]
+
+
+def read(
+    model: ModelConfig,
+    base: transformer.Params,
+    adapters: lora.Adapters | None,
+    ids: Int[Array, "R T"],
+    mask: Array,
+    tokens: Int[Array, "R N"],
+) -> _Read:
+    """The log-probability of every written token, and the state that predicts it."""
+    if model.encoder is None:
+        real = jnp.concatenate([mask, jnp.ones_like(tokens[:, 1:], mask.dtype)], axis=1)
+        text = jnp.concatenate([ids, tokens[:, :-1]], axis=1)
+        hidden = transformer.forward(model, base, text, real, adapters)[0][:, ids.shape[1] - 1 :]
+    else:
+        start = jnp.full_like(tokens[:, :1], model.start_id or 0)
+        decoder_ids = jnp.concatenate([start, tokens[:, :-1]], axis=1)
+        hidden = transformer.forward(model, base, ids, mask, adapters, decoder_ids=decoder_ids)[0]
+    return _Read(transformer.target_log_probs(model, base, hidden, tokens, adapters), hidden)
+
+
+def _loss_of_block(
+    new: Float[Array, "R N"],
+    values: Float[Array, "R N"],
+    old: _Read,
+    old_values: Float[Array, "R N"],
+    base: Float[Array, "R N"],
+    mask: Bool[Array, "R N"],
+    rewards: Float[Array, "R"],
+    config: EMORLConfig,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """One adapter's loss of its own samples, and what is worth knowing about it."""
+    kl = losses.kl_penalty(new, base, mask)
+    value_loss = jnp.zeros(())
+    if config.algorithm == "scst":
+        advantages = losses.self_critical_advantages(rewards, config.samples)
+        policy, clipped = losses.self_critical_loss(new, mask, advantages), jnp.zeros(())
+    else:
+        if config.algorithm == "grpo":
+            of_row = losses.group_advantages(rewards, config.samples)
+            of_token = jnp.broadcast_to(of_row[:, None], mask.shape)
+        else:
+            of_token, targets = losses.token_advantages(rewards, old_values, mask, config.gae_lambda)
+            value_loss = losses.value_loss(values, targets, mask)
+        found = losses.clipped_loss(new, old.log_probs, mask, of_token, config.clip)
+        policy, clipped = found.loss, found.clip_fraction
+    total = policy + config.kl_weight * kl + config.value_weight * value_loss
+    return total, {"policy_loss": policy, "kl": kl, "value_loss": value_loss, "clip_fraction": clipped}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
+def update(
+    base: transformer.Params,
+    state: Adapting,
+    ids: Int[Array, "M B T"],
+    mask: Array,
+    written: Written,
+    rewards: Float[Array, "M R"],
+    seeds: Int[Array, "M"],
+    model: ModelConfig,
+    config: EMORLConfig,
+) -> tuple[Adapting, dict[str, Float[Array, "M"]]]:
+    """One step of every adapter from the samples of its own block."""
+    m, b, t = ids.shape
+    rows = m * b * config.samples
+    asked, real = (jnp.repeat(x.reshape(m * b, t), config.samples, axis=0) for x in (ids, mask))
+    one_hot = _rows_of(m, rows)
+    optimiser = _optimiser(config)
+
+    def blocks(x: Array) -> Array:
+        return x.reshape(m, -1, *x.shape[1:])
+
+    def values_of(hidden: Float[Array, "R N D"], value: Float[Array, "M D"]) -> Float[Array, "M R N"]:
+        # The head learns to read the states; they are not changed for it.
+        states = blocks(jax.lax.stop_gradient(hidden).astype(jnp.float32))
+        return jnp.einsum("mrnd,md->mrn", states, value)
+
+    # The adapters turned off are the base.
+    of_base = jax.lax.stop_gradient(read(model, base, None, asked, real, written.tokens).log_probs)
+    adapters = lora.use(_stack(state.factors, config, m), one_hot)
+    old = jax.lax.stop_gradient(read(model, base, adapters, asked, real, written.tokens))
+    old_values = jax.lax.stop_gradient(values_of(old.hidden, state.value))
+
+    def loss(trained: tuple[lora.Factors, Array], keys: Key[Array, "R"]) -> tuple[Array, Any]:
+        factors, value = trained
+        used = lora.use(_stack(factors, config, m), one_hot, dropout=config.lora.dropout, key=keys)
+        new = read(model, base, used, asked, real, written.tokens)
+        of_block = functools.partial(_loss_of_block, config=config)
+        totals, told = jax.vmap(of_block)(
+            blocks(new.log_probs),
+            values_of(new.hidden, value),
+            jax.tree.map(blocks, old),
+            old_values,
+            blocks(of_base),
+            blocks(written.mask),
+            rewards,
+        )
+        return jnp.sum(totals), told
+
+    def one_update(carry: tuple[Any, Any], epoch: Array) -> tuple[tuple[Any, Any], Any]:
+        trained, optimiser_state = carry
+        own = jax.vmap(lambda key: decoding.row_keys(jax.random.fold_in(key, epoch), rows // m))(drawn)
+        gradients, told = jax.grad(loss, has_aux=True)(trained, own.reshape(-1))
+        changes, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, trained)
+        return (optax.apply_updates(trained, changes), optimiser_state), told
+
+    drawn = step_keys(seeds, state.step, 1)
+    start = ((state.factors, state.value), state.optimiser)
+    (trained, optimiser_state), told = jax.lax.scan(one_update, start, jnp.arange(config.epochs))
+    metrics = {name: value.mean(axis=0) for name, value in told.items()}
+    metrics["reward"] = rewards.mean(axis=1)
+    metrics["tokens"] = blocks(written.mask).sum(axis=(1, 2)) / (b * config.samples)
+    metrics["ended"] = blocks(written.ended).mean(axis=1)
+    return Adapting(*trained, optimiser_state, state.step + 1), metrics

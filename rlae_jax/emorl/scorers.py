@@ -1,0 +1,279 @@
+"""What objectives measure: scores of responses to prompts, each in a known range.
+
+In: prompts and responses. Out: Float[N] in [low, high], higher is better. Text functions count words; model scorers run
+Flax models on the device, a bounded batch at a time. An empty response scores `low` everywhere, whatever a model would
+make of it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from rlae_jax.errors import InputError
+from rlae_jax.models import LM, Encoder
+
+Score = Callable[[Sequence[str], Sequence[str]], Any]  # (prompts, responses) -> N numbers
+_ROWS = 64  # texts that a model reads at once
+_EDGE = 1e-4  # scores are clipped this far from 0 and 1 before their logarithm is taken (EMORL's code)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """One objective.
+
+    Attributes:
+      name: what tables and files call it.
+      score: (prompts, responses) -> one number each; see `of_function` for one of your own.
+      low, high: the range that its numbers are clipped to.
+    """
+
+    name: str
+    score: Score
+    low: float = 0.0
+    high: float = 1.0
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, "N"]:
+        """Scores within the range.
+
+        Raises:
+          InputError: other than one finite number per response.
+        """
+        scores = np.full(len(responses), self.low, np.float64)
+        written = [i for i, response in enumerate(responses) if response.strip()]
+        if not written:
+            return scores
+        found = np.asarray(self.score([prompts[i] for i in written], [responses[i] for i in written]), np.float64)
+        if found.shape != (len(written),):
+            raise InputError(
+                f"scorer {self.name} gave scores of shape {list(found.shape)} for {len(written)} responses; expected "
+                "one each"
+            )
+        wrong = np.flatnonzero(~np.isfinite(found))
+        if len(wrong):
+            response = responses[written[wrong[0]]]
+            raise InputError(f"scorer {self.name} gave {found[wrong[0]]} for the response {response[:60]!r}")
+        scores[written] = np.clip(found, self.low, self.high)
+        return scores
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case: letters, digits and apostrophes."""
+    return re.findall(r"[\w']+", text.lower())
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All runs of n words."""
+    found = words(text)
+    return list(zip(*(found[i:] for i in range(n)), strict=False))
+
+
+def diversity(n: int = 2) -> Scorer:
+    """Distinct n-grams of a response over all of its n-grams (distinct-n, Li et al., 2016); 0 if it has none."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        del prompts
+        return [len(set(grams)) / len(grams) if (grams := ngrams(text, n)) else 0.0 for text in responses]
+
+    return Scorer(f"diversity_{n}", score)
+
+
+def levenshtein(a: Sequence[str], b: Sequence[str]) -> int:
+    """The fewest insertions, deletions and replacements that turn one sequence into the other."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def edit_rate() -> Scorer:
+    """How much a response differs from its prompt: the Levenshtein distance of their words over the longer's number."""
+
+    def rate(prompt: str, response: str) -> float:
+        a, b = words(prompt), words(response)
+        return levenshtein(a, b) / max(len(a), len(b), 1)
+
+    return Scorer(
+        "edit_rate", lambda prompts, responses: [rate(*pair) for pair in zip(prompts, responses, strict=True)]
+    )
+
+
+def brevity(best: int = 3, worst: int = 26) -> Scorer:
+    """1 for a response of `best` words or fewer, falling to 0 at `worst`."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        del prompts
+        return [1 - (len(words(text)) - best) / (worst - best) for text in responses]
+
+    return Scorer("brevity", score)
+
+
+def coverage(wanted: Callable[[str], Sequence[str]] = words) -> Scorer:
+    """The share of a prompt's keywords that the response has.
+
+    Args:
+      wanted: the keywords of a prompt; by default all of its words.
+    """
+
+    def share(prompt: str, response: str) -> float:
+        keywords, written = set(wanted(prompt)), set(words(response))
+        return len(keywords & written) / max(len(keywords), 1)
+
+    return Scorer(
+        "coverage", lambda prompts, responses: [share(*pair) for pair in zip(prompts, responses, strict=True)]
+    )
+
+
+def of_words(name: str, vocabulary: Sequence[str], enough: int = 1) -> Scorer:
+    """How many different words of a list a response has, `enough` of them scoring 1: warmth, politeness, terms."""
+    known = {word.lower() for word in vocabulary}
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        del prompts
+        return [len(known & set(words(text))) / enough for text in responses]
+
+    return Scorer(name, score)
+
+
+def of_function(name: str, score: Callable[[str, str], float]) -> Scorer:
+    """A user's function of one prompt and one response, in [0, 1]."""
+    return Scorer(name, lambda prompts, responses: [score(*pair) for pair in zip(prompts, responses, strict=True)])
+
+
+def _in_batches(call: Callable[[Sequence[str], Sequence[str]], Any]) -> Score:
+    """A score that a model computes, for any number of texts: batches are filled up, so that they share programs."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        scores = []
+        for start in range(0, len(responses), _ROWS):
+            pair = [list(texts[start : start + _ROWS]) for texts in (prompts, responses)]
+            n = len(pair[0])
+            filled = [texts + texts[:1] * (_ROWS - n) for texts in pair]
+            scores.append(np.asarray(call(*filled))[:n])
+        return np.concatenate(scores)
+
+    return score
+
+
+def regression(name: str, encoder: Encoder, low: float = 0.0, high: float = 1.0) -> Scorer:
+    """A cross-encoder that reads prompt and response and has one output, such as EMORL's reflection scorer (RoBERTa).
+
+    Args:
+      low, high: of what the head gives; scaled to [0, 1].
+
+    Raises:
+      InputError: a head of several outputs, or none.
+    """
+    if len(encoder.labels) != 1:
+        raise InputError(f"scorer {name}: {encoder.name} has {len(encoder.labels)} outputs; a regression needs one")
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        return (encoder.logits(*encoder.encode(prompts, responses))[:, 0] - low) / (high - low)
+
+    return Scorer(name, _in_batches(score))
+
+
+def classifier(name: str, encoder: Encoder, values: Mapping[str, float] | None = None, pairs: bool = False) -> Scorer:
+    """The expected value of a classifier's labels, such as EMORL's empathy scorer (BERT).
+
+    Args:
+      values: label -> its worth in [0, 1]; by default they rise evenly in the labels' order.
+      pairs: it reads the prompt, too.
+
+    Raises:
+      InputError: fewer than two labels, or values for others.
+    """
+    labels = encoder.labels
+    if len(labels) < 2:
+        raise InputError(f"scorer {name}: {encoder.name} has {len(labels)} labels; a classifier needs two")
+    if values is not None and set(values) != set(labels):
+        raise InputError(f"scorer {name}: values for {', '.join(values)}; the labels are {', '.join(labels)}")
+    worth = np.linspace(0, 1, len(labels)) if values is None else np.array([values[label] for label in labels])
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        inputs = encoder.encode(prompts, responses) if pairs else encoder.encode(responses)
+        return jax.nn.softmax(encoder.logits(*inputs), axis=-1) @ jnp.asarray(worth)
+
+    return Scorer(name, _in_batches(score))
+
+
+def coherence(encoder: Encoder) -> Scorer:
+    """The probability that the response follows the prompt, by BERT's next-sentence head, whose first label says so."""
+    if len(encoder.labels) != 2:
+        raise InputError(f"coherence: {encoder.name} has {len(encoder.labels)} labels; a next-sentence head has two")
+    return dataclasses.replace(classifier("coherence", encoder, dict(zip(encoder.labels, (1, 0), strict=True)), True))
+
+
+def specificity(encoder: Encoder) -> Scorer:
+    """How near the response is to its prompt: the cosine of their mean states, negative ones counting as 0."""
+
+    def mean_state(texts: Sequence[str]) -> Any:
+        ids, mask, types = encoder.encode(texts)
+        hidden, real = encoder.hidden(ids, mask, types), mask[..., None].astype(jnp.float32)
+        return jnp.sum(hidden * real, axis=1) / jnp.sum(real, axis=1)
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        a, b = mean_state(prompts), mean_state(responses)
+        norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+        return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
+
+    return Scorer("specificity", _in_batches(score))
+
+
+def perplexities(lm: LM, texts: Sequence[str]) -> Float[np.ndarray, "N"]:
+    """exp of the mean negative log-probability of each text's tokens after the first; texts of one token have inf."""
+    rows = [lm.require_tokenizer()(text)["input_ids"][: lm.config.context] for text in texts]
+    width = max(8, 1 << (max(map(len, rows)) - 1).bit_length())
+    ids = np.zeros((len(rows), min(width, lm.config.context)), np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    log_probs = np.asarray(lm.log_probs(jnp.asarray(ids), jnp.asarray(mask)), np.float64)
+    counts = mask[:, 1:].sum(axis=1)
+    totals = -np.sum(np.where(mask[:, 1:] > 0, log_probs, 0.0), axis=1)
+    return np.where(counts > 0, np.exp(totals / np.maximum(counts, 1)), np.inf)
+
+
+def fluency(lm: LM, worst: float = 50.0) -> Scorer:
+    """(worst - perplexity) / worst under a causal model, at least 0 (EMORL, section 4.1, with GPT-2 and 50)."""
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
+        del prompts
+        return np.maximum((worst - np.minimum(perplexities(lm, responses), worst)) / worst, 0.0)
+
+    return Scorer("fluency", _in_batches(score))
+
+
+COMBINATIONS = ("sum", "log", "product")
+
+
+def combine(
+    scores: Float[np.ndarray, "N M"], how: str = "log", weights: Sequence[float] | None = None
+) -> Float[np.ndarray, "N"]:
+    """One reward of several scores.
+
+    Args:
+      how: "sum": sum_m w_m s_m. "log": sum_m w_m log s_m, with scores clipped to [1e-4, 1 - 1e-4] as published.
+        "product": prod_m s_m^w_m, of the clipped scores, which is exp of "log".
+      weights: of the objectives; equal ones that sum to 1 by default.
+
+    Raises:
+      InputError: an unknown way, or another number of weights.
+    """
+    if how not in COMBINATIONS:
+        raise InputError(f"scores are combined by {', '.join(COMBINATIONS)}, not {how!r}")
+    m = scores.shape[1]
+    w = np.full(m, 1 / m) if weights is None else np.asarray(weights, np.float64)
+    if w.shape != (m,):
+        raise InputError(f"{len(w)} weights for {m} objectives")
+    if how == "sum":
+        return np.asarray(scores, np.float64) @ w
+    total = np.log(np.clip(scores, _EDGE, 1 - _EDGE)) @ w
+    return total if how == "log" else np.exp(total)

@@ -1,0 +1,210 @@
+"""Stacked adapters: each is trained as it would be alone, on log-probabilities that a plain model gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rlae_jax as rj
+from rlae_jax.emorl import fine_tune, losses
+from rlae_jax.emorl.fine_tune import EMORLConfig
+from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.models import LoraConfig, lora
+from tests.adapters import add_by_hand
+from tests.data import hf
+
+M, B, K, N = 3, 4, 2, 6
+SEEDS = np.array([3, 5, 8], np.uint32)
+ADAPTER = LoraConfig(rank=2, alpha=4.0, dropout=0.2)
+
+
+def settings(**changes):
+    return EMORLConfig(
+        **{"lora": ADAPTER, "batch": B, "samples": K, "max_new_tokens": N, "learning_rate": 1e-2} | changes
+    )
+
+
+@pytest.fixture(scope="module", params=["decoder", "t5"])
+def lm(request, make_lm, tmp_path_factory):
+    if request.param == "decoder":
+        return make_lm(0, layers=1, sharpness=3.0, end_ids=(6, 18))
+    stored = hf.read_stored("t5", "untied")
+    directory = tmp_path_factory.mktemp("t5") / "t5"
+    hf.write_checkpoint(directory, stored.config, stored.tensors, stored.seed)
+    return rj.load(directory)
+
+
+def fresh(lm, config, seeds=SEEDS, noise=0.05):
+    """A stack whose adapters change something already."""
+    state = fine_tune.join([fine_tune.begin(lm.config, config, int(seed)) for seed in seeds])
+    factors = {
+        path: leaf | {"b": noise * jax.random.normal(jax.random.key(i), leaf["b"].shape)}
+        for i, (path, leaf) in enumerate(state.factors.items())
+    }
+    return state._replace(factors=factors, step=jnp.array([2, 7, 4], jnp.int32)[: len(seeds)])
+
+
+def spec_of(lm, config):
+    ensemble = rj.Ensemble([lm.with_adapters([rj.init_adapter(lm, config.lora)])])
+    return ensemble.spec(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    ids, mask = pad_rows([rng.integers(0, 23, rng.integers(2, 8)).tolist() for _ in range(M * B)], 8)
+    return ids.reshape(M, B, -1), mask.reshape(M, B, -1)
+
+
+def merged(lm, state, m, config):
+    adapter = rj.Adapter(config.lora, jax.tree.map(lambda leaf: leaf[m], state.factors))
+    return dataclasses.replace(lm, params=add_by_hand(lm, [adapter], [1.0]))
+
+
+@pytest.fixture(scope="module")
+def sampled(lm, prompts):
+    config = settings()
+    state = fresh(lm, config)
+    return state, fine_tune.sample(lm.params, state, *prompts, SEEDS, spec_of(lm, config), config)
+
+
+def test_samples_do_not_depend_on_what_else_is_in_the_stack(lm, prompts, sampled):
+    config = settings()
+    state, written = sampled
+    spec = spec_of(lm, config)
+    ids, mask = prompts
+    for m in range(M):
+        one = fine_tune.sample(
+            lm.params, fine_tune.take(state, m), ids[m : m + 1], mask[m : m + 1], SEEDS[m : m + 1], spec, config
+        )
+        block = slice(m * B * K, (m + 1) * B * K)
+        np.testing.assert_array_equal(one.tokens, np.asarray(written.tokens)[block])
+        np.testing.assert_array_equal(one.mask, np.asarray(written.mask)[block])
+    texts = {tuple(row) for row in np.asarray(written.tokens).tolist()}
+    assert len(texts) > M * B  # samples of a prompt differ
+
+
+def test_log_probabilities_are_those_of_a_merged_model(lm, prompts, sampled):
+    """One row at a time and without padding; the end token counts."""
+    config = settings()
+    state, written = sampled
+    ids, mask = (np.repeat(np.asarray(x).reshape(M * B, -1), K, axis=0) for x in prompts)
+    rows = fine_tune._rows_of(M, M * B * K)
+    adapters = lora.use(fine_tune._stack(state.factors, config, M), rows)
+    found = fine_tune.read(lm.config, lm.params, adapters, ids, mask, written.tokens)
+    base = fine_tune.read(lm.config, lm.params, None, ids, mask, written.tokens)
+    for row in range(0, M * B * K, 3):
+        n = int(np.sum(written.mask[row]))
+        asked = ids[row][mask[row].astype(bool)]
+        tokens = np.asarray(written.tokens)[row, :n]
+        for model, expected in ((merged(lm, state, row // (B * K), config), found), (lm, base)):
+            if lm.config.encoder is None:
+                text = np.concatenate([asked, tokens])[None]
+                alone = np.asarray(model.log_probs(text))[0, -n:]
+            else:
+                start = np.concatenate([[lm.config.start_id or 0], tokens])[None]
+                alone = np.asarray(model.log_probs(asked[None], None, start))[0]
+            np.testing.assert_allclose(np.asarray(expected.log_probs)[row, :n], alone, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["scst", "grpo", "ppo"])
+def test_a_step_of_the_stack_is_each_adapters_own(lm, prompts, sampled, algorithm):
+    # Adam divides by its gradients' size, so that rounding is a share of the step: a small one.
+    config = settings(algorithm=algorithm, epochs=1 if algorithm == "scst" else 2, learning_rate=1e-3)
+    ids, mask = prompts
+    _, written = sampled
+    rewards = jnp.asarray(np.random.default_rng(1).random((M, B * K)), jnp.float32)
+    together, told = fine_tune.update(
+        lm.params, fresh(lm, config), ids, mask, written, rewards, SEEDS, lm.config, config
+    )
+    for m in range(M):
+        one = slice(m, m + 1)
+        own = jax.tree.map(lambda leaf, m=m: leaf.reshape(M, B * K, *leaf.shape[1:])[m], written)
+        alone, told_alone = fine_tune.update(
+            *(lm.params, fine_tune.take(fresh(lm, config), m), ids[one], mask[one], own, rewards[one], SEEDS[one]),
+            *(lm.config, config),
+        )
+        before = fine_tune.take(fresh(lm, config), m)
+        for x, y, start in zip(
+            jax.tree.leaves(alone.factors),
+            jax.tree.leaves(fine_tune.take(together, m).factors),
+            jax.tree.leaves(before.factors),
+            strict=True,
+        ):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+            assert not np.array_equal(x, start)
+        for name, value in told_alone.items():
+            np.testing.assert_allclose(value[0], told[name][m], rtol=1e-4, atol=1e-5)
+    assert together.step.tolist() == [3, 8, 5]
+
+
+def test_an_adapter_that_changes_nothing_has_no_kl_and_a_changed_one_is_pulled_back(lm, prompts, sampled):
+    config = settings(kl_weight=10.0, lora=dataclasses.replace(ADAPTER, dropout=0.0), learning_rate=1e-3)
+    _, written = sampled
+    rewards = jnp.zeros((M, B * K))
+    zero = fine_tune.join([fine_tune.begin(lm.config, config, int(seed)) for seed in SEEDS])
+    step = lambda state: fine_tune.update(  # noqa: E731
+        lm.params, state, *prompts, written, rewards, SEEDS, lm.config, config
+    )
+    _, told = step(zero)
+    np.testing.assert_array_equal(told["kl"], 0)
+    state, told = step(fresh(lm, config))
+    _, after = step(state)
+    assert np.all(np.asarray(after["kl"]) < np.asarray(told["kl"]))
+
+
+class TestTokenAdvantages:
+    def test_against_loops(self):
+        rng = np.random.default_rng(0)
+        rewards, values = rng.random(5), rng.random((5, 6))
+        mask = np.arange(6) < np.array([6, 1, 3, 4, 2])[:, None]
+        found, targets = losses.token_advantages(*map(jnp.asarray, (rewards, values)), jnp.asarray(mask), 0.9)
+        for b in range(5):
+            n = mask[b].sum()
+            advantage = 0.0
+            for t in reversed(range(n)):
+                last = t == n - 1
+                delta = (rewards[b] if last else values[b, t + 1]) - values[b, t]
+                advantage = delta + (0.0 if last else 0.9 * advantage)
+                np.testing.assert_allclose(found[b, t], advantage, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(targets[b, t], advantage + values[b, t], rtol=1e-5, atol=1e-6)
+
+    def test_lambda_one_is_the_reward_minus_the_value(self):
+        values = jnp.asarray(np.random.default_rng(1).random((2, 4)), jnp.float32)
+        mask = jnp.arange(4) < jnp.array([4, 2])[:, None]
+        found, _ = losses.token_advantages(jnp.array([1.0, 0.5]), values, mask, 1.0)
+        expected = jnp.where(mask, jnp.array([[1.0], [0.5]]) - values, 0.0)
+        np.testing.assert_allclose(jnp.where(mask, found, 0.0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["scst", "grpo", "ppo"])
+def test_each_adapter_learns_its_own_objective(make_lm, prompts, algorithm):
+    """One wants many tokens of a kind, another few."""
+    lm = make_lm(0, layers=1, end_ids=(6, 18))
+    config = settings(algorithm=algorithm, samples=8, learning_rate=5e-2, kl_weight=0.0, batch=B, epochs=1)
+    seeds = SEEDS[:2]
+    state = fine_tune.join([fine_tune.begin(lm.config, config, int(seed)) for seed in seeds])
+    spec = spec_of(lm, config)
+    ids, mask = (x[:2] for x in prompts)
+    history = []
+    for _ in range(25):
+        written = fine_tune.sample(lm.params, state, ids, mask, seeds, spec, config)
+        tokens, real = np.asarray(written.tokens), np.asarray(written.mask)
+        share = (((tokens < 10) & real).sum(axis=1) / real.sum(axis=1)).reshape(2, -1)
+        rewards = np.stack([share[0], 1 - share[1]]).astype(np.float32)
+        history.append(rewards.mean(axis=1))
+        state, _ = fine_tune.update(
+            lm.params, state, ids, mask, written, jnp.asarray(rewards), seeds, lm.config, config
+        )
+    first, last = np.mean(history[:3], axis=0), np.mean(history[-3:], axis=0)
+    assert np.all(last > first + 0.15), (first, last)
+
+
+def test_what_settings_refuse(raises_input_error):
+    raises_input_error(lambda: EMORLConfig(algorithm="dpo"), "scst, grpo, ppo", "dpo")
+    raises_input_error(lambda: EMORLConfig(samples=1), "at least 2")
+    raises_input_error(lambda: EMORLConfig(batch=0, window=0), "batch, window")
+    raises_input_error(lambda: EMORLConfig(schedule="steps"), "cosine", "steps")
+    assert EMORLConfig(algorithm="ppo", samples=1).samples == 1

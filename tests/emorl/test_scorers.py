@@ -1,0 +1,110 @@
+"""Scores against independent ways to compute them, and what scorers refuse."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from rlae_jax.emorl import scorers
+from rlae_jax.emorl.scorers import Scorer, combine, levenshtein
+
+WORDS = ("i", "you", "we", "feel", "hear", "that", "this", "it", "is", "hard", "good", "sad", "and", "but", "very")
+
+
+def sentences(seed, n=30):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 15))) for _ in range(n)]
+
+
+def recursive_distance(a, b):
+    """Levenshtein by its definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(
+        recursive_distance(a[1:], b) + 1,
+        recursive_distance(a, b[1:]) + 1,
+        recursive_distance(a[1:], b[1:]) + (a[0] != b[0]),
+    )
+
+
+class TestTextFunctions:
+    def test_words(self):
+        assert scorers.words("I don't KNOW -- why? 7 times.") == ["i", "don't", "know", "why", "7", "times"]
+
+    @pytest.mark.parametrize("n", [1, 2, 3])
+    def test_diversity(self, n):
+        texts = sentences(n)
+        for text, score in zip(texts, scorers.diversity(n)(texts, texts), strict=True):
+            split = text.split()
+            grams = [tuple(split[i : i + n]) for i in range(len(split) - n + 1)]
+            assert score == pytest.approx(len(set(grams)) / len(grams) if grams else 0.0)
+
+    def test_levenshtein_by_its_definition(self):
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in range(2))
+            assert levenshtein(a, b) == recursive_distance(a, b)
+
+    def test_edit_rate(self):
+        score = scorers.edit_rate()
+        assert score(["a b c", "a b", "a"], ["a b c", "b a", "x y z w"]).tolist() == [0.0, 1.0, 1.0]
+        assert score(["a b c d"], ["a x c d"])[0] == 0.25
+
+    def test_brevity_coverage_and_word_lists(self):
+        texts = ["w " * n for n in (1, 3, 14, 26, 40)]
+        np.testing.assert_allclose(scorers.brevity()(texts, texts), [1, 1, 1 - 11 / 23, 0, 0])
+        assert scorers.coverage()(["sad dog", "sad dog"], ["a DOG, a dog", "the sad dog"]).tolist() == [0.5, 1.0]
+        warmth = scorers.of_words("warmth", ["thank", "care", "glad"], enough=2)
+        assert warmth(["", "", ""], ["I care", "thank you, glad, I care", "no"]).tolist() == [0.5, 1.0, 0.0]
+        mine = scorers.of_function("mine", lambda prompt, response: len(prompt) / len(response))
+        assert mine(["a"], ["abcd"]).tolist() == [0.25]
+
+
+class TestWhatAScorerGives:
+    @pytest.mark.parametrize("make", [scorers.edit_rate, scorers.brevity, scorers.diversity, scorers.coverage])
+    def test_an_empty_response_scores_nothing(self, make):
+        assert make()(["a prompt"] * 3, ["", "  \n", "a prompt"])[:2].tolist() == [0.0, 0.0]
+        assert make()(["a"], [""]).tolist() == [0.0]
+
+    def test_scores_stay_in_the_range(self):
+        scorer = Scorer("big", lambda prompts, responses: [5.0, -5.0], low=-1.0, high=2.0)
+        assert scorer(["a", "b"], ["x", "y"]).tolist() == [2.0, -1.0]
+
+    def test_what_is_no_score(self, raises_input_error):
+        nan = Scorer("bad", lambda prompts, responses: [1.0, math.nan])
+        raises_input_error(lambda: nan(["a", "b"], ["x", "why not"]), "bad", "nan", "why not")
+        short = Scorer("short", lambda prompts, responses: [1.0])
+        raises_input_error(lambda: short(["a", "b"], ["x", "y"]), "short", "2 responses")
+
+
+class TestCombine:
+    def test_each_way(self):
+        scores = np.array([[0.2, 0.8], [0.0, 1.0]])
+        np.testing.assert_allclose(combine(scores, "sum"), [0.5, 0.5])
+        np.testing.assert_allclose(combine(scores, "sum", [1, 3]), [2.6, 3.0])
+        clipped = [math.log(1e-4), math.log(1 - 1e-4)]
+        np.testing.assert_allclose(combine(scores, "log")[1], sum(clipped) / 2)
+        np.testing.assert_allclose(combine(scores, "product"), np.exp(combine(scores, "log")))
+        np.testing.assert_allclose(combine(scores, "product", [1, 1])[0], 0.16)
+
+    def test_what_it_refuses(self, raises_input_error):
+        raises_input_error(lambda: combine(np.zeros((1, 2)), "mean"), "sum, log, product", "mean")
+        raises_input_error(lambda: combine(np.zeros((1, 2)), "sum", [1.0]), "1 weights", "2 objectives")
+
+
+class TestModels:
+    def test_perplexity_one_text_at_a_time(self, make_lm, make_tokenizer):
+        letters = "abcdefgh"
+        lm = make_lm(0, vocab=len(letters) + 1, tokenizer=make_tokenizer(letters), sharpness=2.0)
+        texts = ["".join(text) for text in itertools.islice(itertools.permutations(letters, 5), 0, 300, 40)] + ["a"]
+        found = scorers.perplexities(lm, texts)
+        for text, perplexity in zip(texts[:-1], found, strict=False):
+            ids = lm.tokenizer(text)["input_ids"]
+            logits = np.asarray(lm.logits(np.array([ids])))[0, :-1].astype(np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            expected = math.exp(-np.mean([log_p[t, token] for t, token in enumerate(ids[1:])]))
+            assert perplexity == pytest.approx(expected, rel=1e-4)
+        assert found[-1] == np.inf
+        fluent = scorers.fluency(lm, worst=20.0)
+        np.testing.assert_allclose(fluent(texts, texts), np.clip((20 - np.minimum(found, 20)) / 20, 0, 1), rtol=1e-5)
