@@ -39,7 +39,7 @@ from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.evaluate import Method, baseline_methods, evaluate, join_results, transfer_matrix, with_fusion
 from rlae_jax.metrics import read_metrics
 from rlae_jax.ppo.train import train_seeds
-from rlae_jax.tasks import Task, embedded, skills
+from rlae_jax.tasks import get_task
 
 GAIN = ("skills", "overlap", "skills3", "mixed", "noisy")
 CONTROLS = ("twins", "dominant")
@@ -106,10 +106,6 @@ def settings(plan: Plan, task: str, seed: int, algorithm: str) -> PPOConfig:
     )
 
 
-def task_of(name: str) -> Task:
-    return skills.skills() if name == "skills" else embedded.embedded(name)
-
-
 # --- pieces of work; each leaves files behind, and is done if they exist ---
 
 
@@ -135,7 +131,7 @@ def run_cell(out: Path, plan: Plan, name: str, seed: int) -> None:
     directory = cell(out, name, seed)
     if (directory / "results.json").is_file():
         return
-    members, task = members_of(out, plan, name, seed), task_of(name)
+    members, task = members_of(out, plan, name, seed), get_task(name)
     agents = {}
     for agent, algorithm in AGENTS.items():
         config = settings(plan, name, seed, algorithm)
@@ -155,7 +151,7 @@ def run_transfer(out: Path, plan: Plan, column: str, seed: int) -> None:
     path = transfer_path(out, column, seed)
     if path.is_file():
         return
-    pools, tasks = {column: members_of(out, plan, column, seed)}, {column: task_of(column)}
+    pools, tasks = {column: members_of(out, plan, column, seed)}, {column: get_task(column)}
     found = {}
     for agent, algorithm in AGENTS.items():
         agents = {row: rj.load_policy(cell(out, row, seed) / algorithm) for row in plan.iterations}
@@ -349,7 +345,7 @@ def transfer_claims(tables: Mapping[str, Results], matrices: Mapping[str, Any]) 
 
 def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
     """Milliseconds per token and answer of each method on the same members and prompts, alternating in one process."""
-    members, task = members_of(out, plan, task_name, 0), task_of(task_name)
+    members, task = members_of(out, plan, task_name, 0), get_task(task_name)
     prompts = task.split("test").take(PROMPTS).prompts
     found = files.read_json(cell(out, task_name, 0) / "results.json")["methods"]
     length = task.span_length

@@ -60,7 +60,7 @@ class AgentConfig:
             )
 
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine")  # see rlae_jax.schedules
 _COUNTS = (
     "iterations",
     "prompts",

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlae_jax.config import SCHEDULES
 from rlae_jax.emorl import losses
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
+from rlae_jax.schedules import learning_rate
 
 ALGORITHMS = ("scst", "grpo", "ppo")
 _PUBLISHED = LoraConfig(rank=8, alpha=32.0, dropout=0.05)
@@ -75,8 +77,8 @@ class EMORLConfig:
             raise InputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}")
         if self.samples < 2 and self.algorithm != "ppo":
             raise InputError(f"{self.algorithm} compares the samples of a prompt: it needs at least 2, not 1")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise InputError(f"schedule must be constant, linear or cosine, not {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
 
 
 class Adapting(NamedTuple):
@@ -97,19 +99,11 @@ class Written(NamedTuple):
 
 
 def _optimiser(config: EMORLConfig) -> optax.GradientTransformation:
-    decay = optax.add_decayed_weights(config.weight_decay)
-    falling = max(config.steps - config.warmup, 1)
-    after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, falling),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, falling),
-    }[config.schedule]
-    before = optax.linear_schedule(config.learning_rate / (config.warmup + 1), config.learning_rate, config.warmup)
-    rate = optax.join_schedules([before, after], [config.warmup]) if config.warmup else after
+    rate = learning_rate(config.schedule, config.learning_rate, config.warmup, config.steps)
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_norm),
         optax.scale_by_adam(),
-        decay,
+        optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
 

@@ -23,6 +23,7 @@ from rlae_jax.fusion.decode import DecodeSpec, answers, row_keys
 from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
+from rlae_jax.schedules import learning_rate
 
 
 class LearnerState(NamedTuple):
@@ -117,15 +118,8 @@ def make_optimiser(config: PPOConfig) -> optax.GradientTransformation:
 
 def step_size(config: PPOConfig, iteration: Int[Array, ""]) -> Float[Array, ""]:
     """The learning rate of an iteration."""
-    falling = max(config.iterations - config.warmup, 1)
-    after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "linear": optax.linear_schedule(config.learning_rate, 0.0, falling),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, falling),
-    }[config.schedule]
-    # The first iteration after the warm-up is the first at the full rate.
-    before = config.learning_rate * (iteration + 1) / (config.warmup + 1)
-    return jnp.where(iteration < config.warmup, before, after(iteration - config.warmup))
+    schedule = learning_rate(config.schedule, config.learning_rate, config.warmup, config.iterations)
+    return jnp.asarray(schedule(iteration), jnp.float32)
 
 
 def init_learner(key: Key[Array, ""], policy: Policy, dims: Dims, config: PPOConfig) -> LearnerState:
