@@ -552,7 +552,8 @@ def evaluate(
     from rlae_jax import files, report
     from rlae_jax.evaluate import baseline_methods, load_agents, router_config
     from rlae_jax.evaluate import evaluate as evaluate_methods
-    from rlae_jax.ppo.train import CONFIG_FILE, read_run
+    from rlae_jax.ppo.train import read_run
+    from rlae_jax.runs import CONFIG_FILE
 
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():

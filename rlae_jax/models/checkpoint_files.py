@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.families import FAMILIES, Family, llama
+from rlae_jax.models.families import FAMILIES, Family, llama, t5
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.rope import frequencies
 from rlae_jax.models.transformer import Params, abstract_params, linears
@@ -226,12 +226,19 @@ def read_config(
     Raises:
       InputError: a setting that is missing, unusable or not supported.
     """
+    config = _config(source, directory / "config.json", dtype, precision, context)
+    if source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
+        config = dataclasses.replace(config, tied_head=True)
+    return config
+
+
+def _config(source: Source, path: Path, dtype: str, precision: str | None, context: int | None = None) -> ModelConfig:
+    """What config.json alone says."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     if precision not in PRECISIONS:
         known = ", ".join(map(str, PRECISIONS))
         raise InputError(f"precision {precision!r} is not supported; use one of {known}")
-    path = directory / "config.json"
     fields = _fields(source, path, context)
     of_text = {**source.config, **source.generation}
     ends = of_text.get("eos_token_id")
@@ -255,8 +262,6 @@ def read_config(
     _check_sizes(config, path)
     if context is not None and config.learned_positions and context > fields["context"]:
         raise InputError(f"context {context} is more than the {fields['context']} positions that {path} has")
-    if source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
-        config = dataclasses.replace(config, tied_head=True)
     return config
 
 
@@ -405,18 +410,20 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
     return params
 
 
-def llama_source(config: ModelConfig) -> Source:
-    """The `Source` of a model that was made here and not loaded: Llama's layout.
+def made_source(config: ModelConfig) -> Source:
+    """The `Source` of a model that was made here and not loaded: Llama's layout, or T5's for an encoder-decoder.
 
     Raises:
-      InputError: the model is made of more than Llama's layout can say.
+      InputError: the model is made of more than that layout can say.
     """
-    family = FAMILIES["llama"]
-    source = Source(family, llama.write(config), {})
-    made = dataclasses.replace(config, pad_id=None, tokens=None)
-    read = read_config(source, Path("config.json"), dtype=config.dtype, precision=config.precision)
-    if dataclasses.replace(read, bos_id=made.bos_id, end_ids=made.end_ids, pad_id=None) != made:
-        raise InputError("only models loaded from a checkpoint, or of Llama's architecture, can be saved")
+    written = llama if config.encoder is None else t5
+    source = Source(written.FAMILY, written.write(config), {})
+    read = _config(source, Path("config.json"), config.dtype, config.precision)
+    of_text = {name: getattr(config, name) for name in ("bos_id", "end_ids", "pad_id", "tokens")}
+    if source.family.head_decides_tie:
+        of_text["tied_head"] = config.tied_head
+    if dataclasses.replace(read, **of_text) != config:
+        raise InputError("only models loaded from a checkpoint, or of Llama's or T5's architecture, can be saved")
     return source
 
 
@@ -428,11 +435,11 @@ def write_model(
     The directory appears under its name only when it is complete.
 
     Raises:
-      InputError: the directory exists already; a model made here that is not of Llama's architecture.
+      InputError: the directory exists already; a model made here that is not of Llama's or T5's architecture.
     """
     if directory.exists():
         raise InputError(f"{directory} exists already; choose another name or remove it")
-    source = llama_source(config) if source is None else source
+    source = made_source(config) if source is None else source
     ends = config.end_ids[0] if len(config.end_ids) == 1 else list(config.end_ids) or None
     of_text = {"bos_token_id": config.bos_id, "eos_token_id": ends, "pad_token_id": config.pad_id}
     raw = {key: value for key, value in source.config.items() if key != "torch_dtype"}

@@ -182,7 +182,7 @@ class LM:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a Hugging Face directory that `load` and transformers read: in the layout of the checkpoint that this
-        model came from, or in Llama's for a model made here."""
+        model came from; for a model made here in Llama's, or in T5's if it is an encoder-decoder."""
         if self.stack is not None:
             raise InputError(f"{self.name} has adapters beside its parameters; merge one with with_adapter, then save")
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)

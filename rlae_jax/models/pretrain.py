@@ -1,12 +1,14 @@
 """Next-token training of a small language model: what makes the embedded specialists.
 
-In: sequences Int[R, T] and the places that are predicted Bool[R, T]. Out: parameters. All steps of a report interval
-are one compiled scan; batches are drawn on the device from the seed.
+In: sequences Int[R, T] and the places that are predicted Bool[R, T]; for an encoder-decoder also what its encoder
+reads. Out: parameters. All steps of a report interval are one compiled scan; batches are drawn on the device from the
+seed.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +34,32 @@ class PretrainConfig:
     remat: bool = False  # compute activations again for the gradient: less memory, a third more time
 
 
+class Source(NamedTuple):
+    """What an encoder reads, a row per sequence."""
+
+    ids: Int[Array, "R S"]
+    mask: Int[Array, "R S"]
+
+
 def next_token_loss(
     config: ModelConfig,
     params: transformer.Params,
     ids_bt: Int[Array, "B T"],
     predicted_bt: Bool[Array, "B T"],
+    source: Source | None = None,
     *,
     remat: bool = False,
 ) -> Float[Array, ""]:
-    """Mean of -log p(ids[t] | ids[<t]) over the places where `predicted` is True."""
-    hidden, _ = transformer.forward(config, params, ids_bt[:, :-1], jnp.ones_like(ids_bt[:, :-1]), remat=remat)
+    """Mean of -log p(ids[t] | ids[<t], source) over the places where `predicted` is True.
+
+    Args:
+      source: for an encoder-decoder, whose sequences begin with its start token.
+    """
+    before = ids_bt[:, :-1]
+    if source is None:
+        hidden, _ = transformer.forward(config, params, before, jnp.ones_like(before), remat=remat)
+    else:
+        hidden, _ = transformer.forward(config, params, source.ids, source.mask, decoder_ids=before, remat=remat)
     log_probs = transformer.target_log_probs(config, params, hidden, ids_bt[:, 1:])
     return -jnp.sum(log_probs * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
 
@@ -61,13 +79,17 @@ def _run_steps(
     optimiser_state: optax.OptState,
     ids: Int[Array, "R T"],
     predicted: Bool[Array, "R T"],
+    source: Source | None,
     keys: Array,
 ) -> tuple[transformer.Params, optax.OptState, Float[Array, ""]]:
     def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
         params, optimiser_state = carry
         rows = jax.random.randint(key, (train.batch,), 0, ids.shape[0])
         loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config, remat=train.remat))(
-            params, ids_bt=ids[rows], predicted_bt=predicted[rows]
+            params,
+            ids_bt=ids[rows],
+            predicted_bt=predicted[rows],
+            source=jax.tree.map(lambda leaf: leaf[rows], source),
         )
         updates, optimiser_state = _optimiser(train).update(gradients, optimiser_state, params)
         return (optax.apply_updates(params, updates), optimiser_state), loss
@@ -84,22 +106,24 @@ def pretrain(
     *,
     seed: int,
     params: transformer.Params | None = None,
+    source: Source | None = None,
     on_progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> transformer.Params:
     """The same seed gives the same parameters on the same machine.
 
     Args:
       params: where training starts; they are left as they are. None means random ones.
+      source: what an encoder-decoder's encoder reads.
       on_progress: called with the number of steps done and their mean loss, every `report_every` steps.
     """
     init_key, data_key = jax.random.split(jax.random.key(seed))
     # Copies, as each step takes the memory of what it is given.
     params = transformer.init_params(config, init_key) if params is None else jax.tree.map(jnp.copy, params)
     optimiser_state = _optimiser(train).init(params)
-    ids, predicted = jnp.asarray(ids), jnp.asarray(predicted)
+    ids, predicted, source = jax.tree.map(jnp.asarray, (ids, predicted, source))
     for start in range(0, train.steps, train.report_every):
         end = min(start + train.report_every, train.steps)
         keys = jax.vmap(functools.partial(jax.random.fold_in, data_key))(jnp.arange(start, end))
-        params, optimiser_state, loss = _run_steps(config, train, params, optimiser_state, ids, predicted, keys)
+        params, optimiser_state, loss = _run_steps(config, train, params, optimiser_state, ids, predicted, source, keys)
         on_progress(end, float(loss))
     return params

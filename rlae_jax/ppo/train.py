@@ -8,16 +8,12 @@ A run trains E agents of different seeds side by side, most often one. Every ite
 settings, its own number), so that a run that was killed and resumed ends with the same parameters as one that was not.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
-import signal
-import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from rlae_jax import files
 from rlae_jax.checkpoint import Checkpoints
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
-from rlae_jax.errors import InputError, Interrupted, grouped_error
+from rlae_jax.errors import InputError, Interrupted
 from rlae_jax.fusion.decode import DecodeSpec, DecodeState
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
@@ -38,9 +34,9 @@ from rlae_jax.fusion.reading import TextReader
 from rlae_jax.metrics import MetricsLog, load_sinks, read_metrics
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
+from rlae_jax.runs import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
 from rlae_jax.tasks import Examples, RewardPool, Task
 
-CONFIG_FILE = "config.json"
 UNION_FILE = "union.npz"  # of members with different tokenizers
 _EVALUATION_ROWS = 256
 
@@ -88,26 +84,6 @@ def fusion_name(fusion: FusionOperator) -> str:
     return repr(fusion) if dataclasses.is_dataclass(fusion) else getattr(fusion, "__name__", "custom")
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back: tuples become lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in sorted(ours.keys() | theirs.keys()):
-            yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else key)
-    elif ours != theirs:
-        yield f"{where} is {_short(theirs)} there and {_short(ours)} here"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
     """Warns if an ensemble's members are not those that a run's agents were trained with: their weights go by place."""
     trained = files.read_json(Path(run) / CONFIG_FILE)["members"]
@@ -128,50 +104,6 @@ def require_written(task: Task) -> None:
             f"task {task.name} takes the likeliest of its options for the answer, and agents learn from written ones; "
             "train with its own reward, and evaluate by likelihood"
         )
-
-
-def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
-    """Makes sure that a run directory is new, or that it belongs to this very run and may be resumed.
-
-    A resumed run may have more iterations than it had.
-
-    Raises:
-      InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made.
-    """
-    path = out / CONFIG_FILE
-    files.require_writable_parent(out)
-    if path.is_file():
-        kinds = [raw.get("command", "train") for raw in (wanted, files.read_json(path))]
-        if kinds[0] != kinds[1]:
-            raise InputError(
-                f"{out} holds what the command {kinds[1]} made; choose another directory for this {kinds[0]}"
-            )
-        findings = [
-            ("settings differ", difference)
-            for difference in _differences(_plain(wanted), files.read_json(path))
-            if not difference.startswith("settings.iterations ")
-        ]
-        if findings:
-            raise grouped_error(
-                f"{out} belongs to a run with another configuration", findings, "choose another directory for this run"
-            )
-        if not resume:
-            raise InputError(f"{out} holds this run already; resume it (--resume, resume=True) or choose another name")
-    elif out.is_dir() and any(out.glob("*.jsonl")):
-        raise InputError(f"{out} holds files of something else and no {CONFIG_FILE}; choose another directory")
-    files.write_json(path, wanted)
-
-
-def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray, "B"]:
-    """Which examples iteration `iteration` reads: passes over all n in a fresh order each, cut into batches. The rows
-    of a batch that reaches beyond a pass come from the next one."""
-    places = np.arange(iteration * batch, (iteration + 1) * batch)
-    rows = np.empty(batch, np.int64)
-    for epoch in np.unique(places // n):
-        order = np.random.default_rng((seed, int(epoch))).permutation(n)
-        here = places // n == epoch
-        rows[here] = order[places[here] % n]
-    return rows
 
 
 _Reading = tuple[Encoder, TextReader]  # of an agent that reads the text
@@ -219,28 +151,6 @@ def _prepare(
 def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
     """Whether rewards are computed from ids on the device. With different tokenizers a text has many spellings."""
     return task.token_reward and ensemble.union is None
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a request that is answered between iterations; a second one interrupts at once."""
-    requested = False
-
-    def request(signum: int, frame: Any) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-        sys.stderr.write("\nstopping after this iteration; once more stops at once\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, request)
-    try:
-        yield lambda: requested
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def train(
@@ -342,7 +252,7 @@ def train_seeds(
     began = time.monotonic()
 
     try:
-        with RewardPool(task.reward) as pool, _stop_requests() as stop_requested:
+        with RewardPool(task.reward) as pool, stop_requests() as stop_requested:
             for iteration in range(first, config.iterations):
                 started = time.perf_counter()
                 rows = np.concatenate([epoch_rows(len(prompts.ids), config.prompts, int(s), iteration) for s in seeds])

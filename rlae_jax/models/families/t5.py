@@ -79,6 +79,29 @@ def read(hf: Any) -> dict[str, Any]:
     }
 
 
+def write(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model that was made here, in T5's terms."""
+    bias = config.relative_bias or RelativeBias(0, 0)
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "vocab_size": config.vocab,
+        "d_model": config.width,
+        "d_kv": config.head_width,
+        "d_ff": config.ffn_width,
+        "num_layers": 0 if config.encoder is None else config.encoder.layers,
+        "num_decoder_layers": config.layers,
+        "num_heads": config.heads,
+        "relative_attention_num_buckets": bias.buckets,
+        "relative_attention_max_distance": bias.max_distance,
+        "layer_norm_epsilon": config.norm_eps,
+        "feed_forward_proj": f"gated-{config.activation}" if config.gated else config.activation,
+        "tie_word_embeddings": config.head_scale != 1.0,
+        "decoder_start_token_id": config.start_id,
+        "is_encoder_decoder": True,
+    }
+
+
 FAMILY = Family(
     model_type="t5",
     architectures=("T5ForConditionalGeneration", "T5WithLMHeadModel"),
