@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Key
 from rlae_jax import files, report, statistics
 from rlae_jax.config import PPOConfig
 from rlae_jax.errors import InputError
+from rlae_jax.fusion import search
 from rlae_jax.fusion.ensemble import Ensemble, Weights, bucket
 from rlae_jax.fusion.operators import get_operator
 from rlae_jax.fusion.policy import (
@@ -46,11 +47,7 @@ from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
 SEARCH_PROMPTS = 1_024
-# A search over more points than two members' grid has tries them on this many prompts first, and all prompts are for
-# this many of them.
-_EXHAUSTIVE = 21
-_FIRST_PROMPTS = 64
-_FINALISTS = 8
+_FIRST_PROMPTS = search.FIRST_PROMPTS  # of a search's first round
 _SCHEDULE_POINTS = 100  # weights that a schedule's search tries for a span
 _ROWS = 256  # prompts per call
 
@@ -349,20 +346,9 @@ def _policy(agent: Method) -> BoundPolicy:
     return agent.weights
 
 
-def _rounds(points: int, prompts: int) -> list[tuple[int, int]]:
-    """Successive halving: per round on how many prompts points are tried, and how many of them are kept."""
-    rounds, n = [], _FIRST_PROMPTS
-    while points > _EXHAUSTIVE and n < prompts:
-        points = max(_FINALISTS, -(-points // 4))
-        rounds.append((n, points))
-        n *= 4
-    return [*rounds, (prompts, 1)]
-
-
 def search_size(points: int, prompts: int) -> int:
     """How many answers a search among so many points looks at."""
-    kept = [points, *(kept for _, kept in _rounds(points, prompts))]
-    return sum(tried * n for tried, (n, _) in zip(kept, _rounds(points, prompts), strict=False))
+    return search.search_size(points, prompts, _FIRST_PROMPTS, again=True)
 
 
 def _search_prompts(task: Task, points: int, budget: Budget) -> int:
@@ -397,7 +383,7 @@ def _search(
     left = list(range(len(candidates)))
     done, total = 0, search_size(len(candidates), len(examples))
     with RewardPool(task.reward) as pool, report.progress(f"search for {name}", total, "answers") as update:
-        for n, kept in _rounds(len(candidates), len(examples)):
+        for n, kept in search.halving_rounds(len(candidates), len(examples), _FIRST_PROMPTS):
             rows = [(point, i) for point in left for i in range(n)]
             pending = []
             for batch, counting in _filled(rows):

@@ -4,14 +4,21 @@ import contextlib
 import math
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rich.console
 import rich.progress
 import rich.table
+from jaxtyping import Float
+
+from rlae_jax.errors import InputError
+from rlae_jax.fusion.search import pareto
+from rlae_jax.statistics import rank_correlation
 
 Update = Callable[[int, str], None]
 # Without a terminal, a line at most this often.
@@ -299,4 +306,148 @@ def transfer_map(path: Path, matrix: Mapping[str, Any], title: str) -> None:
     axis.set_yticks(range(len(rows)), rows)
     axis.set(xlabel="tested on", ylabel="trained on", title=title)
     figure.colorbar(image, ax=axis, label="mean reward")
+    _save(figure, path)
+
+
+_BEST: dict[str, Any] = {"color": COLOURS[5], "markeredgecolor": "black", "linestyle": "none", "zorder": 4}
+_LABEL = 14  # letters in a line
+
+
+def _directions(
+    points: Float[np.ndarray, "N d"], scores: Float[np.ndarray, "N ..."]
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"], Float[np.ndarray, "n ..."]]:
+    """Of the points that are not 0: their weights, these as shares of their sum, and their scores.
+
+    Raises:
+      InputError: there are none.
+    """
+    weights = np.asarray(points, np.float64)
+    some = weights.any(axis=1)
+    if not some.any():
+        raise InputError(f"a picture of directions needs weights that are not 0; all {len(weights)} points are")
+    weights = weights[some]
+    return weights, weights / weights.sum(axis=1, keepdims=True), np.asarray(scores, np.float64)[some]
+
+
+def weight_triangle(
+    path: Path, points: Float[np.ndarray, "N 3"], scores: Float[np.ndarray, "N"], names: Sequence[str], title: str
+) -> None:
+    """Scores of three weights over their direction, w / sum w, on which alone greedily decoded hidden states depend. Of
+    points in one direction the best is on top; w = 0 has none and is left out.
+
+    Raises:
+      InputError: other than three names, or no weights but 0.
+    """
+    if len(names) != 3:
+        raise InputError(f"a triangle has three corners, not {len(names)} ({', '.join(names)})")
+    weights, shares, values = _directions(points, scores)
+    corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(0.75)]])
+    places = shares @ corners
+    figure, axes = _figure(6.4, 5.2)
+    axis = axes[0][0]
+    axis.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=1, zorder=1)
+    for share in (0.25, 0.5, 0.75):
+        for k in range(3):
+            ends = [share * corners[k] + (1 - share) * corners[other] for other in range(3) if other != k]
+            axis.plot(*np.transpose(ends), color="#BBBBBB", linewidth=0.6, zorder=0)
+    order = np.argsort(values, kind="stable")  # what is drawn later is on top
+    drawn = axis.scatter(
+        *places[order].T, c=values[order], cmap="viridis", s=46, edgecolors="black", linewidths=0.4, zorder=2
+    )
+    best = int(np.argmax(values))
+    found = "\n".join(f"w {name} {weight:.3g}" for name, weight in zip(names, weights[best], strict=True))
+    axis.plot(*places[best], "*", **_BEST, markersize=19, label=f"best: {values[best]:.3f}\n{found}")
+    # Names begin and end a little outside of the triangle, so that long ones do not make it small.
+    for name, (x, y), side in zip(
+        names, ((-0.08, -0.09), (1.08, -0.09), (0.5, 0.93)), ("left", "right", "center"), strict=True
+    ):
+        axis.text(x, y, name, ha=side, va="center", fontweight="bold")
+    axis.set(title=title, aspect="equal", xlim=(-0.1, 1.1), ylim=(-0.13, 0.97))
+    axis.axis("off")
+    axis.legend(loc="upper left", bbox_to_anchor=(-0.02, 0.95), frameon=False, borderaxespad=0)
+    figure.colorbar(drawn, ax=axis, label="mean score", shrink=0.8)
+    _save(figure, path)
+
+
+def parallel_coordinates(
+    path: Path,
+    points: Float[np.ndarray, "N d"],
+    scores_by_objective: Float[np.ndarray, "N d"],
+    names: Sequence[str],
+    title: str,
+) -> None:
+    """A line per point through its weights in [0, 1], its score under each objective, and their mean. All scores have
+    one scale, from the lowest to the highest.
+
+    Args:
+      names: of the objectives; weight k is of the member made for objective k.
+    """
+    from matplotlib.collections import LineCollection
+
+    weights, scores = np.asarray(points, np.float64), np.asarray(scores_by_objective, np.float64)
+    means = scores.mean(axis=1)
+    pad = 0.5 if np.ptp(scores) == 0 else 0.0  # scores that are all equal are drawn in the middle
+    low, high = float(scores.min()) - pad, float(scores.max()) + pad
+    heights = np.column_stack([weights, (np.column_stack([scores, means]) - low) / (high - low)])
+    places = np.arange(heights.shape[1]) + 0.4 * (np.arange(heights.shape[1]) >= len(names))
+    front = np.isin(np.arange(len(means)), pareto(scores))
+    figure, axes = _figure(2 + 1.1 * len(places), 4.4)
+    axis = axes[0][0]
+    axis.vlines(places, 0, 1, color="black", linewidth=0.8, zorder=0)
+    for chosen, width, alpha, label in ((~front, 0.8, 0.4, "other points"), (front, 1.6, 1.0, "Pareto set")):
+        order = np.argsort(means[chosen], kind="stable")
+        lines = LineCollection(
+            [np.column_stack([places, row]) for row in heights[chosen][order]],
+            array=means[chosen][order],
+            clim=(means.min(), means.max()),
+            cmap="viridis",
+            linewidths=width,
+            alpha=alpha,
+            zorder=1,
+        )
+        axis.add_collection(lines)
+        axis.plot([], [], color="#555555", linewidth=width, alpha=alpha, label=label)
+    best = int(np.argmax(means))
+    label = f"best mean ({means[best]:.3f})"
+    axis.plot(places, heights[best], "o-", color=COLOURS[5], linewidth=2.6, markersize=5, zorder=4, label=label)
+    labels = [*(f"w {name}" for name in names), *names, "mean"]
+    axis.set_xticks(places, [textwrap.fill(label, _LABEL) for label in labels])
+    axis.set(title=title, ylabel="weight", xlim=(places[0] - 0.15, places[-1] + 0.15), ylim=(-0.02, 1.02))
+    scale = axis.secondary_yaxis(
+        "right", functions=(lambda height: low + height * (high - low), lambda score: (score - low) / (high - low))
+    )
+    scale.set_ylabel("score")
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
+    figure.colorbar(lines, ax=axis, label="mean score", pad=0.02)
+    _save(figure, path)
+
+
+def contributions(
+    path: Path,
+    points: Float[np.ndarray, "N d"],
+    scores_by_objective: Float[np.ndarray, "N d"],
+    names: Sequence[str],
+    title: str,
+) -> None:
+    """Each objective's score over the share of its own weight, w_m / sum w, with their rank correlation: whether the
+    weights tell what an ensemble is good at. w = 0 has no shares and is left out.
+
+    Raises:
+      InputError: no weights but 0.
+    """
+    _, shares, scores = _directions(points, scores_by_objective)
+    best = int(np.argmax(scores.mean(axis=1)))
+    figure, axes = _figure(1.4 + 2.4 * len(names), 3.4, len(names))
+    for axis, name, x, y in zip(axes[0], names, shares.T, scores.T, strict=True):
+        axis.scatter(x, y, color=COLOURS[0], s=16, alpha=0.5, linewidths=0)
+        axis.plot(x[best], y[best], "*", **_BEST, markersize=13, label="best mean")
+        correlation = rank_correlation(x, y)
+        told = "none" if math.isnan(correlation) else f"{correlation:+.2f}"
+        axis.set(title=f"{name}\nrank correlation {told}", xlabel="share of its weight", xlim=(-0.05, 1.05))
+        axis.title.set_fontsize(10)
+        axis.set_xticks([0, 0.5, 1])
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("score")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.suptitle(title)
     _save(figure, path)

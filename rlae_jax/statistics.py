@@ -1,4 +1,4 @@
-"""How sure a comparison is: bootstrap intervals, paired tests, Holm's correction. Plain numpy, no models.
+"""How sure a comparison is: bootstrap intervals, paired tests, Holm's correction, rank correlation. Numpy, no models.
 
 Rewards are [S, N]: S seeds, each with models and agents of its own, on the same N prompts. A vector [N] is one seed.
 What differs between seeds is what a repetition of the whole study would change, so the seed is the outer unit: many
@@ -175,3 +175,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
     return [float(value) for value in corrected]
+
+
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rank correlation of pairs; equal values share their mean rank. NaN where one side is constant.
+
+    Args:
+      x, y: [N].
+    """
+    a, b = (_ranks(np.asarray(values, np.float64)) for values in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / size if size else math.nan
+
+
+def _ranks(values: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """From 1."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last: Float[np.ndarray, "U"] = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]

@@ -1,4 +1,4 @@
-"""Intervals and p-values, against scipy, against values from books, and on simulated studies."""
+"""Intervals, p-values and rank correlation, against scipy, against values from books, and on simulated studies."""
 
 import numpy as np
 import pytest
@@ -153,3 +153,25 @@ class TestHolm:
         assert statistics.holm([0.6, 0.7]) == [1.0, 1.0]
         assert statistics.holm([0.03]) == [0.03]
         assert statistics.holm([]) == []
+
+
+class TestRankCorrelation:
+    @pytest.mark.parametrize(("n", "values"), [(2, 50), (7, 3), (40, 1_000), (200, 5)])
+    def test_with_and_without_ties(self, n, values):
+        rng = np.random.default_rng(n)
+        for _ in range(20):
+            x, y = rng.integers(values, size=(2, n)) / values
+            if np.ptp(x) and np.ptp(y):
+                expected = scipy.stats.spearmanr(x, y).statistic
+                np.testing.assert_allclose(statistics.rank_correlation(x, y), expected, atol=1e-12)
+
+    def test_by_hand(self):
+        np.testing.assert_allclose(statistics.rank_correlation([1, 2, 9], [0.1, 0.2, 0.3]), 1)
+        np.testing.assert_allclose(statistics.rank_correlation([1, 2, 9], [3, 2, -5]), -1)
+        # Ranks 1, 2.5, 2.5 and 1, 2, 3.
+        np.testing.assert_allclose(statistics.rank_correlation([0, 4, 4], [1, 2, 3]), 1.5 / np.sqrt(1.5 * 2))
+
+    def test_a_side_that_is_constant(self):
+        assert np.isnan(statistics.rank_correlation([0.1] * 3, [1, 2, 3]))
+        assert np.isnan(statistics.rank_correlation([1, 2, 3], [0.1] * 3))
+        assert np.isnan(statistics.rank_correlation([1], [2]))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.config import SCHEDULES
 from rlae_jax.emorl import losses
+from rlae_jax.emorl.scorers import COMBINATIONS
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
@@ -36,7 +37,10 @@ class EMORLConfig:
         clipped ratio. "ppo": a value head, advantages over tokens and a clipped ratio.
       steps: of training at most; `validate_every` of them lie between two validations.
       batch, samples: prompts per step, and answers to each.
+      accumulate: parts into which a step's prompts are cut for their gradients, which are summed: less memory, the same
+        step.
       epochs: updates from one batch of samples (grpo, ppo).
+      combination: how a reward is made of several objectives, of `scorers.COMBINATIONS`.
       kl_weight: of the penalty that keeps an adapter near the base.
       window, threshold: an adapter has converged when the standard deviation of its last `window` validation scores is
         below `threshold` times their mean.
@@ -47,7 +51,9 @@ class EMORLConfig:
     steps: int = 1_000
     batch: int = 16
     samples: int = 3
+    accumulate: int = 1
     epochs: int = 1
+    combination: str = "sum"
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup: int = 0
@@ -66,7 +72,8 @@ class EMORLConfig:
     seed: int = 0
 
     counts: ClassVar[tuple[str, ...]] = (
-        *("steps", "batch", "samples", "epochs", "max_new_tokens", "validate_every", "validation_prompts", "window"),
+        *("steps", "batch", "samples", "accumulate", "epochs", "max_new_tokens"),
+        *("validate_every", "validation_prompts", "window"),
     )
 
     def __post_init__(self) -> None:
@@ -77,6 +84,10 @@ class EMORLConfig:
             raise InputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}")
         if self.samples < 2 and self.algorithm != "ppo":
             raise InputError(f"{self.algorithm} compares the samples of a prompt: it needs at least 2, not 1")
+        if self.batch % self.accumulate:
+            raise InputError(f"accumulate must divide batch ({self.batch}), not {self.accumulate}")
+        if self.combination not in COMBINATIONS:
+            raise InputError(f"combination must be one of {', '.join(COMBINATIONS)}, not {self.combination!r}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
 
@@ -193,18 +204,24 @@ def read(
     return _Read(transformer.target_log_probs(model, base, hidden, tokens, adapters), hidden)
 
 
+class _Before(NamedTuple):
+    """What is known of the samples before an update."""
+
+    base: Float[Array, "R N"]  # log-probabilities without any adapter
+    log_probs: Float[Array, "R N"]
+    values: Float[Array, "R N"]
+
+
 def _loss_of_block(
     new: Float[Array, "R N"],
     values: Float[Array, "R N"],
-    old: _Read,
-    old_values: Float[Array, "R N"],
-    base: Float[Array, "R N"],
+    before: _Before,
     mask: Bool[Array, "R N"],
     rewards: Float[Array, "R"],
     config: EMORLConfig,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """One adapter's loss of its own samples, and what is worth knowing about it."""
-    kl = losses.kl_penalty(new, base, mask)
+    kl = losses.kl_penalty(new, before.base, mask)
     value_loss = jnp.zeros(())
     if config.algorithm == "scst":
         advantages = losses.self_critical_advantages(rewards, config.samples)
@@ -214,12 +231,23 @@ def _loss_of_block(
             of_row = losses.group_advantages(rewards, config.samples)
             of_token = jnp.broadcast_to(of_row[:, None], mask.shape)
         else:
-            of_token, targets = losses.token_advantages(rewards, old_values, mask, config.gae_lambda)
+            of_token, targets = losses.token_advantages(rewards, before.values, mask, config.gae_lambda)
             value_loss = losses.value_loss(values, targets, mask)
-        found = losses.clipped_loss(new, old.log_probs, mask, of_token, config.clip)
+        found = losses.clipped_loss(new, before.log_probs, mask, of_token, config.clip)
         policy, clipped = found.loss, found.clip_fraction
     total = policy + config.kl_weight * kl + config.value_weight * value_loss
     return total, {"policy_loss": policy, "kl": kl, "value_loss": value_loss, "clip_fraction": clipped}
+
+
+class _Part(NamedTuple):
+    """The samples whose gradient is taken at once, a number of whole prompts of every block."""
+
+    ids: Int[Array, "R T"]
+    real: Array  # the prompts' mask
+    tokens: Int[Array, "R N"]
+    mask: Bool[Array, "R N"]
+    rewards: Float[Array, "R"]
+    rows: Int[Array, "R"]  # their numbers within their block, for dropout
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
@@ -236,53 +264,65 @@ def update(
 ) -> tuple[Adapting, dict[str, Float[Array, "M"]]]:
     """One step of every adapter from the samples of its own block."""
     m, b, t = ids.shape
-    rows = m * b * config.samples
-    asked, real = (jnp.repeat(x.reshape(m * b, t), config.samples, axis=0) for x in (ids, mask))
-    one_hot = _rows_of(m, rows)
+    parts, k = config.accumulate, config.samples
+    one_hot = _rows_of(m, m * b * k // parts)
     optimiser = _optimiser(config)
+    drawn = step_keys(seeds, state.step, 1)
 
     def blocks(x: Array) -> Array:
         return x.reshape(m, -1, *x.shape[1:])
 
-    def values_of(hidden: Float[Array, "R N D"], value: Float[Array, "M D"]) -> Float[Array, "M R N"]:
+    def split(x: Array) -> Array:
+        """[M * R, ...] -> [parts, M * R / parts, ...], each part with rows of all blocks."""
+        cut = x.reshape(m, parts, -1, *x.shape[1:])
+        return jnp.swapaxes(cut, 0, 1).reshape(parts, -1, *x.shape[1:])
+
+    asked, real = (jnp.repeat(x.reshape(m * b, t), k, axis=0) for x in (ids, mask))
+    rows = jnp.tile(jnp.arange(b * k), m)
+    all_parts = jax.tree.map(split, _Part(asked, real, written.tokens, written.mask, rewards.reshape(-1), rows))
+
+    def values_of(hidden: Float[Array, "R N D"], value: Float[Array, "M D"]) -> Float[Array, "R N"]:
         # The head learns to read the states; they are not changed for it.
         states = blocks(jax.lax.stop_gradient(hidden).astype(jnp.float32))
-        return jnp.einsum("mrnd,md->mrn", states, value)
+        return jnp.einsum("mrnd,md->mrn", states, value).reshape(hidden.shape[:2])
 
-    # The adapters turned off are the base.
-    of_base = jax.lax.stop_gradient(read(model, base, None, asked, real, written.tokens).log_probs)
-    adapters = lora.use(_stack(state.factors, config, m), one_hot)
-    old = jax.lax.stop_gradient(read(model, base, adapters, asked, real, written.tokens))
-    old_values = jax.lax.stop_gradient(values_of(old.hidden, state.value))
+    def before_of(part: _Part) -> _Before:
+        # The adapters turned off are the base.
+        of_base = jax.lax.stop_gradient(read(model, base, None, part.ids, part.real, part.tokens).log_probs)
+        if config.algorithm == "scst":  # which looks at nothing else
+            return _Before(of_base, of_base, jnp.zeros_like(of_base))
+        used = lora.use(_stack(state.factors, config, m), one_hot)
+        old = read(model, base, used, part.ids, part.real, part.tokens)
+        return jax.lax.stop_gradient(_Before(of_base, old.log_probs, values_of(old.hidden, state.value)))
 
-    def loss(trained: tuple[lora.Factors, Array], keys: Key[Array, "R"]) -> tuple[Array, Any]:
+    def loss(trained: tuple[lora.Factors, Array], part: _Part, before: _Before, key: Any) -> tuple[Array, Any]:
         factors, value = trained
-        used = lora.use(_stack(factors, config, m), one_hot, dropout=config.lora.dropout, key=keys)
-        new = read(model, base, used, asked, real, written.tokens)
-        of_block = functools.partial(_loss_of_block, config=config)
-        totals, told = jax.vmap(of_block)(
-            blocks(new.log_probs),
-            values_of(new.hidden, value),
-            jax.tree.map(blocks, old),
-            old_values,
-            blocks(of_base),
-            blocks(written.mask),
-            rewards,
+        own = jax.vmap(lambda key, rows: jax.vmap(lambda row: jax.random.fold_in(key, row))(rows))(
+            key, blocks(part.rows)
         )
+        used = lora.use(_stack(factors, config, m), one_hot, dropout=config.lora.dropout, key=own.reshape(-1))
+        new = read(model, base, used, part.ids, part.real, part.tokens)
+        found = (new.log_probs, values_of(new.hidden, value), before, part.mask, part.rewards)
+        totals, told = jax.vmap(functools.partial(_loss_of_block, config=config))(*jax.tree.map(blocks, found))
         return jnp.sum(totals), told
 
     def one_update(carry: tuple[Any, Any], epoch: Array) -> tuple[tuple[Any, Any], Any]:
         trained, optimiser_state = carry
-        own = jax.vmap(lambda key: decoding.row_keys(jax.random.fold_in(key, epoch), rows // m))(drawn)
-        gradients, told = jax.grad(loss, has_aux=True)(trained, own.reshape(-1))
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(drawn)
+
+        def of_part(total: Any, pair: tuple[_Part, _Before]) -> tuple[Any, Any]:
+            gradients, told = jax.grad(loss, has_aux=True)(trained, *pair, keys)
+            return jax.tree.map(lambda sum_, new: sum_ + new / parts, total, gradients), told
+
+        gradients, told = jax.lax.scan(of_part, jax.tree.map(jnp.zeros_like, trained), (all_parts, before))
         changes, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, trained)
         return (optax.apply_updates(trained, changes), optimiser_state), told
 
-    drawn = step_keys(seeds, state.step, 1)
+    before = jax.lax.map(before_of, all_parts)
     start = ((state.factors, state.value), state.optimiser)
     (trained, optimiser_state), told = jax.lax.scan(one_update, start, jnp.arange(config.epochs))
-    metrics = {name: value.mean(axis=0) for name, value in told.items()}
+    metrics = {name: value.mean(axis=(0, 1)) for name, value in told.items()}
     metrics["reward"] = rewards.mean(axis=1)
-    metrics["tokens"] = blocks(written.mask).sum(axis=(1, 2)) / (b * config.samples)
+    metrics["tokens"] = blocks(written.mask).sum(axis=(1, 2)) / (b * k)
     metrics["ended"] = blocks(written.ended).mean(axis=1)
     return Adapting(*trained, optimiser_state, state.step + 1), metrics

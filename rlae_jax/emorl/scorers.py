@@ -6,6 +6,7 @@ make of it.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,10 @@ import numpy as np
 from jaxtyping import Float
 
 from rlae_jax.errors import InputError
-from rlae_jax.models import LM, Encoder
+from rlae_jax.models import LM, Encoder, load, load_encoder
+from rlae_jax.models.lm import require_tokenizer
+from rlae_jax.tasks.reward_worker import described, resolve
+from rlae_jax.tasks.rewards import find_function
 
 Score = Callable[[Sequence[str], Sequence[str]], Any]  # (prompts, responses) -> N numbers
 _ROWS = 64  # texts that a model reads at once
@@ -249,6 +253,86 @@ def fluency(lm: LM, worst: float = 50.0) -> Scorer:
         return np.maximum((worst - np.minimum(perplexities(lm, responses), worst)) / worst, 0.0)
 
     return Scorer("fluency", _in_batches(score))
+
+
+# What commands name: functions of texts, and models, which are made from a checkpoint.
+TEXT_SCORERS: dict[str, Callable[[], Scorer]] = {"coverage": coverage, "brevity": brevity, "edit_rate": edit_rate}
+MODEL_SCORERS: dict[str, Callable[[Any], Scorer]] = {
+    "reflection": functools.partial(regression, "reflection"),
+    "empathy": functools.partial(classifier, "empathy"),
+    "coherence": coherence,
+    "specificity": specificity,
+    "fluency": fluency,
+}
+_DIVERSITY = re.compile(r"diversity(?:_([1-9]\d?))?")
+
+
+def get_scorer(text: str) -> Scorer:
+    """The scorer that a command's argument names.
+
+    Args:
+      text: "coverage", "brevity", "edit_rate", "diversity" or "diversity_3" (n-grams; 2 by default); "NAME=CHECKPOINT"
+        with a name of `MODEL_SCORERS` and what `load_encoder`, or for fluency `load`, takes; or "module:function" or
+        "file.py:function", a function of prompt and response that gives a number in [0, 1], after which the scorer is
+        named.
+
+    Raises:
+      InputError: an unknown name; a checkpoint that cannot be loaded or lacks the head; no such function.
+    """
+    return _named(text)[1]()
+
+
+def get_scorers(texts: Sequence[str]) -> list[Scorer]:
+    """What `get_scorer` makes of each text. Names are checked before any model is loaded.
+
+    Raises:
+      InputError: no texts, two scorers of one name; what `get_scorer` raises.
+    """
+    if not texts:
+        raise InputError(f"no scorers: name at least one of {_KNOWN}")
+    named = [_named(text) for text in texts]
+    names = [name for name, _ in named]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"scorers need names of their own, and {', '.join(repeated)} is there more than once")
+    return [make() for _, make in named]
+
+
+_KNOWN = (
+    f"{', '.join(TEXT_SCORERS)}, diversity, diversity_N, NAME=CHECKPOINT with {', '.join(MODEL_SCORERS)}, or "
+    "MODULE:FUNCTION"
+)
+
+
+def _named(text: str) -> tuple[str, Callable[[], Scorer]]:
+    """A scorer's name, and what makes it."""
+    name, _, checkpoint = text.partition("=")
+    if name in MODEL_SCORERS:
+        if not checkpoint:
+            raise InputError(f"scorer {name} needs a model: {name}=CHECKPOINT")
+        return name, functools.partial(_from_checkpoint, name, checkpoint)
+    if text in TEXT_SCORERS:
+        return text, TEXT_SCORERS[text]
+    if found := _DIVERSITY.fullmatch(text):
+        n = int(found[1] or 2)
+        return f"diversity_{n}", functools.partial(diversity, n)
+    if ":" not in text:
+        raise InputError(f"scorer {text!r} is unknown; use one of {_KNOWN}")
+    name = text.rpartition(":")[2]
+    function = resolve(find_function(text, f"scorer {text!r}"))
+
+    def score(prompt: str, response: str) -> float:
+        try:
+            return float(function(prompt, response))
+        except Exception as error:
+            raise InputError(f"scorer {name} failed for the response {response[:60]!r}: {described(error)}") from error
+
+    return name, functools.partial(of_function, name, score)
+
+
+def _from_checkpoint(name: str, checkpoint: str) -> Scorer:
+    model: LM | Encoder = load(checkpoint) if name == "fluency" else load_encoder(checkpoint)
+    require_tokenizer(model.tokenizer, checkpoint)
+    return MODEL_SCORERS[name](model)
 
 
 COMBINATIONS = ("sum", "log", "product")

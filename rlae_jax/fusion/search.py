@@ -6,8 +6,10 @@ can decode them as rows of one batch. Out: the best point, all points with their
 - `hierarchical`: EMORL's search (arXiv 2505.02579, section 3.3) in a box, or in a simplex, where what is subdivided are
   simplices rather than boxes.
 - `grid`, `random_points`: every point of a grid, or random ones.
+- `successive_halving`: the best of given points, most of which are tried on a few prompts only.
 
-No point is evaluated twice (`Scores`), and what was evaluated can be kept in a file from which a search goes on.
+The first three evaluate no point twice (`Scores`), and what was evaluated can be kept in a file from which a search
+goes on. The last one evaluates no point twice on one prompt.
 """
 
 import dataclasses
@@ -17,13 +19,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlae_jax.errors import InputError
 
 Evaluate = Callable[[Float[np.ndarray, "N d"]], Float[np.ndarray, "N M"]]
+# Points and places of prompts to the scores of each point on each of these prompts.
+EvaluatePrompts = Callable[[Float[np.ndarray, "N d"], Int[np.ndarray, "n"]], Float[np.ndarray, "N n M"]]
 SPACES = ("box", "simplex")
 _DIGITS = 9  # of a point's coordinates, by which it is known again
+# A search over more points than two members' grid of step 0.05 has tries them on so many prompts first, and all prompts
+# are for this many of them.
+_EXHAUSTIVE = 21
+FIRST_PROMPTS = 64
+_FINALISTS = 8
 
 
 class Scores:
@@ -102,7 +111,8 @@ class SearchResult:
       weights: the point with the highest mean score; of equally good ones the first that was tried.
       score: that mean.
       points, scores: all that were tried, in order, with their scores under each objective.
-      evaluations: of them, how many had to be evaluated.
+      evaluations: of them, how many had to be evaluated; of successive halving, how many answers were scored, one for
+        each pair of a point and a prompt.
       regions: of a hierarchical search, the corners of the region of each level.
     """
 
@@ -193,6 +203,76 @@ def random_points(known: Scores, dimensions: int, points: int, seed: int = 0, sp
     drawn = rng.random((points, dimensions)) if space == "box" else rng.dirichlet(np.ones(dimensions), points)
     known(drawn)
     return _result(known)
+
+
+def halving_rounds(points: int, prompts: int, first: int = FIRST_PROMPTS) -> list[tuple[int, int]]:
+    """Successive halving: per round on how many prompts points are tried, and how many of them are kept.
+
+    Args:
+      first: prompts of the first round.
+    """
+    rounds, n = [], first
+    while points > _EXHAUSTIVE and n < prompts:
+        points = max(_FINALISTS, -(-points // 4))
+        rounds.append((n, points))
+        n *= 4
+    return [*rounds, (prompts, 1)]
+
+
+def search_size(points: int, prompts: int, first: int = FIRST_PROMPTS, *, again: bool = False) -> int:
+    """How many answers successive halving among so many points looks at.
+
+    Args:
+      again: a round answers all of its prompts, also those of the rounds before.
+    """
+    rounds = halving_rounds(points, prompts, first)
+    tried = [points, *(kept for _, kept in rounds)]
+    known = [0, *(0 if again else n for n, _ in rounds)]
+    return sum(left * (n - before) for left, before, (n, _) in zip(tried, known, rounds, strict=False))
+
+
+def successive_halving(
+    evaluate: EvaluatePrompts, points: Float[np.ndarray, "N d"], prompts: int, first: int = FIRST_PROMPTS
+) -> SearchResult:
+    """Tries all points on a few prompts, the better ones on four times as many, and so on (`halving_rounds`).
+
+    A round asks for the scores on the prompts that are new in it, and keeps the points with the highest means of all
+    their scores so far, under all objectives; of equally good ones the first.
+
+    Args:
+      evaluate: gets the points that are left and the places of prompts, of 0 .. prompts - 1 in their order.
+
+    Returns the points that were scored on all prompts, in their order, with their mean scores under each objective.
+    `evaluations` counts answers and is `search_size(len(points), prompts, first)`.
+
+    Raises:
+      InputError: no points or no prompts; scores that are not finite, or not one per point, prompt and objective.
+    """
+    left = np.asarray(points, np.float64)
+    if left.ndim != 2 or not len(left) or prompts < 1 or first < 1:
+        raise InputError(
+            f"a search needs rows of points and at least one prompt, not points of shape {list(left.shape)}, {prompts} "
+            f"prompts and {first} in the first round"
+        )
+    table: Float[np.ndarray, "N n M"] | None = None
+    answers = 0
+    for n, kept in halving_rounds(len(left), prompts, first):
+        rows = np.arange(0 if table is None else table.shape[1], n)
+        new = np.asarray(evaluate(left, rows), np.float64)
+        if new.ndim != 3 or new.shape[:2] != (len(left), len(rows)) or not np.all(np.isfinite(new)):
+            raise InputError(
+                f"scores of {len(left)} points on {len(rows)} prompts must be finite numbers of shape [{len(left)}, "
+                f"{len(rows)}, objectives], not of shape {list(new.shape)}: {new.ravel()[:5].tolist()}"
+            )
+        answers += new.shape[0] * new.shape[1]
+        table = new if table is None else np.concatenate([table, new], axis=1)
+        if n < prompts:
+            best = np.sort(np.argsort(-table.mean(axis=(1, 2)), kind="stable")[:kept])
+            left, table = left[best], table[best]
+    assert table is not None
+    scores = table.mean(axis=1)
+    winner = int(np.argmax(scores.mean(axis=1)))
+    return SearchResult(left[winner], float(scores[winner].mean()), left, scores, answers)
 
 
 def pareto(scores: Float[np.ndarray, "N M"]) -> list[int]:

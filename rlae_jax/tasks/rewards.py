@@ -215,18 +215,31 @@ def get_reward(name: str) -> Reward:
             f"reward {name!r} is unknown; use one of {', '.join([*REWARDS, MATH])}, or MODULE:FUNCTION (for multiple "
             "choice also likelihood)"
         )
+    return NamedReward(find_function(name, f"reward {name!r}"))
+
+
+def find_function(name: str, what: str) -> str:
+    """Checks that "module:function" or "file.py:function" names a function. Returns the name for `resolve`, by which
+    another process finds it, too.
+
+    Args:
+      what: the beginning of a message.
+
+    Raises:
+      InputError: no such module or function, or one that cannot be imported or called.
+    """
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
         name = f"{Path(module).resolve()}:{function}"
     elif module == "__main__":
-        raise InputError(f"reward {name!r}: no other process can import it; put the function into a file of its own")
+        raise InputError(f"{what}: no other process can import it; put the function into a file of its own")
     elif (here := os.getcwd()) not in sys.path and "" not in sys.path:
         # A console script's path lacks the directory that it was started in, where the user's own modules are.
         sys.path.append(here)
     try:
         resolve(name)
     except LookupError as error:
-        raise InputError(f"reward {name!r}: {error}") from error
+        raise InputError(f"{what}: {error}") from error
     except Exception as error:
-        raise InputError(f"reward {name!r}: {module} cannot be imported ({described(error)})") from error
-    return NamedReward(name)
+        raise InputError(f"{what}: {module} cannot be imported ({described(error)})") from error
+    return name

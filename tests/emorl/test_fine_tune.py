@@ -140,6 +140,22 @@ def test_a_step_of_the_stack_is_each_adapters_own(lm, prompts, sampled, algorith
     assert together.step.tolist() == [3, 8, 5]
 
 
+@pytest.mark.parametrize("algorithm", ["scst", "ppo"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(lm, prompts, sampled, algorithm):
+    _, written = sampled
+    rewards = jnp.asarray(np.random.default_rng(2).random((M, B * K)), jnp.float32)
+    found = []
+    for parts in (1, 2, 4):
+        config = settings(algorithm=algorithm, accumulate=parts, learning_rate=1e-4)
+        found.append(
+            fine_tune.update(lm.params, fresh(lm, config), *prompts, written, rewards, SEEDS, lm.config, config)
+        )
+    for state, told in found[1:]:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), state.factors, found[0][0].factors)
+        for name, value in told.items():
+            np.testing.assert_allclose(value, found[0][1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_that_changes_nothing_has_no_kl_and_a_changed_one_is_pulled_back(lm, prompts, sampled):
     config = settings(kl_weight=10.0, lora=dataclasses.replace(ADAPTER, dropout=0.0), learning_rate=1e-3)
     _, written = sampled

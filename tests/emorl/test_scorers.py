@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
 
 from rlae_jax.emorl import scorers
-from rlae_jax.emorl.scorers import Scorer, combine, levenshtein
+from rlae_jax.emorl.scorers import Scorer, combine, get_scorer, get_scorers, levenshtein
+from rlae_jax.models import load_encoder
 
 WORDS = ("i", "you", "we", "feel", "hear", "that", "this", "it", "is", "hard", "good", "sad", "and", "but", "very")
 
@@ -108,3 +110,128 @@ class TestModels:
         assert found[-1] == np.inf
         fluent = scorers.fluency(lm, worst=20.0)
         np.testing.assert_allclose(fluent(texts, texts), np.clip((20 - np.minimum(found, 20)) / 20, 0, 1), rtol=1e-5)
+
+
+FUNCTIONS = """
+def share(prompt, response):
+    return len(response) / len(prompt)
+
+def broken(prompt, response):
+    return {}[response]
+
+def nothing(prompt, response):
+    return None
+
+NUMBER = 3
+"""
+
+
+class TestByName:
+    @pytest.fixture
+    def functions(self, tmp_path):
+        """A user's file."""
+        (tmp_path / "mine.py").write_text(FUNCTIONS)
+        return tmp_path / "mine.py"
+
+    @pytest.fixture
+    def with_tokenizer(self, stored_checkpoint, make_tokenizer, tmp_path):
+        """with_tokenizer(case, family) -> a copy of a stored checkpoint that reads letters."""
+
+        def make(case, family="bert"):
+            directory = tmp_path / f"{family}-{case}"
+            shutil.copytree(stored_checkpoint(case, family), directory)
+            make_tokenizer("abcdefgh").save_pretrained(directory)
+            return directory
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("coverage", scorers.coverage()),
+            ("brevity", scorers.brevity()),
+            ("edit_rate", scorers.edit_rate()),
+            ("diversity", scorers.diversity(2)),
+            ("diversity_3", scorers.diversity(3)),
+        ],
+    )
+    def test_functions_of_texts(self, text, expected):
+        found = get_scorer(text)
+        prompts, responses = sentences(0), sentences(1)
+        assert found.name == expected.name
+        assert found(prompts, responses).tolist() == expected(prompts, responses).tolist()
+
+    @pytest.mark.parametrize(
+        ("name", "case", "make"),
+        [
+            ("reflection", "one_label", lambda encoder: scorers.regression("reflection", encoder)),
+            ("empathy", "three_labels", lambda encoder: scorers.classifier("empathy", encoder)),
+            ("coherence", "next_sentence", scorers.coherence),
+            ("specificity", "base", scorers.specificity),
+        ],
+    )
+    def test_encoders(self, with_tokenizer, name, case, make):
+        directory = with_tokenizer(case)
+        found = get_scorer(f"{name}={directory}")
+        prompts, responses = ["abc", "hgf", "a"], ["cab", "bbbb", "ddh"]
+        expected = make(load_encoder(directory))(prompts, responses)
+        assert found.name == name
+        assert found(prompts, responses).tolist() == expected.tolist()
+
+    def test_fluency(self, make_lm, make_tokenizer, tmp_path):
+        lm = make_lm(0, vocab=9, tokenizer=make_tokenizer("abcdefgh"), sharpness=2.0)
+        lm.save(tmp_path / "lm")
+        found, texts = get_scorer(f"fluency={tmp_path / 'lm'}"), ["abcd", "hhhh"]
+        assert found.name == "fluency"
+        expected = 1 - np.minimum(scorers.perplexities(lm, texts), 50) / 50
+        np.testing.assert_allclose(found(["a", "a"], texts), expected, rtol=1e-5)
+
+    def test_a_users_function(self, functions, monkeypatch):
+        found = get_scorer(f"{functions}:share")
+        assert found.name == "share"
+        assert found(["abcd"] * 3, ["ab", "", "abcdef"]).tolist() == [0.5, 0.0, 1.0]
+        monkeypatch.syspath_prepend(functions.parent)
+        assert get_scorer("mine:share")(["abcd"], ["a"]).tolist() == [0.25]
+
+    @pytest.mark.parametrize(("name", "error"), [("broken", "KeyError: 'oh no'"), ("nothing", "TypeError")])
+    def test_a_users_function_that_fails(self, functions, raises_input_error, name, error):
+        scorer = get_scorer(f"{functions}:{name}")
+        message = raises_input_error(lambda: scorer(["a"], ["oh no"]), f"scorer {name} failed", error, "'oh no'")
+        assert "\n" not in message
+
+    @pytest.mark.parametrize(
+        ("text", "parts"),
+        [
+            ("warmth", ("'warmth'", "coverage", "diversity_N", "reflection", "MODULE:FUNCTION")),
+            ("", ("unknown", "coverage")),
+            ("diversity_0", ("'diversity_0'", "unknown")),
+            ("warmth=here", ("'warmth=here'", "unknown", "fluency")),
+            ("reflection", ("reflection=CHECKPOINT",)),
+            ("fluency=", ("fluency=CHECKPOINT",)),
+            ("fluency=/no/such/place", ("/no/such/place", "does not exist")),
+            ("no_such_module:f", ("scorer 'no_such_module:f'", "no module")),
+            ("absent.py:f", ("scorer 'absent.py:f'", "no file")),
+        ],
+    )
+    def test_what_it_refuses(self, raises_input_error, text, parts):
+        assert "\n" not in raises_input_error(lambda: get_scorer(text), *parts)
+
+    def test_what_is_no_function(self, functions, raises_input_error):
+        raises_input_error(lambda: get_scorer(f"{functions}:absent"), "scorer", "no 'absent'")
+        raises_input_error(lambda: get_scorer(f"{functions}:NUMBER"), "scorer", "'NUMBER'", "int")
+
+    def test_models_without_the_head_or_a_tokenizer(self, with_tokenizer, stored_checkpoint, raises_input_error):
+        three = with_tokenizer("three_labels")
+        raises_input_error(lambda: get_scorer(f"reflection={three}"), "scorer reflection", "3 outputs")
+        raises_input_error(lambda: get_scorer(f"fluency={three}"), str(three), "load_encoder")
+        bare = stored_checkpoint("one_label", "bert")
+        raises_input_error(lambda: get_scorer(f"reflection={bare}"), str(bare), "no tokenizer")
+
+    def test_several(self, functions, raises_input_error):
+        found = get_scorers(["diversity", f"{functions}:share", "brevity"])
+        assert [scorer.name for scorer in found] == ["diversity_2", "share", "brevity"]
+        raises_input_error(lambda: get_scorers([]), "no scorers", "coverage")
+        # Before the model is looked for.
+        twice = ["fluency=/no/such/place", "diversity", "brevity", "diversity_2"]
+        message = raises_input_error(lambda: get_scorers(twice), "diversity_2 is there more than once")
+        assert "\n" not in message

@@ -3,10 +3,22 @@
 import itertools
 import json
 
+import moocore
 import numpy as np
 import pytest
 
-from rlae_jax.fusion.search import Scores, _simplex_parts, grid, hierarchical, hypervolume, pareto, random_points
+from rlae_jax.fusion.search import (
+    Scores,
+    _simplex_parts,
+    grid,
+    halving_rounds,
+    hierarchical,
+    hypervolume,
+    pareto,
+    random_points,
+    search_size,
+    successive_halving,
+)
 
 
 def cone(optimum):
@@ -97,6 +109,80 @@ def test_random_points_are_the_same_for_a_seed():
     assert random_points(Scores(cone(np.full(3, 0.5))), 3, 20, seed=1).points.max() <= 1
 
 
+class TestHalving:
+    def test_rounds(self):
+        assert halving_rounds(21, 1_024) == [(1_024, 1)]
+        assert halving_rounds(231, 1_024) == [(64, 58), (256, 15), (1_024, 1)]
+        assert halving_rounds(22, 100) == [(64, 8), (100, 1)]
+        assert halving_rounds(231, 64) == [(64, 1)]
+
+    def test_size(self):
+        assert search_size(231, 1_024) == 231 * 64 + 58 * 192 + 15 * 768
+        assert search_size(231, 1_024, again=True) == 231 * 64 + 58 * 256 + 15 * 1_024
+        assert search_size(24, 12, first=2) == 24 * 2 + 8 * 10
+        assert search_size(3, 5) == 15
+
+    def test_a_trace_by_hand(self):
+        """Point i scores i on the first two prompts under both objectives together, of 24 points 16 to 23 go on; then
+        16 to 19 catch up, and of these 17 most."""
+        points = np.arange(24)[:, None] / 100
+        scores = np.repeat(np.arange(24.0)[:, None, None], 6, axis=1) + np.array([-1.0, 1.0])
+        scores[16:20, 2:] += 10
+        scores[17, 2:] += 10
+        asked = []
+
+        def evaluate(left, rows):
+            asked.append(((left[:, 0] * 100).round().tolist(), rows.tolist()))
+            return scores[(left[:, 0] * 100).round().astype(int)][:, rows]
+
+        found = successive_halving(evaluate, points, 6, first=2)
+        assert asked == [(list(range(24)), [0, 1]), (list(range(16, 24)), [2, 3, 4, 5])]
+        np.testing.assert_array_equal(found.points, points[16:])
+        np.testing.assert_allclose(found.scores, scores[16:].mean(axis=1))
+        assert found.weights.tolist() == [0.17]
+        assert found.score == pytest.approx(17 + 20 * 4 / 6)
+        assert found.evaluations == search_size(24, 6, first=2) == 24 * 2 + 8 * 4
+
+    def test_of_equally_good_points_the_first_go_on(self):
+        found = successive_halving(lambda left, rows: np.zeros((len(left), len(rows), 2)), np.eye(30), 9, first=1)
+        np.testing.assert_array_equal(found.points, np.eye(30)[:8])
+        np.testing.assert_array_equal(found.weights, np.eye(30)[0])
+
+    @pytest.mark.parametrize(("n", "prompts", "first"), [(1, 1, 1), (21, 40, 2), (22, 40, 3), (150, 37, 2), (90, 5, 8)])
+    def test_against_keeping_all_scores(self, n, prompts, first):
+        """No score is asked for twice, and the survivors of a round are the best by all scores up to it."""
+        rng = np.random.default_rng(n)
+        points, scores = rng.random((n, 3)), rng.random((n, prompts, 2))
+        asked = np.zeros((n, prompts), int)
+
+        def evaluate(left, rows):
+            places = [points.tolist().index(point) for point in left.tolist()]
+            asked[np.ix_(places, rows)] += 1
+            return scores[np.ix_(places, rows)]
+
+        found = successive_halving(evaluate, points, prompts, first)
+        left = list(range(n))
+        for seen, kept in halving_rounds(n, prompts, first)[:-1]:
+            left = sorted(sorted(left, key=lambda i: -scores[i, :seen].mean())[:kept])
+        np.testing.assert_array_equal(found.points, points[left])
+        np.testing.assert_allclose(found.scores, scores[left].mean(axis=1))
+        np.testing.assert_array_equal(found.weights, points[max(left, key=lambda i: scores[i].mean())])
+        assert asked.max() == 1
+        assert np.all(asked[left] == 1)
+        assert found.evaluations == asked.sum() == search_size(n, prompts, first)
+
+    def test_what_it_refuses(self, raises_input_error):
+        def flat(left, rows):
+            return np.zeros((len(left), len(rows)))
+
+        raises_input_error(lambda: successive_halving(flat, np.eye(3), 4), "3 points", "4 prompts", "[3, 4]")
+        lost = np.full((3, 4, 2), np.nan)
+        raises_input_error(lambda: successive_halving(lambda left, rows: lost, np.eye(3), 4), "finite", "nan")
+        raises_input_error(lambda: successive_halving(flat, np.zeros((0, 3)), 4), "[0, 3]")
+        raises_input_error(lambda: successive_halving(flat, np.eye(3), 0), "0 prompts")
+        raises_input_error(lambda: successive_halving(flat, np.eye(3), 4, first=0), "0 in the first")
+
+
 class TestFronts:
     def test_pareto_by_hand(self):
         scores = np.array([[1, 0], [0, 1], [0.5, 0.5], [0.4, 0.5], [0.5, 0.5], [1, 0]])
@@ -115,3 +201,16 @@ class TestFronts:
         assert hypervolume(points) == pytest.approx(sum(cells))
         shifted = hypervolume(points + 2.0, reference=[2.0] * m)
         assert shifted == pytest.approx(sum(cells))
+
+    @pytest.mark.parametrize("m", [2, 3, 4, 5])
+    def test_against_moocore(self, m):
+        """With points twice, points that are equal under some objectives, and points below the reference."""
+        rng = np.random.default_rng(m)
+        for n in (1, 2, 6, 15):
+            for values in (rng.random((n, m)), rng.integers(4, size=(n, m)) / 4):
+                scores = np.concatenate([values, values[: n // 3]])
+                kept = moocore.is_nondominated(scores, maximise=True, keep_weakly=True)
+                assert pareto(scores) == np.flatnonzero(kept).tolist()
+                for reference in (np.zeros(m), np.full(m, 0.3), rng.random(m)):
+                    expected = moocore.hypervolume(scores, ref=reference, maximise=True)
+                    assert hypervolume(scores, reference) == pytest.approx(expected, abs=1e-12)

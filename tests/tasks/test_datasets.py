@@ -396,5 +396,5 @@ class TestByName:
 
     def test_options(self, data, raises_input_error):
         assert len(blocks(get_task("piqa", data_dir=data, shots=0).split("test").prompts[0])) == 2
-        raises_input_error(lambda: get_task("skills", data_dir=data), "skills", "'data_dir'", "it comes with everything")
+        raises_input_error(lambda: get_task("skills", data_dir=data), "skills", "'data_dir'", "comes with everything")
         raises_input_error(lambda: get_task("piqa", folder=data), "'folder'", "data_dir, subset, shots")

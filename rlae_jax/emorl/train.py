@@ -1,0 +1,416 @@
+"""Fine-tuning in rounds: adapters, objectives and prompts in; a directory per adapter out.
+
+    runs/x/config.json                  base, prompts and settings, which all adapters of the run share
+           objectives/NAME/config.json  what this adapter is taught
+                           metrics.jsonl, checkpoints/
+                           adapter/     the adapter in PEFT's format, once it is done: the best on dev
+                           training.json  what it cost
+
+A round is `validate_every` steps of all adapters that have not converged, as one stack, and a validation. Everything
+that an adapter meets (its prompts' order, its keys, its dropout) is a function of its own name, seed and step: it
+learns the same whichever others are in the stack, and after an interruption. So an objective can be added to a run
+whenever one likes.
+"""
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from rlae_jax import files
+from rlae_jax.checkpoint import Checkpoints
+from rlae_jax.emorl import fine_tune, scorers
+from rlae_jax.emorl.dynaopt import DynaOpt
+from rlae_jax.emorl.fine_tune import Adapting, EMORLConfig
+from rlae_jax.emorl.scorers import Scorer
+from rlae_jax.errors import InputError, Interrupted
+from rlae_jax.fusion.decode import DecodeSpec
+from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, pad_rows
+from rlae_jax.metrics import MetricsLog, read_metrics
+from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
+from rlae_jax.models.lm import load_adapter
+from rlae_jax.runs import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.tasks.prompts import PromptSet
+
+OBJECTIVES = "objectives"
+TRAINING_FILE = "training.json"
+ADAPTER = "adapter"
+# What an interruption may cost. On a small model a checkpoint takes longer than a step.
+_SECONDS_BETWEEN_CHECKPOINTS = 20.0
+WEIGHTINGS = ("equal", "dynaopt", "dynaopt_reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What one adapter is taught: an objective, or several at once.
+
+    Attributes:
+      weighting: of several objectives: "equal", or by DynaOpt, repaired or as its reference has it.
+    """
+
+    name: str
+    scorers: tuple[Scorer, ...]
+    weighting: str = "equal"
+
+    @classmethod
+    def of(cls, scorer: Scorer) -> "Target":
+        """One objective."""
+        return cls(scorer.name, (scorer,))
+
+    def config(self) -> dict[str, Any]:
+        """What decides whether a directory is this target's."""
+        return {"objectives": [scorer.name for scorer in self.scorers], "weighting": self.weighting}
+
+
+def check_targets(targets: Sequence[Target]) -> None:
+    """Raises an `InputError` for none, or for a name used twice."""
+    names = [target.name for target in targets]
+    if not names:
+        raise InputError("no objectives: give at least one")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"objectives {', '.join(twice)} are named more than once; each adapter needs its own name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What the loop reports after each round: of each adapter still training, its steps and its validation score."""
+
+    steps: Mapping[str, int]
+    scores: Mapping[str, float]
+    done: tuple[str, ...]
+
+
+class _Saved(NamedTuple):
+    """An adapter's checkpoint."""
+
+    state: Adapting
+    best: lora.Factors
+    best_score: Any  # Float[""], of numpy
+
+
+@dataclasses.dataclass
+class _Learner:
+    """An adapter that is being trained."""
+
+    target: Target
+    directory: Path
+    seed: int
+    saved: _Saved
+    checkpoints: Checkpoints
+    log: MetricsLog
+    history: list[dict[str, Any]]  # the rows of its metrics
+    weights: DynaOpt | None
+
+    @property
+    def step(self) -> int:
+        return int(self.saved.state.step[0])
+
+    def reward_weights(self) -> list[float] | None:
+        return None if self.weights is None else self.weights.weights.tolist()
+
+    def close(self) -> None:
+        self.log.close()
+        self.checkpoints.close()
+
+
+def own_seed(name: str, seed: int) -> int:
+    """An adapter's seed: another one for every name, whatever else is trained."""
+    return (zlib.crc32(name.encode()) + seed) % 2**31
+
+
+def converged(scores: Sequence[float], window: int, threshold: float) -> bool:
+    """Whether the coefficient of variation of the last `window` scores is below the threshold (EMORL, section 3.2)."""
+    last = np.asarray(scores[-window:], np.float64)
+    if len(last) < window:
+        return False
+    return bool(last.std() < threshold * abs(last.mean()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Texts:
+    """A split's prompts, tokenised and padded once to one width, so that all batches share a program."""
+
+    prompts: tuple[str, ...]
+    ids: Int[np.ndarray, "N T"]
+    mask: Int[np.ndarray, "N T"]
+
+
+def _texts(ensemble: Ensemble, prompts: Sequence[str], max_new_tokens: int) -> _Texts:
+    rows = ensemble.encode(prompts)
+    ensemble.check_lengths(ensemble.lengths(rows), max_new_tokens)
+    width = bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET)
+    return _Texts(tuple(prompts), *pad_rows(rows, width))
+
+
+def run_config(base: LM, prompts: PromptSet, config: EMORLConfig) -> dict[str, Any]:
+    """The content of a run's config.json."""
+    return {
+        "schema": 1,
+        "command": "emorl train",
+        "base": {"name": base.name, "path": str(base.path or ""), "sha256": base.fingerprint()},
+        "prompts": {"name": prompts.name, "sha256": prompts.digest()},
+        "settings": dataclasses.asdict(config),
+    }
+
+
+def train_adapters(
+    base: LM,
+    targets: Sequence[Target],
+    prompts: PromptSet,
+    config: EMORLConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    max_minutes: float | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Adapter]:
+    """Fine-tunes an adapter for every target, all at once, and returns those that were best on dev.
+
+    Args:
+      out: a run's directory, new or with other adapters of the same base, prompts and settings.
+      resume: go on with targets that are there already; those that are done are read.
+      max_minutes: after this long it stops, with checkpoints from which it can be resumed.
+      on_progress: called after every validation.
+
+    Raises:
+      InputError: two targets of one name, a directory of another run or with one of the targets, a tokenizer that is
+        missing, prompts that do not fit.
+      Interrupted: Ctrl-C; `resume=True` goes on.
+    """
+    check_targets(targets)
+    base.require_tokenizer()
+    ensemble = Ensemble([base.with_adapters([init_adapter(base, config.lora)])])
+    train = _texts(ensemble, prompts.split("train"), config.max_new_tokens)
+    dev = _texts(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
+    directories = {target.name: out / OBJECTIVES / target.name for target in targets}
+    there = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
+    if there and not resume:
+        raise InputError(
+            f"{out} holds {', '.join(there)} already; resume (--resume, resume=True) or choose other names"
+        )
+    claim_directory(out, run_config(base, prompts, config), resume=True)
+    learners = []
+    for target in targets:
+        directory = directories[target.name]
+        claim_directory(directory, {"command": "emorl train"} | target.config(), resume=resume)
+        if not (directory / TRAINING_FILE).is_file():
+            learners.append(_begin(base, target, directory, config))
+    loop = _Loop(base, ensemble, config, train, dev)
+    began = saved = time.monotonic()
+    try:
+        with stop_requests() as stop_requested:
+            while learners:
+                loop.round(learners)
+                done = [learner for learner in learners if _is_done(learner, config)]
+                for learner in done:
+                    _finish(base, learner, config)
+                on_progress(
+                    Progress(
+                        {learner.target.name: learner.step for learner in learners},
+                        {learner.target.name: learner.history[-1]["dev"] for learner in learners},
+                        tuple(learner.target.name for learner in done),
+                    )
+                )
+                learners = [learner for learner in learners if learner not in done]
+                now = time.monotonic()
+                late = max_minutes is not None and now - began > 60 * max_minutes
+                stop = stop_requested()
+                if stop or late or now - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                    saved = now
+                    for learner in learners:
+                        learner.checkpoints.save(learner.step, learner.saved)
+                if learners and stop:
+                    raise Interrupted(f"stopped; saved in {out}")
+                if late:
+                    break
+    finally:
+        for learner in learners:
+            learner.close()
+    finished = [target.name for target in targets if (directories[target.name] / ADAPTER).is_dir()]
+    return {name: dataclasses.replace(load_adapter(directories[name] / ADAPTER, base), name=name) for name in finished}
+
+
+def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig) -> _Learner:
+    """A learner as its directory has it, or a new one."""
+    seed = own_seed(target.name, config.seed)
+    state = fine_tune.begin(base.config, config, seed)
+    saved = _Saved(state, jax.tree.map(jnp.copy, state.factors), np.float32(-np.inf))
+    checkpoints = Checkpoints(directory)
+    newest = checkpoints.newest()
+    if newest is not None:
+        saved = checkpoints.restore(
+            newest, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+        )
+        saved = saved._replace(state=jax.tree.map(jnp.asarray, saved.state))
+    log = MetricsLog(directory, -1 if newest is None else newest)
+    weights = None
+    if target.weighting != "equal":
+        weights = DynaOpt([s.name for s in target.scorers], seed, target.weighting == "dynaopt_reference")
+    learner = _Learner(target, directory, seed, saved, checkpoints, log, [], weights)
+    for row in read_metrics(directory):
+        _remember(learner, row)
+    return learner
+
+
+def _remember(learner: _Learner, row: Mapping[str, Any]) -> None:
+    """Takes a validation into account."""
+    steps = row["iteration"] - (learner.history[-1]["iteration"] if learner.history else 0)
+    learner.history.append(dict(row))
+    if learner.weights is not None:
+        for _ in range(steps if row["trained"] else 0):
+            learner.weights.step()
+        learner.weights.validated(row["scores"])
+
+
+def _is_done(learner: _Learner, config: EMORLConfig) -> bool:
+    scores = [row["dev"] for row in learner.history]
+    return learner.step >= config.steps or converged(scores, config.window, config.threshold)
+
+
+def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
+    """Writes what was best on dev, and what it took."""
+    rows = learner.history
+    best = max(rows, key=lambda row: row["dev"])
+    adapter = Adapter(config.lora, jax.tree.map(lambda leaf: leaf[0], learner.saved.best), learner.target.name)
+    if not (learner.directory / ADAPTER).is_dir():
+        save_adapter(adapter, base, learner.directory / ADAPTER)
+    per_step = config.batch * config.samples
+    found = {
+        "steps": learner.step,
+        "converged": converged([row["dev"] for row in rows], config.window, config.threshold),
+        "best_step": best["iteration"],
+        "best_dev": best["dev"],
+        "data_points": learner.step * per_step,
+        "validation_points": len(rows) * min(config.validation_prompts, rows[-1]["validated"]),
+        "points_to_95_percent": _points_to(rows, 0.95, per_step),
+        "stopping_floor": (config.window - 1) * config.validate_every * per_step,
+        "seconds": sum(row["seconds"] for row in rows),
+        "seconds_shared": sum(row["seconds"] / row["adapters"] for row in rows),
+    }
+    files.write_json(learner.directory / TRAINING_FILE, found)
+    learner.close()
+
+
+def _points_to(rows: Sequence[Mapping[str, Any]], share: float, per_step: int) -> int:
+    """Data points until the validation score had made this share of its way from the first to the best."""
+    first, best = rows[0]["dev"], max(row["dev"] for row in rows)
+    reached = next(row for row in rows if row["dev"] >= first + share * (best - first))
+    return int(reached["iteration"] * per_step)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What rounds of training share."""
+
+    base: LM
+    ensemble: Ensemble
+    config: EMORLConfig
+    train: _Texts
+    dev: _Texts
+
+    def spec(self, temperature: float) -> DecodeSpec:
+        return self.ensemble.spec(max_new_tokens=self.config.max_new_tokens, temperature=temperature)
+
+    def round(self, learners: Sequence[_Learner]) -> None:
+        """Steps up to the next validation of the adapters, and it. A new adapter is validated before its first step."""
+        began = time.perf_counter()
+        config = self.config
+        untrained = [learner for learner in learners if not learner.history]
+        if untrained:
+            self._validate(untrained, {}, began)
+            began = time.perf_counter()
+        stack = fine_tune.join([learner.saved.state for learner in learners])
+        # All that are still training have as far to their next validation: rounds begin at multiples of it.
+        steps = min(config.validate_every, *(config.steps - learner.step for learner in learners))
+        told: list[dict[str, Any]] = []
+        for _ in range(steps):
+            stack, metrics = self._step(stack, learners)
+            told.append(metrics)
+        for m, learner in enumerate(learners):
+            learner.saved = learner.saved._replace(state=fine_tune.take(stack, m))
+        host = jax.device_get(told)
+        means = {
+            learner.target.name: {name: float(np.mean([row[name][m] for row in host])) for name in host[0]}
+            for m, learner in enumerate(learners)
+        }
+        self._validate(learners, means, began)
+
+    def _step(self, stack: Adapting, learners: Sequence[_Learner]) -> tuple[Adapting, dict[str, Any]]:
+        config = self.config
+        steps = np.asarray(stack.step)
+        seeds = np.array([learner.seed for learner in learners], np.uint32)
+        rows = np.stack(
+            [
+                epoch_rows(len(self.train.prompts), config.batch, learner.seed, int(step))
+                for learner, step in zip(learners, steps, strict=True)
+            ]
+        )
+        ids, mask = self.train.ids[rows], self.train.mask[rows]
+        written = fine_tune.sample(
+            self.base.params, stack, ids, mask, seeds, self.spec(config.temperature), self._static
+        )
+        asked = np.repeat(rows.reshape(-1), config.samples)
+        texts = self._decode(self.train, asked, jax.device_get(written))
+        rewards = np.empty((len(learners), config.batch * config.samples), np.float32)
+        for m, learner in enumerate(learners):
+            own = slice(m * rewards.shape[1], (m + 1) * rewards.shape[1])
+            prompts = [self.train.prompts[i] for i in asked[own]]
+            scores = np.stack([scorer(prompts, texts[own]) for scorer in learner.target.scorers], axis=1)
+            if learner.weights is not None:
+                learner.weights.step()
+            rewards[m] = scorers.combine(scores, config.combination, learner.reward_weights())
+        return fine_tune.update(
+            self.base.params, stack, ids, mask, written, rewards, seeds, self.base.config, self._static
+        )
+
+    @property
+    def _static(self) -> EMORLConfig:
+        """What programs depend on, so that runs that differ in the rest share them."""
+        steps = 1 if self.config.schedule == "constant" else self.config.steps
+        return dataclasses.replace(
+            self.config, steps=steps, seed=0, validate_every=1, validation_prompts=1, window=1, threshold=0.0
+        )
+
+    def _decode(self, texts: _Texts, rows: Any, written: Any) -> list[str]:
+        prompts = (
+            [texts.ids[i][texts.mask[i] > 0].tolist() for i in rows] if self.ensemble.continues else [()] * len(rows)
+        )
+        lengths = written.mask.sum(axis=1) - written.ended
+        tokens = [row[:n].tolist() for row, n in zip(written.tokens, lengths, strict=True)]
+        return self.ensemble.decode(prompts, tokens)
+
+    def _validate(self, learners: Sequence[_Learner], means: Mapping[str, Mapping[str, float]], began: float) -> None:
+        """Scores greedy answers to the dev prompts, and writes metrics and checkpoints."""
+        n, m = len(self.dev.prompts), len(learners)
+        stack = fine_tune.join([learner.saved.state for learner in learners])
+        ids, mask = (np.broadcast_to(x, (m, *x.shape)) for x in (self.dev.ids, self.dev.mask))
+        seeds = np.zeros(m, np.uint32)
+        once = dataclasses.replace(self._static, samples=1, algorithm="ppo")
+        written = fine_tune.sample(self.base.params, stack, ids, mask, seeds, self.spec(0.0), once)
+        texts = self._decode(self.dev, np.tile(np.arange(n), m), jax.device_get(written))
+        took = time.perf_counter() - began
+        for i, learner in enumerate(learners):
+            own = texts[i * n : (i + 1) * n]
+            found = {scorer.name: float(scorer(self.dev.prompts, own).mean()) for scorer in learner.target.scorers}
+            score = float(np.mean(list(found.values())))
+            if score > learner.saved.best_score:
+                best = jax.tree.map(jnp.copy, learner.saved.state.factors)
+                learner.saved = learner.saved._replace(best=best, best_score=np.float32(score))
+            own_means = means.get(learner.target.name, {})
+            values: dict[str, Any] = {"dev": score, "scores": found, **own_means}
+            if learner.weights is not None:
+                values["weights"] = learner.reward_weights()
+            values |= {"seconds": took, "adapters": m, "validated": n, "trained": bool(own_means)}
+            step = learner.step
+            learner.log.write(step, values)
+            learner.history.append({"iteration": step, **values})
+            if learner.weights is not None:
+                learner.weights.validated(found)
