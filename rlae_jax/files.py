@@ -1,5 +1,6 @@
 """Writing files so that a reader never meets a half-written one: a temporary name first, then a rename."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -46,6 +47,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def digest(value: Any) -> str:
+    """A hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def require_writable_parent(path: Path) -> None:

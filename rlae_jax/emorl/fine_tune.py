@@ -188,12 +188,14 @@ def read(
     model: ModelConfig,
     base: transformer.Params,
     adapters: lora.Adapters | None,
-    ids: Int[Array, "R T"],
+    ids: Int[Array, "B T"],
     mask: Array,
     tokens: Int[Array, "R N"],
 ) -> _Read:
-    """The log-probability of every written token, and the state that predicts it."""
+    """The log-probability of every written token, and the state that predicts it. Each prompt is that of R / B texts,
+    one after another."""
     if model.encoder is None:
+        ids, mask = (jnp.repeat(x, len(tokens) // len(x), axis=0) for x in (ids, mask))
         real = jnp.concatenate([mask, jnp.ones_like(tokens[:, 1:], mask.dtype)], axis=1)
         text = jnp.concatenate([ids, tokens[:, :-1]], axis=1)
         hidden = transformer.forward(model, base, text, real, adapters)[0][:, ids.shape[1] - 1 :]
@@ -242,7 +244,7 @@ def _loss_of_block(
 class _Part(NamedTuple):
     """The samples whose gradient is taken at once, a number of whole prompts of every block."""
 
-    ids: Int[Array, "R T"]
+    ids: Int[Array, "B T"]
     real: Array  # the prompts' mask
     tokens: Int[Array, "R N"]
     mask: Bool[Array, "R N"]
@@ -265,7 +267,6 @@ def update(
     """One step of every adapter from the samples of its own block."""
     m, b, t = ids.shape
     parts, k = config.accumulate, config.samples
-    one_hot = _rows_of(m, m * b * k // parts)
     optimiser = _optimiser(config)
     drawn = step_keys(seeds, state.step, 1)
 
@@ -277,7 +278,7 @@ def update(
         cut = x.reshape(m, parts, -1, *x.shape[1:])
         return jnp.swapaxes(cut, 0, 1).reshape(parts, -1, *x.shape[1:])
 
-    asked, real = (jnp.repeat(x.reshape(m * b, t), k, axis=0) for x in (ids, mask))
+    asked, real = (x.reshape(m * b, t) for x in (ids, mask))
     rows = jnp.tile(jnp.arange(b * k), m)
     all_parts = jax.tree.map(split, _Part(asked, real, written.tokens, written.mask, rewards.reshape(-1), rows))
 
@@ -291,7 +292,7 @@ def update(
         of_base = jax.lax.stop_gradient(read(model, base, None, part.ids, part.real, part.tokens).log_probs)
         if config.algorithm == "scst":  # which looks at nothing else
             return _Before(of_base, of_base, jnp.zeros_like(of_base))
-        used = lora.use(_stack(state.factors, config, m), one_hot)
+        used = lora.use_in_blocks(_stack(state.factors, config, m))
         old = read(model, base, used, part.ids, part.real, part.tokens)
         return jax.lax.stop_gradient(_Before(of_base, old.log_probs, values_of(old.hidden, state.value)))
 
@@ -300,7 +301,7 @@ def update(
         own = jax.vmap(lambda key, rows: jax.vmap(lambda row: jax.random.fold_in(key, row))(rows))(
             key, blocks(part.rows)
         )
-        used = lora.use(_stack(factors, config, m), one_hot, dropout=config.lora.dropout, key=own.reshape(-1))
+        used = lora.use_in_blocks(_stack(factors, config, m), dropout=config.lora.dropout, key=own.reshape(-1))
         new = read(model, base, used, part.ids, part.real, part.tokens)
         found = (new.log_probs, values_of(new.hidden, value), before, part.mask, part.rewards)
         totals, told = jax.vmap(functools.partial(_loss_of_block, config=config))(*jax.tree.map(blocks, found))

@@ -197,11 +197,15 @@ def grid(known: Scores, dimensions: int, step: float, space: str = "box") -> Sea
     return _result(known)
 
 
-def random_points(known: Scores, dimensions: int, points: int, seed: int = 0, space: str = "box") -> SearchResult:
+def draw(dimensions: int, points: int, seed: int = 0, space: str = "box") -> Float[np.ndarray, "N d"]:
     """Points drawn uniformly."""
     rng = np.random.default_rng(seed)
-    drawn = rng.random((points, dimensions)) if space == "box" else rng.dirichlet(np.ones(dimensions), points)
-    known(drawn)
+    return rng.random((points, dimensions)) if space == "box" else rng.dirichlet(np.ones(dimensions), points)
+
+
+def random_points(known: Scores, dimensions: int, points: int, seed: int = 0, space: str = "box") -> SearchResult:
+    """Points drawn uniformly."""
+    known(draw(dimensions, points, seed, space))
     return _result(known)
 
 

@@ -14,6 +14,7 @@ which adapter is a matrix Float[B, M]: one-hot rows mix adapters in a batch, any
 """
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -105,9 +106,11 @@ class Adapted(NamedTuple):
 class Adapters(NamedTuple):
     """A stack as a batch uses it: what `forward` and `decode_step` take."""
 
-    a: dict[str, Array]  # [inputs..., M*R]
-    b: dict[str, Array]  # [M*R, outputs...]
-    rows: Float[Array, "B Z"]  # what each row takes of each of the M*R directions
+    # [inputs..., M*R] and [M*R, outputs...]; in blocks of rows [M, inputs..., R] and [M, R, outputs...].
+    a: dict[str, Array]
+    b: dict[str, Array]
+    # What each row takes of each of the M*R directions; in blocks each block's scale, [M].
+    rows: Float[Array, "B Z"] | Float[Array, "M"]
     dropout: tuple[Array, Array] | tuple[()] = ()  # (rate, key), in training
 
 
@@ -202,6 +205,13 @@ def use(
     return Adapters(a, b, rows, () if key is None or not dropout else (jnp.float32(dropout), key))
 
 
+def use_in_blocks(stack: Stack, *, dropout: float = 0.0, key: Key[Array, "B"] | None = None) -> Adapters:
+    """As `use` for a batch of M blocks of rows, of which block m uses adapter m alone: each row is multiplied with its
+    own adapter's factors only, not with all adapters' side by side."""
+    a, b = ({path: leaf[side] for path, leaf in stack.params.items()} for side in ("a", "b"))
+    return Adapters(a, b, stack.scales, () if key is None or not dropout else (jnp.float32(dropout), key))
+
+
 def unpack(params: dict[Any, Any] | Adapted, batch: int) -> tuple[dict[Any, Any], Adapters | None]:
     """The base parameters, and the adapters as a batch uses them if there are any."""
     if not isinstance(params, Adapted):
@@ -236,14 +246,20 @@ def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) ->
         if adapters.dropout:
             rate, key = adapters.dropout
             if key.ndim:
+                key = key[:: len(key) // len(x)]  # an encoder may read one row for several of its decoder
                 draw = jax.vmap(lambda own: jax.random.bernoulli(_path_key(own, path), 1 - rate, x.shape[1:]))
                 kept = draw(key)
             else:
                 kept = jax.random.bernoulli(_path_key(key, path), 1 - rate, x.shape)
             x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
-        z = jnp.einsum(down, x, adapters.a[path].astype(x.dtype), precision=precision)
-        z = z * adapters.rows[:, None].astype(x.dtype)
-        return jnp.einsum(up, z, adapters.b[path].astype(x.dtype), precision=precision)
+        a, b, rows = (leaf.astype(x.dtype) for leaf in (adapters.a[path], adapters.b[path], adapters.rows))
+        first = functools.partial(jnp.einsum, down, precision=precision)
+        second = functools.partial(jnp.einsum, up, precision=precision)
+        if rows.ndim == 2:
+            return second(first(x, a) * rows[:, None], b)
+        blocks = x.reshape(len(rows), -1, *x.shape[1:])
+        out = jax.vmap(lambda x, a, b, scale: second(first(x, a) * scale, b))(blocks, a, b, rows)
+        return out.reshape(len(x), *out.shape[2:])
 
     return delta
 

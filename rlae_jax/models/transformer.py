@@ -410,7 +410,8 @@ def forward(
     Args:
       mask_bt: 1 where there is a token, 0 for padding on either side; positions follow the mask.
       adapters: LoRA adapters in use, see `lora.use`.
-      decoder_ids: of an encoder-decoder, whose `ids_bt` go to the encoder; the first is the start token.
+      decoder_ids: of an encoder-decoder, whose `ids_bt` go to the encoder; the first is the start token. There may be
+        several rows per row of `ids_bt`, one after another, which is then encoded once (adapters must be in blocks).
       types_bt: segment ids, for encoders that have them.
       remat: for training, compute each layer's activations again instead of keeping them for its gradient. XLA for CPUs
         merges the two computations again, so that nothing is saved there.
@@ -419,7 +420,9 @@ def forward(
     if config.encoder is None:
         return model.sequence(ids_bt, mask_bt, types_bt=types_bt, remat=remat)
     assert decoder_ids is not None
-    source = model.encode(ids_bt, mask_bt, remat=remat), mask_bt.astype(bool)
+    times = len(decoder_ids) // len(ids_bt)
+    states = model.encode(ids_bt, mask_bt, remat=remat)
+    source = jnp.repeat(states, times, axis=0), jnp.repeat(mask_bt.astype(bool), times, axis=0)
     return model.sequence(decoder_ids, jnp.ones_like(decoder_ids), source=source, remat=remat)
 
 

@@ -1,10 +1,9 @@
 """What a task is: prompts with references in three splits, and a reward. Knows nothing of models."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 
+from rlae_jax import files
 from rlae_jax.errors import InputError
 from rlae_jax.tasks.rewards import Reference, Reward
 
@@ -33,7 +32,7 @@ class Examples:
         content = [list(self.prompts), list(self.references)]
         if self.options is not None:
             content.append(list(self.options))
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return files.digest(content)
 
     def take(self, n: int) -> "Examples":
         """The first n, or all of them."""

@@ -10,7 +10,6 @@ file's order nor what the prompts come with matters, and small files have prompt
 import collections
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlae_jax import files
 from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS
 from rlae_jax.tasks.jsonl import Findings, content_hash, read_rows
@@ -56,9 +56,7 @@ class PromptSet:
 
     def digest(self) -> dict[str, str]:
         """A hash of each split's content, by which a run knows its data again."""
-        return {
-            split: hashlib.sha256(json.dumps(prompts).encode()).hexdigest() for split, prompts in self.splits.items()
-        }
+        return {split: files.digest(prompts) for split, prompts in self.splits.items()}
 
 
 class Graded(NamedTuple):

@@ -1,0 +1,264 @@
+"""Which weights adapters should be fused with: points decoded in batches, scored, searched, kept and drawn.
+
+In: fused adapters, prompts, objectives, a method. Out: a directory
+
+    config.json  points.jsonl  search.json  weights.png (of three adapters)  points.png  contributions.png
+
+All points are scored on the same prompts, with the same keys. `points.jsonl` has a line per evaluation, from which an
+interrupted search goes on.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from rlae_jax import files, report
+from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused
+from rlae_jax.emorl.scorers import Scorer
+from rlae_jax.errors import InputError
+from rlae_jax.fusion import search as searching
+from rlae_jax.fusion.search import SearchResult
+from rlae_jax.runs import claim_directory
+
+METHODS = ("hierarchical", "grid", "random", "halving")
+POINTS_FILE, SEARCH_FILE = "points.jsonl", "search.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """What is searched, and how.
+
+    Attributes:
+      method: "hierarchical" (EMORL's), "grid", "random", or "halving": random points, the worse half of which is
+        dropped after a few prompts, and so on.
+      levels: of the hierarchical search.
+      budget: evaluations at most; it takes whole levels, or limits the points of the other methods.
+      step: of the grid.
+      space: "box" for weights in [0, 1]^M as published, "simplex" for weights that sum to 1.
+      temperature, samples: how answers are decoded.
+    """
+
+    method: str = "hierarchical"
+    levels: int = 5
+    budget: int | None = None
+    step: float = 0.1
+    space: str = "box"
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"a search's method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.space not in searching.SPACES:
+            raise InputError(f"space must be one of {', '.join(searching.SPACES)}, not {self.space!r}")
+        if self.levels < 1 or self.samples < 1:
+            raise InputError(f"levels and samples must be at least 1, not {self.levels} and {self.samples}")
+        if not 0 < self.step <= 1 or abs(1 / self.step - round(1 / self.step)) > 1e-6:
+            raise InputError(f"step must be 1 over a whole number, such as 0.1, not {self.step}")
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError("samples are alike at temperature 0: give a higher one")
+
+
+def level_sizes(dimensions: int, space: str) -> tuple[int, int]:
+    """The new points of the first level of a hierarchical search, and of every later one at most."""
+    if space == "box":
+        return 3**dimensions, 3**dimensions - 2**dimensions
+    return dimensions * (dimensions + 1) // 2, dimensions * (dimensions - 1) // 2
+
+
+def levels_within(config: SearchConfig, dimensions: int) -> int:
+    """The levels that the budget is enough for.
+
+    Raises:
+      InputError: it is not enough for one.
+    """
+    if config.budget is None:
+        return config.levels
+    first, later = level_sizes(dimensions, config.space)
+    if config.budget < first:
+        raise InputError(f"a budget of {config.budget} evaluations is below one level, which takes {first}")
+    return min(config.levels, 1 + (config.budget - first) // max(later, 1))
+
+
+class Objectives:
+    """The scores of points: answers to some prompts, under some objectives."""
+
+    def __init__(
+        self,
+        fused: Fused,
+        prompts: Sequence[str],
+        scorers: Sequence[Scorer],
+        config: SearchConfig,
+        memory: int = DEFAULT_MEMORY,
+        on_points: Callable[[int], None] = lambda decoded: None,
+    ):
+        self._prompts, self._scorers, self._samples = list(prompts), list(scorers), config.samples
+        self._fused, self._config, self._memory = fused, config, memory
+        self._on_points = on_points
+        self.points = self._over(self._prompts)
+        self.decoded = 0  # points decoded so far
+        self.answers = 0
+
+    def _over(self, prompts: Sequence[str]) -> Any:
+        config = self._config
+        return self._fused.over(
+            self._fused.ensemble.encode(prompts),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            samples=config.samples,
+            seed=config.seed,
+            memory=self._memory,
+        )
+
+    def __call__(self, points: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N M"]:
+        """Mean scores over the prompts."""
+        return self._scored(self.points, self._prompts, points).mean(axis=1)
+
+    def on(self, points: Float[np.ndarray, "N d"], rows: Any) -> Float[np.ndarray, "N n M"]:
+        """Scores on some of the prompts."""
+        chosen = [self._prompts[i] for i in rows]
+        return self._scored(self._over(chosen), chosen, points)
+
+    def _scored(self, points: Any, prompts: Sequence[str], weights: Any) -> Float[np.ndarray, "N n M"]:
+        texts = points.texts(points.decode(weights))
+        self.decoded += len(weights)
+        self.answers += len(weights) * len(prompts) * self._samples
+        asked = [prompt for prompt in prompts for _ in range(self._samples)] * len(weights)
+        flat = [text for own in texts for text in own]
+        scores = np.stack([scorer(asked, flat) for scorer in self._scorers], axis=-1)
+        self._on_points(self.decoded)
+        return scores.reshape(len(weights), len(prompts), self._samples, -1).mean(axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A search's result and its cost."""
+
+    result: SearchResult
+    names: tuple[str, ...]  # of the adapters
+    objectives: tuple[str, ...]
+    answers: int  # decoded for it, of this call
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """What search.json holds."""
+        scores = self.result.scores
+        front = searching.pareto(scores)
+        best = int(np.argmax(scores.mean(axis=1)))
+        return {
+            "schema": 1,
+            "weights": dict(zip(self.names, map(float, self.result.weights), strict=True)),
+            "score": self.result.score,
+            "scores": dict(zip(self.objectives, map(float, scores[best]), strict=True)),
+            "points": len(scores),
+            "evaluations": self.result.evaluations,
+            "answers": self.answers,
+            "pareto": [{"weights": self.result.points[i].tolist(), "scores": scores[i].tolist()} for i in front],
+            "hypervolume": searching.hypervolume(scores),
+            "rank_correlations": self.correlations(),
+            "seconds": self.seconds,
+        }
+
+    def correlations(self) -> dict[str, float | None]:
+        """Of each adapter that bears an objective's name: the rank correlation of its share of the weights and that
+        objective's score over all points."""
+        from rlae_jax.statistics import rank_correlation
+
+        kept = self.result.points.max(axis=1) > 0
+        points, scores = self.result.points[kept], self.result.scores[kept]
+        shares = points / points.sum(axis=1, keepdims=True)
+        found: dict[str, float | None] = {}
+        for m, name in enumerate(self.names):
+            if name in self.objectives:
+                value = rank_correlation(shares[:, m], scores[:, self.objectives.index(name)])
+                found[name] = None if np.isnan(value) else value
+        return found
+
+
+def search(
+    fused: Fused,
+    prompts: Sequence[str],
+    scorers: Sequence[Scorer],
+    config: SearchConfig,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    on_points: Callable[[int], None] = lambda decoded: None,
+) -> Search:
+    """Searches the weights with the highest mean score over prompts and objectives.
+
+    Args:
+      out: a directory for points, results and pictures; None keeps nothing.
+      resume: go on with the search in `out`.
+      memory: bytes of keys and values at once.
+      on_points: called with the number of points decoded so far.
+
+    Raises:
+      InputError: a budget below one level, a directory with another search.
+    """
+    began = time.perf_counter()
+    d = len(fused.names)
+    levels = levels_within(config, d)
+    path = None
+    if out is not None:
+        path = Path(out) / POINTS_FILE
+        claim_directory(Path(out), _identity(fused, prompts, scorers, config), resume=resume)
+    objectives = Objectives(fused, prompts, scorers, config, memory, on_points)
+    known = searching.Scores(
+        objectives, rays=fused.rays(config.temperature), path=path, batch=objectives.points.at_once
+    )
+    if config.method == "hierarchical":
+        result = searching.hierarchical(known, d, levels, config.space)
+    elif config.method == "grid":
+        result = searching.grid(known, d, config.step, config.space)
+    else:
+        n = config.budget or 3**d
+        drawn = searching.draw(d, n, config.seed, config.space)
+        if config.method == "random":
+            result = searching.random_points(known, d, n, config.seed, config.space)
+        else:
+            result = searching.successive_halving(objectives.on, drawn, len(prompts))
+    names = tuple(scorer.name for scorer in scorers)
+    found = Search(result, fused.names, names, objectives.answers, time.perf_counter() - began)
+    if out is not None:
+        files.write_json(Path(out) / SEARCH_FILE, found.summary() | {"mode": fused.mode})
+        draw(found, Path(out), fused.mode)
+    return found
+
+
+def _identity(fused: Fused, prompts: Sequence[str], scorers: Sequence[Scorer], config: SearchConfig) -> dict[str, Any]:
+    """What a directory's points depend on."""
+    return {
+        "schema": 1,
+        "command": "emorl search",
+        "mode": fused.mode,
+        "adapters": list(fused.names),
+        "members": [lm.fingerprint() for lm in fused.ensemble.members],
+        "objectives": [scorer.name for scorer in scorers],
+        "prompts": files.digest(list(prompts)),
+        "settings": {
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in ("levels", "budget")  # a search may be deepened
+        },
+    }
+
+
+def draw(found: Search, out: Path, mode: str) -> None:
+    """The pictures of a search."""
+    result = found.result
+    title = f"{len(result.points)} points, mode {mode}"
+    if len(found.names) == 3:
+        report.weight_triangle(out / "weights.png", result.points, result.scores.mean(axis=1), found.names, title)
+    if found.names == found.objectives:
+        report.parallel_coordinates(out / "points.png", result.points, result.scores, found.names, title)
+        report.contributions(out / "contributions.png", result.points, result.scores, found.names, title)
