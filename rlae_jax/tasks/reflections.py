@@ -1,8 +1,8 @@
 """The embedded counselling task: prompts of a few templates with five keywords each, and responses to learn from.
 
-    prompt     i worry about money , my job , and also sleep , debt and rent .
-    clean      it sounds like money and sleep are on your mind . i am here .
-    noisy      it sounds like very money often because hope sleep debt just too rent .
+    prompt     i worry about money work sleep debt rent .
+    clean      it sounds like work and sleep are on your mind . i am here .
+    noisy      it sounds like very money often because hope work sleep just too debt
 
 Half of the responses are clean and half noisy, so that a model that imitates them is mediocre under every objective and
 can be taught any of them: to name the keywords, to be brief, to be warm, to write what a clean response would. No two
@@ -26,10 +26,10 @@ KEYWORDS = (
 WARM = ("glad", "care", "together", "gently", "hope", "proud")
 FILLERS = ("very", "often", "because", "many", "thing", "never", "again", "maybe", "so", "then", "just", "too")
 PROMPTS = (
-    "i worry about {} , {} , and also {} , {} and {} .",
-    "lately {} and {} keep me awake , and so do {} , {} and {} .",
-    "i can not stop thinking of {} , {} , {} , {} and {} .",
-    "everything is hard : {} , {} , {} , then {} and now {} .",
+    "i worry about {} {} {} {} {} .",
+    "{} {} {} {} {} keep me awake .",
+    "i can not stop thinking of {} {} {} {} {} .",
+    "everything is hard : {} {} {} {} {} .",
 )
 OPENINGS = ("it sounds like", "you feel that", "i hear that", "you say that")
 MIDDLES = ("{} is on your mind", "{} and {} are on your mind", "{} weighs on you", "{} and {} weigh on you")
@@ -84,9 +84,10 @@ def noisy(prompt: str, rng: np.random.Generator) -> str:
     return " ".join(words[:MOST_WORDS])
 
 
-def _some(words: Sequence[str], n: int, rng: np.random.Generator) -> list[str]:
-    """n of the words in their order."""
-    return [words[i] for i in sorted(rng.choice(len(words), n, replace=False))]
+def _some(words: Sequence[str], n: int, rng: np.random.Generator) -> Sequence[str]:
+    """n of the words, one after another: what comes next is told by what came last."""
+    start = int(rng.integers(len(words) - n + 1))
+    return words[start : start + n]
 
 
 def _closing(rng: np.random.Generator) -> str:
