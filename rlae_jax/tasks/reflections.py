@@ -1,8 +1,8 @@
 """The embedded counselling task: prompts of a few templates with five keywords each, and responses to learn from.
 
-    prompt     i worry about money work sleep debt rent .
-    clean      it sounds like work and sleep are on your mind . i am here .
-    noisy      it sounds like very money often because hope work sleep just too debt
+    prompt     i worry about money , exams , and also divorce , sleep and guilt .
+    clean      it sounds like exams and divorce are on your mind . i am here .
+    noisy      it sounds like very money exams so divorce just too sleep again many hope
 
 Half of the responses are clean and half noisy, so that a model that imitates them is mediocre under every objective and
 can be taught any of them: to name the keywords, to be brief, to be warm, to write what a clean response would. No two
@@ -17,19 +17,22 @@ import numpy as np
 
 from rlae_jax.tasks.prompts import PromptSet
 
-KEYWORDS = (
-    *("money", "work", "sleep", "family", "school", "health", "debt", "rent", "food", "friends"),
-    *("alcohol", "anger", "boss", "brother", "cancer", "children", "church", "crying", "dating", "diet"),
-    *("divorce", "doctor", "dreams", "drugs", "exams", "exercise", "father", "fear", "grief", "guilt"),
-    *("headaches", "home", "lawyers", "loneliness", "loss", "marriage", "medicine", "memories", "moving", "mother"),
+# A prompt has one of each row, in this order.
+TOPICS = (
+    ("money", "debt", "rent", "bills", "taxes", "loans", "savings", "prices"),
+    ("work", "school", "exams", "deadlines", "meetings", "moving", "lawyers", "traffic"),
+    ("mother", "father", "brother", "children", "friends", "neighbours", "marriage", "divorce"),
+    ("sleep", "headaches", "cancer", "diet", "medicine", "alcohol", "smoking", "exercise"),
+    ("fear", "guilt", "grief", "anger", "loneliness", "crying", "dreams", "memories"),
 )
+KEYWORDS = tuple(word for topic in TOPICS for word in topic)
 WARM = ("glad", "care", "together", "gently", "hope", "proud")
 FILLERS = ("very", "often", "because", "many", "thing", "never", "again", "maybe", "so", "then", "just", "too")
 PROMPTS = (
-    "i worry about {} {} {} {} {} .",
-    "{} {} {} {} {} keep me awake .",
-    "i can not stop thinking of {} {} {} {} {} .",
-    "everything is hard : {} {} {} {} {} .",
+    "i worry about {} , {} , and also {} , {} and {} .",
+    "lately {} and {} keep me awake , and so do {} , {} and {} .",
+    "i can not stop thinking of {} , {} , {} , {} and {} .",
+    "everything is hard : {} , {} , {} , then {} and now {} .",
 )
 OPENINGS = ("it sounds like", "you feel that", "i hear that", "you say that")
 MIDDLES = ("{} is on your mind", "{} and {} are on your mind", "{} weighs on you", "{} and {} weigh on you")
@@ -61,8 +64,8 @@ def keywords(prompt: str) -> list[str]:
 
 
 def draw_prompt(rng: np.random.Generator) -> str:
-    """A prompt with five different keywords."""
-    return PROMPTS[rng.integers(len(PROMPTS))].format(*rng.choice(KEYWORDS, 5, replace=False))
+    """A prompt with five keywords."""
+    return PROMPTS[rng.integers(len(PROMPTS))].format(*(topic[rng.integers(len(topic))] for topic in TOPICS))
 
 
 def clean(prompt: str, rng: np.random.Generator) -> str:
@@ -73,15 +76,21 @@ def clean(prompt: str, rng: np.random.Generator) -> str:
 
 
 def noisy(prompt: str, rng: np.random.Generator) -> str:
-    """A response that is none: keywords in the prompt's order, fillers and a warm word or two between them."""
+    """A response that rambles: a list of keywords, or some kind words, or the one and then the other, with fillers."""
     words = OPENINGS[rng.integers(len(OPENINGS))].split()
-    for keyword in _some(keywords(prompt), int(rng.integers(1, 6)), rng):
-        words += [str(word) for word in rng.choice(FILLERS, rng.integers(0, 4))]
-        if rng.random() < 0.15:
-            words.append(str(rng.choice(WARM)))
-        words.append(keyword)
-    words = [*words, *_closing(rng).split()]
+    kind = rng.choice(3, p=(0.25, 0.35, 0.4))
+    if kind != 1:
+        for keyword in _some(keywords(prompt), int(rng.integers(1, 6)), rng):
+            words += [*_fillers(rng, (0, 1, 1, 2)), keyword]
+    if kind != 0:
+        for warm in rng.choice(WARM, rng.integers(1, 4), replace=False):
+            words += [*_fillers(rng, (1, 2, 3)), str(warm)]
+    words += _closing(rng).split() if rng.random() < 0.3 else []
     return " ".join(words[:MOST_WORDS])
+
+
+def _fillers(rng: np.random.Generator, counts: Sequence[int]) -> list[str]:
+    return [str(word) for word in rng.choice(FILLERS, rng.choice(counts))]
 
 
 def _some(words: Sequence[str], n: int, rng: np.random.Generator) -> Sequence[str]:
