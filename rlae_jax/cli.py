@@ -1,4 +1,5 @@
-"""The commands: `rlae-jax demo | generate | train | evaluate | ablate | inspect`. Parses, calls the library, prints.
+"""The commands: `rlae-jax demo | generate | train | evaluate | ablate | inspect | emorl`. Parses, calls the library,
+prints.
 
 A command bears the name of the library function behind it, which it therefore imports inside.
 """
@@ -168,12 +169,6 @@ Prompted = Annotated[TaskOptions, OmitArgPrefixes]
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """What was given on the command line."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _how_to_go_on(reason: str, resumed: bool) -> Interrupted:
-    """What an interrupted command says: its own command line, ready to be pasted."""
-    command = shlex.join(sys.argv[1:] + ([] if resumed else ["--resume"]))
-    return Interrupted(f"{reason}. Go on with:\n  rlae-jax {command}")
 
 
 def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -> None:
@@ -394,7 +389,7 @@ def train(
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = (),
     resume: bool = False,
     adapters: Adapters = (),
-    fusion: Literal["linear", "loglinear"] = "linear",
+    fusion: Literal["linear", "loglinear", "hidden"] = "linear",
     end_ids: EndIds = (),
     dtype: Dtype = "float32",
 ) -> None:
@@ -432,7 +427,8 @@ def train(
         seeds: train this many agents side by side, of seeds SEED, SEED + 1, ... Default: 1.
         log_to: where metrics go besides metrics.jsonl; needs rlae_jax[log].
         resume: go on with the run in OUT.
-        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities, hidden = sum of last
+            hidden states, for --adapters.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """
@@ -441,6 +437,7 @@ def train(
     from rlae_jax.evaluate import Method, evaluate
     from rlae_jax.metrics import read_metrics
     from rlae_jax.ppo.train import TrainProgress, train_seeds
+    from rlae_jax.runs import how_to_go_on
 
     found = prompted.load()
     changes: dict[str, Any] = {
@@ -490,7 +487,7 @@ def train(
                 on_progress=show,
             )
     except (Interrupted, KeyboardInterrupt) as interrupted:
-        raise _how_to_go_on(str(interrupted) or "stopped", resume) from None
+        raise how_to_go_on(str(interrupted) or "stopped", resume) from None
     if problems:
         report.console.print(problems, highlight=False, markup=False)
     if done < config.iterations:
@@ -545,7 +542,8 @@ def evaluate(
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.
         search_prompts: training prompts that searches read. Default: 1024, or more where an agent saw more answers in
             training. They take the most time; an evaluation cannot be resumed.
-        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities, hidden = sum of last
+            hidden states, for --adapters.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """
@@ -650,6 +648,7 @@ def ablate(
     from rlae_jax import report
     from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary, table
     from rlae_jax.config import ALGORITHMS
+    from rlae_jax.runs import how_to_go_on
 
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")
@@ -663,7 +662,7 @@ def ablate(
     try:
         results = ablate(ensemble, found, base, values, out, split=split, limit=limit, resume=resume)
     except (Interrupted, KeyboardInterrupt) as interrupted:
-        raise _how_to_go_on(str(interrupted) or "stopped", resume) from None
+        raise how_to_go_on(str(interrupted) or "stopped", resume) from None
     report.console.print(table(results))
     pictures = ", ".join(f"{field}.png" for field in values)
     report.console.print(f"in {out}: table.md, results.json, {pictures}", highlight=False, soft_wrap=True)
@@ -739,6 +738,10 @@ def specialists(
     )
 
 
+def emorl() -> None:
+    """One adapter per objective, fused: demo, train, search, evaluate, export; see rlae-jax emorl --help."""
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "specialists": specialists,
@@ -747,6 +750,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "ablate": ablate,
     "inspect": inspect,
+    "emorl": emorl,
 }
 
 
@@ -755,6 +759,17 @@ def main() -> None:
     _turn_on_compilation_cache()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
+        if sys.argv[1:2] == ["emorl"]:
+            from rlae_jax.emorl.commands import COMMANDS as EMORL_COMMANDS
+
+            tyro.extras.subcommand_cli_from_dict(
+                EMORL_COMMANDS,
+                prog="rlae-jax emorl",
+                args=sys.argv[2:],
+                description="LoRA adapters of one model, each fine-tuned with reinforcement learning for an objective "
+                "of its own, write one answer together under weights that are searched.",
+            )
+            return
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="rlae-jax",

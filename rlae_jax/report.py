@@ -115,6 +115,24 @@ def results_table(results: Mapping[str, Any]) -> rich.table.Table:
     return table
 
 
+def objectives_table(methods: Mapping[str, Any], objectives: Sequence[str], title: str) -> rich.table.Table:
+    """Methods with the score of each objective, of a results.json of EMORL; means with half of their 95% interval."""
+    table = rich.table.Table(title=title)
+    table.add_column("method", overflow="fold", min_width=8)
+    for column in ("mean", *objectives, "tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    best = max((method["score"] for method in methods.values()), default=None)
+    for name, method in methods.items():
+        low, high = method["ci95"]
+        table.add_row(
+            *(name, f"{method['score']:.3f} ±{(high - low) / 2:.3f}"),
+            *(f"{method['scores'][objective]:.3f}" for objective in objectives),
+            f"{method['tokens']:.1f}",
+            style="bold" if method["score"] == best else None,
+        )
+    return table
+
+
 def differences_table(results: Mapping[str, Any]) -> rich.table.Table:
     """The differences of a results.json, with p-values corrected for their number (Holm)."""
     table = rich.table.Table(title="differences on the same prompts; p corrected for all rows (Holm)")

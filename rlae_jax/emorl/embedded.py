@@ -47,9 +47,10 @@ MODEL = ModelConfig(
     pad_id=0,
     end_ids=(1,),
 )
-ROWS = 16_000
+ROWS, STEPS = 16_000, 1_400  # of the base model
 OBJECTIVES = ("coverage", "brevity", "warmth")
 LATER = "fluency"  # the objective that comes when the others have been learnt
+ALL = (*OBJECTIVES, LATER)
 
 
 def objective(name: str) -> scorers.Scorer:
@@ -134,7 +135,7 @@ def make_base(seed: int, steps: int) -> LM:
     return LM(MODEL, params, tokenizer, name="base")
 
 
-def build_base(directory: Path, seed: int, steps: int = 1_400) -> Path:
+def build_base(directory: Path, seed: int, steps: int = STEPS) -> Path:
     """The base model's directory under `directory`; it is trained if it is not there."""
     path = directory / f"seed-{seed}-steps-{steps}" / "base"
     if path.is_dir():

@@ -53,11 +53,13 @@ class Target:
 
     Attributes:
       weighting: of several objectives: "equal", or by DynaOpt, repaired or as its reference has it.
+      specs: what commands make the scorers of again, see `scorers.get_scorer`.
     """
 
     name: str
     scorers: tuple[Scorer, ...]
     weighting: str = "equal"
+    specs: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, scorer: Scorer) -> "Target":
@@ -66,7 +68,8 @@ class Target:
 
     def config(self) -> dict[str, Any]:
         """What decides whether a directory is this target's."""
-        return {"objectives": [scorer.name for scorer in self.scorers], "weighting": self.weighting}
+        names = [scorer.name for scorer in self.scorers]
+        return {"objectives": names, "weighting": self.weighting, "specs": list(self.specs)}
 
 
 def check_targets(targets: Sequence[Target]) -> None:
@@ -150,13 +153,14 @@ def _texts(ensemble: Ensemble, prompts: Sequence[str], max_new_tokens: int) -> _
     return _Texts(tuple(prompts), *pad_rows(rows, width))
 
 
-def run_config(base: LM, prompts: PromptSet, config: EMORLConfig) -> dict[str, Any]:
+def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[str, Any] | None) -> dict[str, Any]:
     """The content of a run's config.json."""
     return {
         "schema": 1,
         "command": "emorl train",
         "base": {"name": base.name, "path": str(base.path or ""), "sha256": base.fingerprint()},
         "prompts": {"name": prompts.name, "sha256": prompts.digest()},
+        "data": None if data is None else dict(data),
         "settings": dataclasses.asdict(config),
     }
 
@@ -170,6 +174,7 @@ def train_adapters(
     *,
     resume: bool = False,
     max_minutes: float | None = None,
+    data: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Adapter]:
     """Fine-tunes an adapter for every target, all at once, and returns those that were best on dev.
@@ -178,6 +183,7 @@ def train_adapters(
       out: a run's directory, new or with other adapters of the same base, prompts and settings.
       resume: go on with targets that are there already; those that are done are read.
       max_minutes: after this long it stops, with checkpoints from which it can be resumed.
+      data: where the prompts come from, for those who open the run again.
       on_progress: called after every validation.
 
     Raises:
@@ -196,7 +202,7 @@ def train_adapters(
         raise InputError(
             f"{out} holds {', '.join(there)} already; resume (--resume, resume=True) or choose other names"
         )
-    claim_directory(out, run_config(base, prompts, config), resume=True)
+    claim_directory(out, run_config(base, prompts, config, data), resume=True)
     learners = []
     for target in targets:
         directory = directories[target.name]

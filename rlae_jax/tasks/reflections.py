@@ -17,6 +17,7 @@ import numpy as np
 
 from rlae_jax.tasks.prompts import PromptSet
 
+NAME = "reflections"
 # A prompt has one of each row, in this order.
 TOPICS = (
     ("money", "debt", "rent", "bills", "taxes", "loans", "savings", "prices"),
@@ -130,7 +131,7 @@ def prompts() -> PromptSet:
         prompt = draw_prompt(rng)
         drawn.setdefault(_content(prompt), prompt)
     rows = iter(drawn.values())
-    return PromptSet("reflections", {split: tuple(next(rows) for _ in range(n)) for split, n in SIZES.items()})
+    return PromptSet(NAME, {split: tuple(next(rows) for _ in range(n)) for split, n in SIZES.items()})
 
 
 @functools.cache

@@ -13,15 +13,27 @@ import re
 import string
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from rlae_jax.errors import InputError
 from rlae_jax.tasks.reward_worker import Reference as Reference
 from rlae_jax.tasks.reward_worker import best, described, resolve
 
 Reward = Callable[[str, Reference], float]
+
+
+@runtime_checkable
+class BatchReward(Protocol):
+    """A reward that scores many texts at once, such as one that runs a model."""
+
+    def __call__(self, text: str, reference: Reference) -> float: ...
+
+    def many(self, texts: Sequence[str], references: Sequence[Reference]) -> Sequence[float]:
+        """The reward of each text."""
+        ...
 
 
 def any_of(score: Callable[[str, str], float]) -> Callable[[str, Reference], float]:

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from rlae_jax.errors import SHOWN_PER_KIND, InputError
 from rlae_jax.tasks import reward_worker
 from rlae_jax.tasks.reward_worker import Reference, attempt
-from rlae_jax.tasks.rewards import NamedReward, Reward
+from rlae_jax.tasks.rewards import BatchReward, NamedReward, Reward
 
 # Importing the user's module may take long, and is not the fault of the first text.
 _START_SECONDS = 120.0
@@ -170,6 +170,10 @@ class RewardPool:
         if self._closed or (self._lanes and not self._lanes[0].is_alive()):
             raise RuntimeError("a reward pool scores within its `with` block only")
         pending = Pending(prompts, self.problems)
+        if isinstance(self.reward, BatchReward):
+            for index, score in enumerate(self.reward.many(texts, references)):
+                pending.set(index, (float(score), ""))
+            return pending
         for index, (text, reference) in enumerate(zip(texts, references, strict=True)):
             if self._lanes:
                 self._jobs.put((pending, index, json.dumps([text, reference]).encode()))

@@ -1,0 +1,101 @@
+"""EMORL in a few minutes: a small base model, an adapter per objective, searched fusions, an agent, a table.
+
+In: a seed and a directory. Out: that directory as a run of `emorl train`, with its searches and evaluation.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from rlae_jax import files, report
+from rlae_jax.emorl import embedded
+from rlae_jax.emorl.commands import evaluate_run, most_points, run_agent, search_directory, show_results, show_training
+from rlae_jax.emorl.fused import Fused
+from rlae_jax.emorl.run import Data, Run, make_targets
+from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
+from rlae_jax.emorl.train import train_adapters
+from rlae_jax.errors import InputError
+from rlae_jax.models import load
+from rlae_jax.runs import CONFIG_FILE
+from rlae_jax.tasks import reflections
+
+MODES = ("hidden", "probs", "params")
+TEST_PROMPTS = 256
+
+
+def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
+    """Everything, from a random initialisation to a table and pictures. Returns the content of results.json.
+
+    Raises:
+      InputError: `out` holds something else, or the demo of another seed.
+    """
+    began = time.perf_counter()
+    files.require_writable_parent(out)
+    config = embedded.settings(seed=seed, **({"steps": 160} if quick else {}))
+    if (out / CONFIG_FILE).is_file() and Run(out).config["settings"]["seed"] != seed:
+        raise InputError(f"{out} holds the demo of seed {Run(out).config['settings']['seed']}; choose another --out")
+    seconds: dict[str, float] = {}
+
+    def took(name: str) -> None:
+        seconds[name] = time.perf_counter() - began - sum(seconds.values())
+
+    base = load(embedded.build_base(out / "models", seed, 700 if quick else embedded.STEPS))
+    took("base")
+    data = Data(reflections.NAME)
+    targets = make_targets(embedded.OBJECTIVES, ["uniform_reward"], data)
+    with report.progress(f"training {len(targets)} adapters", config.steps, "steps") as update:
+        train_adapters(
+            *(base, targets, data.read(), config, out),
+            resume=True,
+            data=dataclasses.asdict(data),
+            on_progress=lambda progress: update(
+                max(progress.steps.values()), ", ".join(f"{n} {s:.2f}" for n, s in progress.scores.items())
+            ),
+        )
+    run = Run(out)
+    show_training(run)
+    took("training")
+    singles = list(embedded.OBJECTIVES)
+    scorers = run.scorers(singles)
+    adapters = [run.adapter(name) for name in singles]
+    dev = run.prompts.split("dev")
+    settings = SearchConfig(max_new_tokens=config.max_new_tokens, seed=seed, levels=2 if quick else 4)
+    for mode in MODES:
+        where = search_directory(out, mode)
+        if (where / SEARCH_FILE).is_file():
+            continue
+        fused = Fused(base, adapters, mode)
+        with report.progress(f"search, {mode}", most_points(settings, len(singles)), "points") as tell:
+            search(fused, dev, scorers, settings, where, resume=True, on_points=lambda done: tell(done, ""))
+    took("searches")
+    iterations = 20 if quick else 60
+    run_agent(run, Fused(base, adapters), scorers, iterations, 1, seed, search_directory(out, "agent"), True)
+    took("agent")
+    results = evaluate_run(run, "test", TEST_PROMPTS, 1.0, seed, out)
+    took("evaluation")
+    results["seconds"] = seconds | {"total": time.perf_counter() - began}
+    results["verdict"] = verdict(results["methods"])
+    files.write_json(out / "results.json", results)
+    show_results(results)
+    report.console.print(results["verdict"], highlight=False)
+    report.console.print(
+        f"{results['seconds']['total']:.0f} s in all. Look at {out / 'search/hidden/weights.png'}; add an objective:\n"
+        f"  rlae-jax emorl train --out {out} --objective {embedded.LATER}\n"
+        f"and search again:\n  rlae-jax emorl search --run {out} --out {out / 'search/four'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return results
+
+
+def verdict(methods: dict[str, dict[str, Any]]) -> str:
+    """One plain sentence on what the table means."""
+    alone = max((name for name in methods if name.startswith("single:")), key=lambda name: methods[name]["score"])
+    score = {name: methods[name]["score"] for name in ("base", alone, "hidden", "rlae_ppo", "uniform_reward")}
+    return (
+        f"Mean of the objectives on {methods['base']['n']} unseen prompts, greedy: the base {score['base']:.3f}, the "
+        f"best single adapter ({alone.removeprefix('single:')}) {score[alone]:.3f}, all adapters under searched "
+        f"weights {score['hidden']:.3f}, under an agent's weights {score['rlae_ppo']:.3f}; one adapter trained on all "
+        f"objectives at once {score['uniform_reward']:.3f}."
+    )

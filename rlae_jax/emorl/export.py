@@ -1,0 +1,69 @@
+"""What a run gives to others: its adapters in PEFT's format, their weights, and one fused model."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlae_jax import files
+from rlae_jax.emorl.fused import Fused
+from rlae_jax.emorl.run import Run
+from rlae_jax.emorl.search import SEARCH_FILE
+from rlae_jax.emorl.train import ADAPTER, OBJECTIVES
+from rlae_jax.errors import InputError
+from rlae_jax.models import LM, lora
+
+WEIGHTS_FILE = "weights.json"
+
+
+def export_run(
+    run: Run, out: Path, mode: str = "params", weights: Sequence[float] | None = None, adapters: Sequence[str] = ()
+) -> list[Path]:
+    """Writes OUT/adapters/NAME, OUT/weights.json and, of mode params, OUT/model. Returns what was written.
+
+    Args:
+      weights: in [0, 1], one per adapter; by default those that the search of this mode found.
+
+    Raises:
+      InputError: OUT exists, no such search, another number of weights than adapters, all weights 0.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already; choose another name or remove it")
+    found = _found(run, mode, weights, adapters)
+    names, values = list(found), list(found.values())
+    loaded = [run.adapter(name) for name in names]
+    fused = Fused(run.base, loaded, mode)
+    fused.check([values])
+    if not any(values):
+        raise InputError("all weights are 0: nothing but the base would be left")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name in names:
+            shutil.copytree(run.directory / OBJECTIVES / name / ADAPTER, partial / "adapters" / name)
+        files.write_json(
+            partial / WEIGHTS_FILE, {"schema": 1, "mode": mode, "weights": found, "base": run.config["base"]}
+        )
+        if mode == "params":
+            merged = lora.merge(run.base.params, lora.stack(loaded), values)
+            LM(run.base.config, merged, run.base.tokenizer, source=run.base.source).save(partial / "model")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sorted(out.iterdir())
+
+
+def _found(run: Run, mode: str, weights: Sequence[float] | None, adapters: Sequence[str]) -> dict[str, Any]:
+    """Adapter -> weight."""
+    path = run.directory / "search" / mode / SEARCH_FILE
+    searched = files.read_json(path)["weights"] if path.is_file() else None
+    if weights is None:
+        if searched is None:
+            raise InputError(
+                f"{path} is not there: run emorl search --run {run.directory} --mode {mode}, or give --weights"
+            )
+        return dict(searched)
+    names = list(adapters) or list(searched or run.singles())
+    if len(names) != len(weights):
+        raise InputError(f"{len(weights)} weights for {len(names)} adapters ({', '.join(names)})")
+    return dict(zip(names, map(float, weights), strict=True))

@@ -1,0 +1,174 @@
+"""A run's directory as commands see it: its base, its prompts, what its adapters were taught, and the adapters.
+
+In: a directory that `train_adapters` made. Out: objects to search, evaluate and export with. What a command needs to
+make prompts and objectives again, their names on the command line, lies in the run's files.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlae_jax import files
+from rlae_jax.emorl import embedded
+from rlae_jax.emorl.scorers import Scorer, get_scorers
+from rlae_jax.emorl.train import ADAPTER, OBJECTIVES, WEIGHTINGS, Target, check_targets
+from rlae_jax.errors import InputError
+from rlae_jax.models import LM, Adapter, load, load_adapter
+from rlae_jax.runs import CONFIG_FILE
+from rlae_jax.tasks import reflections
+from rlae_jax.tasks.prompts import PromptSet, read_prompts
+
+# Adapters that are taught all objectives at once, by how these are weighted.
+BASELINES = {"uniform_reward": "equal", "dynaopt": "dynaopt", "dynaopt_reference": "dynaopt_reference"}
+assert set(BASELINES.values()) == set(WEIGHTINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where prompts come from: a file, or "reflections" for the embedded ones."""
+
+    path: str
+    layout: str = "auto"
+    prompt_field: str = "prompt"
+
+    def read(self) -> PromptSet:
+        """The prompts.
+
+        Raises:
+          InputError: what `read_prompts` raises.
+        """
+        if self.path == reflections.NAME:
+            return reflections.prompts()
+        return read_prompts(self.path, self.layout, self.prompt_field)
+
+
+def make_scorers(specs: Sequence[str], data: Data) -> list[Scorer]:
+    """What objectives' names stand for: with the embedded prompts their own ones come first.
+
+    Raises:
+      InputError: what `get_scorers` raises.
+    """
+    if data.path != reflections.NAME or not set(specs) & set(embedded.ALL):
+        return get_scorers(specs)
+    check_targets([Target(spec, ()) for spec in specs])
+    return [embedded.objective(spec) if spec in embedded.ALL else get_scorers([spec])[0] for spec in specs]
+
+
+def make_targets(specs: Sequence[str], baselines: Sequence[str], data: Data) -> list[Target]:
+    """A target for every objective, and one for every baseline, which is taught all of these.
+
+    Raises:
+      InputError: no objectives, a name used twice, an unknown baseline, a baseline of one objective.
+    """
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        raise InputError(f"baselines {', '.join(unknown)} are unknown; known: {', '.join(BASELINES)}")
+    found = make_scorers(specs, data)
+    if baselines and len(found) < 2:
+        raise InputError(f"{baselines[0]} is taught several objectives at once; name at least two")
+    targets = [Target(scorer.name, (scorer,), specs=(spec,)) for scorer, spec in zip(found, specs, strict=True)]
+    targets += [Target(name, tuple(found), BASELINES[name], tuple(specs)) for name in baselines]
+    check_targets(targets)
+    return targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `emorl train` left.
+
+    Raises:
+      InputError: no such directory, or one of another command.
+    """
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        path = self.directory / CONFIG_FILE
+        if not path.is_file() or files.read_json(path).get("command") != "emorl train":
+            raise InputError(f"{self.directory} is no run of emorl train")
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The run's config.json."""
+        return files.read_json(self.directory / CONFIG_FILE)
+
+    @functools.cached_property
+    def base(self) -> LM:
+        """The base model.
+
+        Raises:
+          InputError: it is not where it was, or is another one now.
+        """
+        known = self.config["base"]
+        lm = load(known["path"] or known["name"])
+        if lm.fingerprint() != known["sha256"]:
+            raise InputError(f"{known['path']} is not the base model that {self.directory} was trained from")
+        return lm
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """Where the prompts come from.
+
+        Raises:
+          InputError: a run whose prompts were given as an object.
+        """
+        given = self.config.get("data")
+        if given is None:
+            raise InputError(
+                f"{self.directory} does not say where its prompts come from: it was made without a command"
+            )
+        return Data(**given)
+
+    @functools.cached_property
+    def prompts(self) -> PromptSet:
+        """The prompts.
+
+        Raises:
+          InputError: they are not those of the run.
+        """
+        found = self.data.read()
+        if found.digest() != self.config["prompts"]["sha256"]:
+            raise InputError(f"{self.data.path} is not what {self.directory} was trained on")
+        return found
+
+    def targets(self) -> dict[str, dict[str, Any]]:
+        """The configuration of every adapter that is done, those of one objective first, as they were begun."""
+        directories = [path.parent for path in self.directory.glob(f"{OBJECTIVES}/*/{ADAPTER}")]
+        found = {path.name: files.read_json(path / CONFIG_FILE) for path in directories}
+
+        def order(name: str) -> tuple[Any, ...]:
+            several = len(found[name]["objectives"]) > 1
+            return several, (self.directory / OBJECTIVES / name / CONFIG_FILE).stat().st_mtime_ns, name
+
+        return {name: found[name] for name in sorted(found, key=order)}
+
+    def singles(self) -> list[str]:
+        """The adapters of one objective.
+
+        Raises:
+          InputError: there are fewer than two.
+        """
+        names = [name for name, target in self.targets().items() if len(target["objectives"]) == 1]
+        if len(names) < 2:
+            raise InputError(
+                f"{self.directory} has {len(names)} finished adapters of one objective; a fusion needs two"
+            )
+        return names
+
+    def scorers(self, names: Sequence[str]) -> list[Scorer]:
+        """The objectives of these adapters.
+
+        Raises:
+          InputError: an unknown adapter; what `get_scorers` raises.
+        """
+        targets = self.targets()
+        unknown = [name for name in names if name not in targets]
+        if unknown:
+            raise InputError(f"{self.directory} has no adapters {', '.join(unknown)}; it has {', '.join(targets)}")
+        return make_scorers([spec for name in names for spec in targets[name]["specs"]], self.data)
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter, under its objective's name."""
+        return dataclasses.replace(load_adapter(self.directory / OBJECTIVES / name / ADAPTER, self.base), name=name)
