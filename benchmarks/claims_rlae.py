@@ -17,23 +17,19 @@ the same command goes on. Models are small, and two processes on one core each d
 times of R4 are taken alone, on all cores.
 """
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.queues import Queue
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import rlae_jax as rj
 import rlae_jax.evaluate as evaluation
-from benchmarks import common
+from benchmarks import common, study
+from benchmarks.study import CLAIM_COLUMNS, all_of, claim, claim_cells, sign_verdict
 from rlae_jax import files, report, specialists, statistics
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.evaluate import Method, baseline_methods, evaluate, join_results, transfer_matrix, with_fusion
@@ -50,7 +46,6 @@ LIGHT = ("gate", "perplexity", "consistency", "topk")  # what the abstract's lat
 BOUND = 0.02  # of a difference in a control
 SPANS = 4  # of the longest task, so that agents fit all of them
 PROMPTS = 256  # per PPO iteration
-_MOST_MAPPINGS = 20_000  # every compiled program takes some of the 65,530 that a process may have
 
 HISTORY = (
     'Tasks and specialists are those of the commit "Specialists: recipes frozen", made before this study; nothing in '
@@ -160,58 +155,22 @@ def run_transfer(out: Path, plan: Plan, column: str, seed: int) -> None:
     files.write_json(path, found)
 
 
-# --- the workers ---
-
-
-def _start_worker(cores: "Queue[int]", log: Path) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
-    _use_compilation_cache(log.parent)
-    to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(to, 1)
-
-
-def _use_compilation_cache(out: Path) -> None:
-    """Seeds and processes share their programs."""
-    jax.config.update("jax_compilation_cache_dir", str(out / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _work(piece: Callable[..., None], *arguments: Any) -> float:
-    began = time.perf_counter()
-    piece(*arguments)
-    maps = Path("/proc/self/maps")
-    if maps.is_file() and maps.read_text(encoding="utf-8").count("\n") > _MOST_MAPPINGS:
-        jax.clear_caches()
-    return time.perf_counter() - began
-
-
 def run_all(out: Path, plan: Plan) -> None:
-    """Everything that takes long, in as many processes as there are cores."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(common.cores()))
-    context = multiprocessing.get_context("spawn")
-    cores: Queue[int] = context.Queue()
-    for core in usable:
-        cores.put(core)
+    """Everything that takes long."""
     seeds = range(plan.seeds)
     # The longest first, and neighbours with different programs, so that processes do not compile the same ones at once.
     longest = [task for task in ("mixed", "skills3") if task in plan.iterations]
     others = [task for task in plan.iterations if task not in longest]
     tasks = [(task, s) for s in seeds for task in longest] + [(task, s) for task in others for s in seeds]
     recipes = sorted({name for task in plan.iterations for name in specialists.POOL[task]})
-    phases: list[tuple[str, Callable[..., None], list[tuple[str, int]]]] = [
+    phases: list[tuple[str, Any, list[tuple[str, int]]]] = [
         ("specialists", train_specialist, [(name, s) for s in seeds for name in recipes]),
         ("agents and baselines", run_cell, tasks),
         ("transfer", run_transfer, tasks),
     ]
-    arguments = (cores, out / "workers.log")
-    with concurrent.futures.ProcessPoolExecutor(len(usable), context, _start_worker, arguments) as pool:
-        for title, piece, pieces in phases:
-            with report.progress(title, len(pieces), "pieces") as update:
-                pending = {pool.submit(_work, piece, out, plan, name, seed): (name, seed) for name, seed in pieces}
-                for done, future in enumerate(concurrent.futures.as_completed(pending), start=1):
-                    name, seed = pending[future]
-                    update(done, f"({name}, seed {seed}: {future.result():.0f} s)")
+    study.run_phases(
+        out / "workers.log", [(title, piece, [(out, plan, *own) for own in pieces]) for title, piece, pieces in phases]
+    )
 
 
 # --- what was found ---
@@ -242,16 +201,6 @@ def better(row: Mapping[str, Any]) -> str:
     return "fails" if row["ci95"][1] <= 0 else "undecided"
 
 
-def sign_verdict(interval: Sequence[float]) -> str:
-    """The verdict on "this is above 0"."""
-    return "holds" if interval[0] > 0 else "fails" if interval[1] <= 0 else "undecided"
-
-
-def all_of(verdicts: Sequence[str]) -> str:
-    """The verdict on several claims at once."""
-    return "holds" if set(verdicts) == {"holds"} else "fails" if "fails" in verdicts else "undecided"
-
-
 def baselines_of(results: Results) -> list[str]:
     return [name for name, row in results["methods"].items() if name not in AGENTS and not row.get("reference")]
 
@@ -259,23 +208,6 @@ def baselines_of(results: Results) -> list[str]:
 def best_baseline(results: Results) -> str:
     """The one with the highest score on the test prompts themselves, which is hard on the agents."""
     return max(baselines_of(results), key=lambda name: results["methods"][name]["score"])
-
-
-def claim(
-    name: str, measurement: str, value: float | None, ci95: Sequence[float] | None, verdict: str, sign: str = "+"
-) -> dict[str, Any]:
-    """A row of the table of claims. A difference is shown with its sign."""
-    shown = "" if value is None else f"{value:{sign}.3f}"
-    if ci95 is not None and (ci95[0] != value or ci95[1] != value):
-        shown += f" ({ci95[0]:{sign}.3f} to {ci95[1]:{sign}.3f})"
-    return {
-        "claim": name,
-        "measurement": measurement,
-        "value": value,
-        "ci95": ci95,
-        "verdict": verdict,
-        "shown": shown,
-    }
 
 
 def score_claims(tables: Mapping[str, Results]) -> list[dict[str, Any]]:
@@ -452,13 +384,6 @@ def make_checks(tables: Mapping[str, Results], times: Sequence[Mapping[str, Any]
     return checks
 
 
-def claim_cells(claims: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    return [(c["claim"], c["measurement"], c["shown"], c["verdict"]) for c in claims]
-
-
-CLAIM_COLUMNS = ("claim", "measurement", "value (95% interval)", "verdict")
-
-
 def score_cells(tables: Mapping[str, Results]) -> list[list[str]]:
     """Method by task: score and interval. Members alone are named by their place, as they differ between tasks."""
     rows: dict[str, dict[str, str]] = {}
@@ -526,10 +451,7 @@ def write_page(
         "## Checks",
         table(
             ("check", "value", "required", ""),
-            [
-                (c["name"], f"{c['value']:.3g}", f"{c['op']} {c['required']:g}", "ok" if c["ok"] else "FAILED")
-                for c in checks
-            ],
+            study.check_cells(checks),
         ),
         "## Scores",
         "Mean reward of all seeds with its 95% interval (bootstrap over seeds, then prompts). The oracle is a "
@@ -598,11 +520,7 @@ def claim_directory(out: Path, plan: Plan) -> None:
         "specialists": marks,
         "pool": {k: list(v) for k, v in specialists.POOL.items()},
     }
-    path = out / "plan.json"
-    if path.is_file() and files.read_json(path) != wanted:
-        sys.exit(f"error: {out} holds a study with other settings; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, wanted)
+    study.take_directory(out, wanted)
 
 
 def main() -> None:
@@ -617,7 +535,7 @@ def main() -> None:
         run_all(out, plan)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    _use_compilation_cache(out)
+    study.use_compilation_cache(out)
     tables = {task: join_results([cell(out, task, s) for s in range(plan.seeds)]) for task in plan.iterations}
     matrices = {agent: merge_transfer(out, plan, agent) for agent in AGENTS}
     times = time_methods(out, plan, "skills3")
