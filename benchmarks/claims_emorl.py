@@ -1,0 +1,504 @@
+"""The claims of EMORL's abstract on the embedded task: what was measured, its interval, and a verdict as it comes out.
+
+    python -m benchmarks.claims_emorl [--quick] [--json PATH] [--out DIR]
+
+For every seed the base is pretrained anew, and adapters of one rank, learning rate, stopping rule and longest answer
+are fine-tuned from it: one per objective, one for all three at once (uniform_reward), and two whose weights a bandit
+sets (dynaopt, and dynaopt_reference as its published code has it). Weights are searched on dev prompts; test prompts
+are read once. Greedy and sampled answers have tables of their own.
+
+- E1: data points and seconds, and how steady they are, against training on all objectives at once.
+- E2: a fourth objective, without training the others again.
+- E3: the weights can be read: the rank correlation of w_m and score m over the searched points.
+- E4: the score, against the baselines.
+- E5: fused hidden states against fused probabilities, log-probabilities and parameters.
+- E6: what the hierarchical search costs and finds, against a full grid.
+
+Everything goes into DIR, a piece at a time: after an interruption the same command goes on. Two seeds are run side by
+side on one core each; only the times of E1 are taken alone, on all cores.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rlae_jax as rj
+from benchmarks import common, study
+from benchmarks.study import CLAIM_COLUMNS, claim, claim_cells, sign_verdict
+from rlae_jax import files, report, statistics
+from rlae_jax.config import PPOConfig
+from rlae_jax.emorl import embedded
+from rlae_jax.emorl import evaluate as evaluation
+from rlae_jax.emorl.agent import train_agent
+from rlae_jax.emorl.fused import MODES, Fused
+from rlae_jax.emorl.run import BASELINES, Data, Run, make_targets
+from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
+from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Target, train_adapters
+from rlae_jax.metrics import read_metrics
+from rlae_jax.tasks import reflections
+
+THREE, FOUR = embedded.OBJECTIVES, embedded.ALL
+UNIFORM_FOUR = "uniform_four"  # one adapter for all four objectives
+COMPARABLE = 0.05  # "comparable" reward: at most this much below
+BEST_SINGLE, AGENT, GRID, FUSED_FOUR = "best single", "rlae_ppo", "grid", "hidden, four"
+DATA = Data(reflections.NAME)
+
+HISTORY = (
+    "The task, the settings of training and how long agents train were chosen before this study while looking at seed "
+    "0, at its test scores, too: seeds 1 and up are the ones that nobody had seen. Nothing was changed since."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How much is done.
+
+    Attributes:
+      steps: of fine-tuning at most.
+      search_prompts: dev prompts of every search; a grid has points at multiples of `grid_step`.
+    """
+
+    seeds: int = 5
+    base_steps: int = embedded.STEPS
+    steps: int = 480
+    levels: int = 5
+    search_prompts: int = 64
+    grid_step: float = 0.125
+    iterations: int = 80
+    test_prompts: int = 512
+    timed_rounds: int = 8
+
+
+FULL = Plan()
+QUICK = Plan(
+    *(1, 700, 120, 2, 32, 0.25),
+    iterations=20,
+    test_prompts=128,
+    timed_rounds=3,
+)
+
+
+# --- pieces of work; each leaves files behind, and is done if they exist ---
+
+
+def cell(out: Path, seed: int) -> Path:
+    """Where a seed's run lies."""
+    return out / "seeds" / f"seed-{seed}"
+
+
+def settings(plan: Plan, seed: int) -> Any:
+    """The same for all adapters."""
+    return embedded.settings(steps=plan.steps, seed=seed)
+
+
+def base_of(out: Path, plan: Plan, seed: int) -> rj.LM:
+    return rj.load(embedded.build_base(out / "models", seed, plan.base_steps))
+
+
+def train_base(out: Path, plan: Plan, seed: int) -> None:
+    base_of(out, plan, seed)
+
+
+def fine_tune(out: Path, plan: Plan, seed: int) -> None:
+    """The three objectives and what is taught all of them; then the fourth, into the same run."""
+    base, prompts = base_of(out, plan, seed), DATA.read()
+    first = make_targets(THREE, list(BASELINES), DATA)
+    every = tuple(embedded.objective(name) for name in FOUR)
+    later = [*make_targets([embedded.LATER], [], DATA), Target(UNIFORM_FOUR, every, specs=FOUR)]
+    for targets in (first, later):
+        train_adapters(
+            *(base, targets, prompts, settings(plan, seed), cell(out, seed)),
+            resume=True,
+            data=dataclasses.asdict(DATA),
+        )
+
+
+def run_searches(out: Path, plan: Plan, seed: int) -> None:
+    """Weights for every mode, a full grid for two of them, weights for four adapters."""
+    run, base = Run(cell(out, seed)), base_of(out, plan, seed)
+    dev = run.prompts.split("dev")[: plan.search_prompts]
+    config = SearchConfig(levels=plan.levels, step=plan.grid_step, max_new_tokens=embedded.MAX_NEW_TOKENS, seed=seed)
+    full = dataclasses.replace(config, method="grid")
+    shallow = dataclasses.replace(config, levels=min(plan.levels, 3))
+    jobs = [
+        *((mode, THREE, mode, config) for mode in MODES),
+        *((f"{GRID}-{mode}", THREE, mode, full) for mode in ("hidden", "probs")),
+        ("four", FOUR, "hidden", shallow),
+    ]
+    for name, adapters, mode, how in jobs:
+        where = run.directory / "search" / name
+        if not (where / SEARCH_FILE).is_file():
+            fused = Fused(base, [run.adapter(adapter) for adapter in adapters], mode)
+            search(fused, dev, run.scorers(adapters), how, where, resume=True)
+
+
+def train_weights(out: Path, plan: Plan, seed: int) -> None:
+    """The agent that sets weights for every token."""
+    run = Run(cell(out, seed))
+    config = PPOConfig(iterations=plan.iterations, prompts=128, eval_prompts=64, eval_every=20, seed=seed)
+    train_agent(
+        *(fused_of(out, plan, seed), run.prompts, run.scorers(THREE), config, run.directory / "search" / "agent"),
+        max_new_tokens=embedded.MAX_NEW_TOKENS,
+        span_length=1,
+        resume=True,
+    )
+
+
+def fused_of(out: Path, plan: Plan, seed: int, mode: str = "hidden", adapters: Sequence[str] = THREE) -> Fused:
+    run = Run(cell(out, seed))
+    return Fused(base_of(out, plan, seed), [run.adapter(name) for name in adapters], mode)
+
+
+def searched(out: Path, seed: int, name: str) -> dict[str, Any]:
+    return files.read_json(cell(out, seed) / "search" / name / SEARCH_FILE)
+
+
+def answer_tests(out: Path, plan: Plan, seed: int) -> None:
+    """All methods on the test prompts: under three objectives, and those of the fourth under four."""
+    run = Run(cell(out, seed))
+    prompts = run.prompts.split("test")[: plan.test_prompts]
+    every = [run.adapter(name) for name in run.targets()]
+    alone = evaluation.adapted(run.base, every)
+    three = {name: alone[name] for name in ("base", *THREE, *BASELINES)}
+    for mode in MODES:
+        weights = list(searched(out, seed, mode)["weights"].values())
+        three[mode] = evaluation.fusion(fused_of(out, plan, seed, mode), weights)
+    agent = rj.load_policy(run.directory / "search" / "agent")
+    three[AGENT] = evaluation.fusion(fused_of(out, plan, seed), agent)
+    weights = list(searched(out, seed, "four")["weights"].values())
+    four = {name: alone[name] for name in ("base", *FOUR, UNIFORM_FOUR)}
+    four[FUSED_FOUR] = evaluation.fusion(fused_of(out, plan, seed, adapters=FOUR), weights)
+    for names, writers, where in ((THREE, three, "three"), (FOUR, four, "four")):
+        directory = run.directory / "test" / where
+        if not (directory / "results.json").is_file():
+            evaluation.evaluate(
+                *(writers, prompts, run.scorers(names)),
+                task=run.prompts.name,
+                split="test",
+                max_new_tokens=embedded.MAX_NEW_TOKENS,
+                seed=seed,
+                out=directory,
+            )
+
+
+def run_all(out: Path, plan: Plan) -> None:
+    """Everything that takes long."""
+    pieces: list[tuple[str, Callable[..., None]]] = [
+        ("base models", train_base),
+        ("adapters", fine_tune),
+        ("searches", run_searches),
+        ("agents", train_weights),
+        ("test prompts", answer_tests),
+    ]
+    seeds = [(out, plan, seed) for seed in range(plan.seeds)]
+    study.run_phases(out / "workers.log", [(title, piece, list(seeds)) for title, piece in pieces])
+
+
+def time_training(out: Path, plan: Plan) -> dict[str, float]:
+    """Median seconds of a round (`validate_every` steps and a validation): of each adapter alone, one after another,
+    and of the three as a stack. All cores, seed 0; rounds of the first run of each kind compile and are not counted."""
+    path = out / "times.json"
+    if path.is_file():
+        return dict(files.read_json(path))
+    base, prompts = base_of(out, plan, 0), DATA.read()
+    every = settings(plan, 0).validate_every
+    config = dataclasses.replace(settings(plan, 0), steps=every * plan.timed_rounds, window=10_000)
+    singles = make_targets(THREE, [], DATA)
+    (uniform,) = (target for target in make_targets(THREE, ["uniform_reward"], DATA) if len(target.scorers) > 1)
+    kinds = {"stacked": singles, **{target.name: [target] for target in singles}, "uniform_reward": [uniform]}
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    with report.progress("times of training", 3 * len(kinds), "runs") as update:
+        for turn in range(3):  # the first of which compiles
+            for i, (name, targets) in enumerate(kinds.items()):
+                directory = out / "times" / str(turn) / name
+                train_adapters(base, targets, prompts, config, directory, resume=True)
+                rows = read_metrics(directory / OBJECTIVES / targets[0].name)
+                if turn:
+                    found[name] += [row["seconds"] for row in rows if row["trained"]]
+                update(turn * len(kinds) + i + 1, name)
+    medians = {name: float(np.median(seconds)) for name, seconds in found.items()}
+    files.write_json(path, medians)
+    return medians
+
+
+# --- what was found ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """All results, a list entry per seed."""
+
+    three: list[dict[str, Any]]  # results.json under three objectives
+    four: list[dict[str, Any]]
+    training: list[dict[str, dict[str, Any]]]  # adapter -> training.json
+    searches: list[dict[str, dict[str, Any]]]  # search -> search.json
+    times: Mapping[str, float]
+
+    def scores(self, name: str, way: str = "greedy", four: bool = False) -> np.ndarray:
+        """A method's test score of each seed. `BEST_SINGLE` is each seed's best adapter of one objective."""
+        tables = [part if way == "greedy" else part["sampled"] for part in (self.four if four else self.three)]
+        names = (FOUR if four else THREE) if name == BEST_SINGLE else (name,)
+        return np.array([max(table["methods"][one]["score"] for one in names) for table in tables])
+
+    def of_training(self, name: str, key: str) -> np.ndarray:
+        return np.array([part[name][key] for part in self.training], np.float64)
+
+
+def collect(out: Path, plan: Plan) -> Found:
+    """What the pieces left."""
+    cells = [cell(out, seed) for seed in range(plan.seeds)]
+    names = (*FOUR, *BASELINES, UNIFORM_FOUR)
+    tests = [[files.read_json(one / "test" / where / "results.json") for one in cells] for where in ("three", "four")]
+    training = [{name: files.read_json(one / OBJECTIVES / name / TRAINING_FILE) for name in names} for one in cells]
+    searches = [
+        {path.parent.name: files.read_json(path) for path in (one / "search").glob(f"*/{SEARCH_FILE}")} for one in cells
+    ]
+    return Found(*tests, training, searches, time_training(out, plan))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    return statistics.t_interval(values.tolist()) if len(values) > 1 else (float(values[0]),) * 2
+
+
+def _difference(name: str, said: str, values: np.ndarray) -> dict[str, Any]:
+    """A claim that these differences, one per seed, are above 0."""
+    interval = _interval(values)
+    return claim(name, said, float(values.mean()), interval, sign_verdict(interval))
+
+
+def accounts(found: Found) -> dict[str, dict[str, np.ndarray]]:
+    """Method -> account -> one number per seed."""
+
+    def of_one(name: str) -> dict[str, np.ndarray]:
+        seconds = found.of_training(name, "steps") * found.times["uniform_reward"] / _EVERY
+        return {
+            "training": found.of_training(name, "data_points"),
+            "search": np.zeros(len(found.training)),
+            "largest adapter": found.of_training(name, "data_points"),
+            "to 95%": found.of_training(name, "points_to_95_percent"),
+            "validation": found.of_training(name, "validation_points"),
+            "seconds, one after another": seconds,
+            "seconds, stacked": seconds,
+        }
+
+    steps = np.stack([found.of_training(name, "steps") for name in THREE])
+    rounds = np.sort(steps, axis=0) / _EVERY
+    alone = np.array([found.times[name] for name in THREE])
+    # While n adapters are left a round takes the n-th part between one adapter's time and the whole stack's.
+    shares = [found.times["stacked"], np.mean([found.times["stacked"], alone.mean()]), alone.mean()]
+    stacked = sum(np.diff(rounds, axis=0, prepend=0)[i] * shares[i] for i in range(len(THREE)))
+    points = np.stack([found.of_training(name, "data_points") for name in THREE])
+    fused = {
+        "training": points.sum(axis=0),
+        "search": np.array([part["hidden"]["answers"] for part in found.searches], np.float64),
+        "largest adapter": points.max(axis=0),
+        "to 95%": sum(found.of_training(name, "points_to_95_percent") for name in THREE),
+        "validation": sum(found.of_training(name, "validation_points") for name in THREE),
+        "seconds, one after another": (steps / _EVERY * alone[:, None]).sum(axis=0),
+        "seconds, stacked": np.asarray(stacked),
+    }
+    return {"hidden": fused, **{name: of_one(name) for name in BASELINES}}
+
+
+_EVERY = embedded.settings().validate_every
+
+
+def cost_claims(found: Found) -> list[dict[str, Any]]:
+    """E1, in every account."""
+    table = accounts(found)
+    fused = table["hidden"]
+    claims = []
+    for other in ("uniform_reward", "dynaopt"):
+        theirs = table[other]
+        ways = {
+            "training": (fused["training"], theirs["training"]),
+            "training and search": (fused["training"] + fused["search"], theirs["training"]),
+            "largest adapter": (fused["largest adapter"], theirs["training"]),
+            "to 95% of the final score": (fused["to 95%"], theirs["to 95%"]),
+            "seconds, one after another": (fused["seconds, one after another"], theirs["seconds, stacked"]),
+            "seconds, stacked": (fused["seconds, stacked"], theirs["seconds, stacked"]),
+        }
+        for way, (ours, others) in ways.items():
+            ratio = ours / np.maximum(others, 1e-9)
+            interval = _interval(ratio)
+            verdict = "holds" if interval[1] < 1 else "fails" if interval[0] >= 1 else "undecided"
+            said = f"{way}: {ours.mean():,.0f} against {others.mean():,.0f}"
+            claims.append(claim(f"E1 less than {other}, {way}", said, float(ratio.mean()), interval, verdict, sign=""))
+        spreads = [values.std(ddof=1) / values.mean() if len(values) > 1 else 0.0 for values in ways["training"]]
+        verdict = "undecided" if len(ratio) < 2 else "holds" if spreads[0] < spreads[1] else "fails"
+        said = f"standard deviation over mean of the data points: {spreads[0]:.3f} against {spreads[1]:.3f}"
+        claims.append(claim(f"E1 steadier than {other}", said, None, None, verdict))
+    return claims
+
+
+def score_claims(found: Found) -> list[dict[str, Any]]:
+    """E2 to E6."""
+    claims = []
+    ours, theirs = found.scores(FUSED_FOUR, four=True), found.scores(UNIFORM_FOUR, four=True)
+    cost = found.of_training(embedded.LATER, "data_points") + [part["four"]["answers"] for part in found.searches]
+    retraining = found.of_training(UNIFORM_FOUR, "data_points")
+    said = (
+        f"fused {ours.mean():.3f} against {theirs.mean():.3f} retrained; {cost.mean():,.0f} data points (search "
+        f"included) against {retraining.mean():,.0f}"
+    )
+    claims.append(_difference("E2 fourth objective as good as retraining", said, ours - theirs))
+    for mode in ("hidden", "params"):
+        for m, name in enumerate(THREE):
+            values = np.array([part[mode]["rank_correlations"][name] or 0.0 for part in found.searches])
+            said = f"rank correlation of the share of w_{m + 1} and {name} over the searched points"
+            claims.append(_difference(f"E3 weights can be read, {mode}, {name}", said, values))
+    for way in ("greedy", "sampled"):
+        hidden = found.scores("hidden", way)
+        for other in (*BASELINES, "params", BEST_SINGLE, "base"):
+            difference = hidden - found.scores(other, way)
+            said = f"{hidden.mean():.3f} against {found.scores(other, way).mean():.3f}, {way}"
+            row = _difference(f"E4 above {other}, {way}", said, difference)
+            if other in BASELINES:
+                low, high = row["ci95"]
+                verdict = "holds" if low >= -COMPARABLE else "fails" if high < -COMPARABLE else "undecided"
+                row |= {"claim": f"E4 comparable to {other} (at most {COMPARABLE} below), {way}", "verdict": verdict}
+            claims.append(row)
+        for other in ("probs", "loglinear", "params"):
+            said = f"{hidden.mean():.3f} against {found.scores(other, way).mean():.3f}, {way}"
+            claims.append(_difference(f"E5 hidden above {other}, {way}", said, hidden - found.scores(other, way)))
+    for mode in ("hidden", "probs"):
+        full, fast = ([part[name] for part in found.searches] for name in (f"{GRID}-{mode}", mode))
+        gaps = np.array([a["score"] - b["score"] for a, b in zip(full, fast, strict=True)])
+        cost = np.mean([a["evaluations"] / b["evaluations"] for a, b in zip(full, fast, strict=True)])
+        interval = _interval(gaps)
+        verdict = "holds" if interval[1] <= 0.01 else "fails" if interval[0] > 0.01 else "undecided"
+        said = (
+            f"dev score below the full grid's, {fast[0]['evaluations']} evaluations against {full[0]['evaluations']} "
+            f"({cost:.1f} times)"
+        )
+        claims.append(claim(f"E6 search as good as the full grid, {mode}", said, float(gaps.mean()), interval, verdict))
+    agent = found.scores(AGENT) - found.scores("hidden")
+    said = f"{found.scores(AGENT).mean():.3f} against {found.scores('hidden').mean():.3f} under searched fixed weights"
+    claims.append(_difference("an agent's weights above fixed ones", said, agent))
+    return claims
+
+
+def make_checks(found: Found) -> list[dict[str, Any]]:
+    """What is required of the method itself, means over seeds."""
+    uniform, single, hidden = (found.scores(name).mean() for name in ("uniform_reward", BEST_SINGLE, "hidden"))
+    gaps = [
+        part[f"{GRID}-{mode}"]["score"] - part[mode]["score"] for part in found.searches for mode in ("hidden", "probs")
+    ]
+    four = found.scores(FUSED_FOUR, four=True).mean() / found.scores(UNIFORM_FOUR, four=True).mean()
+    return [
+        common.check("base_low", found.scores("base").mean() / uniform, "<=", 0.60),
+        common.check("single_low", single / uniform, "<=", 0.75),
+        common.check("hidden_gain", hidden - single, ">=", 0.08),
+        common.check("fourth_ratio", four, ">=", 0.90),
+        common.check("search_gap", max(gaps), "<=", 0.01),
+        common.check("agent_gain", found.scores(AGENT).mean() - hidden, ">=", 0.05),
+    ]
+
+
+# --- tables, page ---
+
+
+def score_cells(found: Found, way: str) -> list[tuple[str, ...]]:
+    """A row per method: mean, interval, every seed."""
+    rows: list[tuple[str, ...]] = []
+    for four, names in ((False, found.three[0]["methods"]), (True, (UNIFORM_FOUR, FUSED_FOUR))):
+        for name in names:
+            values = found.scores(name, way, four)
+            low, high = _interval(values)
+            seeds = " ".join(f"{value:.3f}" for value in values)
+            objectives = "four" if four else "three"
+            rows.append((name, objectives, f"{values.mean():.3f} ({low:.3f} to {high:.3f})", seeds))
+    return rows
+
+
+SCORE_COLUMNS = ("method", "objectives", "mean (95% interval)", "each seed")
+
+
+def cost_cells(found: Found) -> list[tuple[str, ...]]:
+    """A row per method: every account, mean and standard deviation over seeds."""
+
+    def shown(values: np.ndarray) -> str:
+        spread = f" ± {values.std(ddof=1):,.0f}" if len(values) > 1 else ""
+        return f"{values.mean():,.0f}{spread}"
+
+    return [(name, *(shown(values) for values in table.values())) for name, table in accounts(found).items()]
+
+
+def cost_columns(found: Found) -> tuple[str, ...]:
+    return ("method", *next(iter(accounts(found).values())))
+
+
+def write_page(
+    out: Path,
+    plan: Plan,
+    found: Found,
+    claims: Sequence[Mapping[str, Any]],
+    checks: Sequence[Mapping[str, Any]],
+    environment: Mapping[str, Any],
+) -> None:
+    """`claims.md` and pictures beside it."""
+    table = report.markdown_table
+    floor = (embedded.settings().window - 1) * _EVERY * embedded.settings().batch * embedded.settings().samples
+    times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in found.times.items())
+    for name in ("weights", "points", "contributions"):
+        picture = (cell(out, 0) / "search" / "hidden" / f"{name}.png").read_bytes()
+        (out / f"{name}.png").write_bytes(picture)
+    parts = [
+        "# The claims of EMORL's abstract, measured",
+        f"`python -m benchmarks.claims_emorl{' --quick' if plan == QUICK else ''}`: {plan.seeds} seeds, "
+        f"{plan.test_prompts} test prompts, {environment['cpu']}, {environment['cores']} cores.",
+        HISTORY,
+        "## Claims",
+        "Intervals are Student's t over seeds.",
+        table(CLAIM_COLUMNS, claim_cells(claims), left=2),
+        "## Checks",
+        table(("check", "value", "required", ""), study.check_cells(checks)),
+        "## Scores, greedy answers",
+        table(SCORE_COLUMNS, score_cells(found, "greedy"), left=2),
+        "## Scores, sampled at temperature 1",
+        table(SCORE_COLUMNS, score_cells(found, "sampled"), left=2),
+        "## Costs",
+        "Data points are prompts times samples. `hidden` is three adapters (their sum, or the largest one's) and the "
+        "answers that its search decoded; validation is on top, for all. The stopping rule alone takes "
+        f"{floor:,} per adapter. Seconds are steps times the median time of a round of {_EVERY} (all cores, no other "
+        f"work, compilation left out), in seconds: {times}.",
+        table(cost_columns(found), cost_cells(found)),
+        "## A search",
+        "Seed 0, mode hidden.",
+        *(f"![{name}]({name}.png)" for name in ("weights", "points", "contributions")),
+    ]
+    files.write_text(out / "claims.md", "\n\n".join(parts) + "\n")
+
+
+def main() -> None:
+    options = common.parse_args(__doc__.splitlines()[0] if __doc__ else "", out=Path("runs/claims_emorl"))
+    plan = QUICK if options.quick else FULL
+    assert options.out is not None
+    out = options.out / "quick" if options.quick else options.out
+    environment = common.environment()
+    study.take_directory(out, dataclasses.asdict(plan) | {"settings": str(settings(plan, 0))})
+    began = time.perf_counter()
+    try:
+        run_all(out, plan)
+        study.use_compilation_cache(out)
+        found = collect(out, plan)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    claims = [*cost_claims(found), *score_claims(found)]
+    checks = make_checks(found)
+    for way in ("greedy", "sampled"):
+        common.print_table(f"Scores, {way}", SCORE_COLUMNS, score_cells(found, way))
+    common.print_table("Costs", cost_columns(found), cost_cells(found))
+    common.print_table("Claims", CLAIM_COLUMNS, claim_cells(claims))
+    write_page(out, plan, found, claims, checks, environment)
+    common.finish([{"kind": "claim", **c} for c in claims], checks, environment, options.json_path)
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; tables and pictures in {out / 'claims.md'}")
+
+
+if __name__ == "__main__":
+    main()
