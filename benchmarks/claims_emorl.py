@@ -253,12 +253,14 @@ def collect(out: Path, plan: Plan) -> Found:
     """What the pieces left."""
     cells = [cell(out, seed) for seed in range(plan.seeds)]
     names = (*FOUR, *BASELINES, UNIFORM_FOUR)
-    tests = [[files.read_json(one / "test" / where / "results.json") for one in cells] for where in ("three", "four")]
+    three, four = (
+        [files.read_json(one / "test" / where / "results.json") for one in cells] for where in ("three", "four")
+    )
     training = [{name: files.read_json(one / OBJECTIVES / name / TRAINING_FILE) for name in names} for one in cells]
     searches = [
         {path.parent.name: files.read_json(path) for path in (one / "search").glob(f"*/{SEARCH_FILE}")} for one in cells
     ]
-    return Found(*tests, training, searches, time_training(out, plan))
+    return Found(three, four, training, searches, time_training(out, plan))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
