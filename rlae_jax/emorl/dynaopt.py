@@ -77,11 +77,10 @@ class DynaOpt:
 
     def validated(self, scores: Mapping[str, float]) -> None:
         """Takes the objectives' mean validation scores, pays the bandits and draws the next arm."""
-        if self._before is None:  # nothing to compare with
-            improvement = 0.0
-        else:
-            improvement = float(np.mean([scores[name] - self._before[name] for name in self._names]))
-        self._before = scores
+        before, self._before = self._before, scores
+        if before is None:  # nothing to compare with, and nothing was learnt yet
+            return
+        improvement = float(np.mean([scores[name] - before[name] for name in self._names]))
         self._improvements.append(improvement)
         if self._reference:
             self._outer = self._outer.paid(self.arm, improvement)

@@ -35,7 +35,7 @@ class EMORLConfig:
     Attributes:
       algorithm: "scst": self-critical sequence training. "grpo": advantages in units of their group's spread and a
         clipped ratio. "ppo": a value head, advantages over tokens and a clipped ratio.
-      steps: of training at most; `validate_every` of them lie between two validations.
+      steps: of training at most, in whole rounds of `validate_every`, after each of which there is a validation.
       batch, samples: prompts per step, and answers to each.
       accumulate: parts into which a step's prompts are cut for their gradients, which are summed: less memory, the same
         step.

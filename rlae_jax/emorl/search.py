@@ -5,7 +5,7 @@ In: fused adapters, prompts, objectives, a method. Out: a directory
     config.json  points.jsonl  search.json  weights.png (of three adapters)  points.png  contributions.png
 
 All points are scored on the same prompts, with the same keys. `points.jsonl` has a line per evaluation, from which an
-interrupted search goes on.
+interrupted search goes on (not that of the method halving, which begins again).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlae_jax import files, report
-from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused
+from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused, Points
 from rlae_jax.emorl.scorers import Scorer
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
@@ -103,11 +103,11 @@ class Objectives:
         self._prompts, self._scorers, self._samples = list(prompts), list(scorers), config.samples
         self._fused, self._config, self._memory = fused, config, memory
         self._on_points = on_points
-        self.points = self._over(self._prompts)
+        self.points = self._over(self._prompts, 0)
         self.decoded = 0  # points decoded so far
         self.answers = 0
 
-    def _over(self, prompts: Sequence[str]) -> Any:
+    def _over(self, prompts: Sequence[str], first: int) -> Points:
         config = self._config
         return self._fused.over(
             self._fused.ensemble.encode(prompts),
@@ -115,6 +115,7 @@ class Objectives:
             temperature=config.temperature,
             samples=config.samples,
             seed=config.seed,
+            first=first,
             memory=self._memory,
         )
 
@@ -123,9 +124,9 @@ class Objectives:
         return self._scored(self.points, self._prompts, points).mean(axis=1)
 
     def on(self, points: Float[np.ndarray, "N d"], rows: Any) -> Float[np.ndarray, "N n M"]:
-        """Scores on some of the prompts."""
+        """Scores on some of the prompts, which follow each other."""
         chosen = [self._prompts[i] for i in rows]
-        return self._scored(self._over(chosen), chosen, points)
+        return self._scored(self._over(chosen, int(rows[0])), chosen, points)
 
     def _scored(self, points: Any, prompts: Sequence[str], weights: Any) -> Float[np.ndarray, "N n M"]:
         texts = points.texts(points.decode(weights))

@@ -213,6 +213,10 @@ def train_adapters(
     began = saved = time.monotonic()
     try:
         with stop_requests() as stop_requested:
+            # Those that had their steps, or more than are asked for now, are done without another one.
+            for learner in [learner for learner in learners if _is_done(learner, config)]:
+                _finish(base, learner, config)
+                learners.remove(learner)
             while learners:
                 loop.round(learners)
                 done = [learner for learner in learners if _is_done(learner, config)]
@@ -334,10 +338,9 @@ class _Loop:
             self._validate(untrained, {}, began)
             began = time.perf_counter()
         stack = fine_tune.join([learner.saved.state for learner in learners])
-        # All that are still training have as far to their next validation: rounds begin at multiples of it.
-        steps = min(config.validate_every, *(config.steps - learner.step for learner in learners))
         told: list[dict[str, Any]] = []
-        for _ in range(steps):
+        # Always whole rounds, so that an adapter's validations do not depend on how far others are.
+        for _ in range(config.validate_every):
             stack, metrics = self._step(stack, learners)
             told.append(metrics)
         for m, learner in enumerate(learners):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from rlae_jax import files
 from rlae_jax.errors import InputError
 
 Evaluate = Callable[[Float[np.ndarray, "N d"]], Float[np.ndarray, "N M"]]
@@ -63,7 +64,8 @@ class Scores:
                 row = json.loads(line)
                 self._known[self._key(row["point"])] = np.array(row["scores"], np.float64)
             except (ValueError, KeyError, TypeError) as error:
-                if i == len(lines) - 1:  # cut off in the middle
+                if i == len(lines) - 1:  # cut off in the middle; what comes next needs a line of its own
+                    files.write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
                     return
                 raise InputError(f"{path}, line {i + 1}: not a point of a search ({error})") from error
 

@@ -30,7 +30,7 @@ from rlae_jax.models.checkpoint_files import (
     tensor_shapes,
 )
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.families import FAMILIES, Family
+from rlae_jax.models.families import Family, made_family
 from rlae_jax.models.lora import Adapter, Factors, LoraConfig
 from rlae_jax.models.transformer import Params, linears
 
@@ -76,7 +76,7 @@ class _Module:
 
 
 def _modules(family: Family | None, config: ModelConfig) -> dict[str, _Module]:
-    family = family or FAMILIES["llama"]
+    family = family or made_family(config)
     specs = linears(config)
     found = {}
     for name, key, paths in modules(family, config):
@@ -132,7 +132,7 @@ def read_adapter(directory: Path, name: str, family: Family | None, config: Mode
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which is never read)" if list(directory.glob("*.bin")) else ""
         raise InputError(f"{directory}: no {TENSORS}{pickled}")
-    family = family or FAMILIES["llama"]
+    family = family or made_family(config)
     known = _modules(family, config)
     pairs, findings = _pairs(path, raw, known, family.prefix, _base_tensors(family, config), base)
     if findings or not pairs:

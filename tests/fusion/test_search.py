@@ -214,3 +214,18 @@ class TestFronts:
                 for reference in (np.zeros(m), np.full(m, 0.3), rng.random(m)):
                     expected = moocore.hypervolume(scores, ref=reference, maximise=True)
                     assert hypervolume(scores, reference) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_file_that_was_cut_off_goes_on_where_it_was_whole(tmp_path):
+    path = tmp_path / "points.jsonl"
+
+    def evaluate(points):
+        return np.asarray(points).sum(axis=1, keepdims=True)
+
+    Scores(evaluate, path=path)(np.array([[0.0, 0.5], [0.5, 0.0]]))
+    path.write_text(path.read_text()[:-9])  # killed in the middle of its last line
+    for points in ([[0.5, 0.0]], [[1.0, 1.0]]):
+        Scores(evaluate, path=path)(np.array(points))
+    known = Scores(evaluate, path=path)
+    assert known(np.array([[0.0, 0.5], [0.5, 0.0], [1.0, 1.0]])).ravel().tolist() == [0.5, 0.5, 2.0]
+    assert known.evaluations == 0

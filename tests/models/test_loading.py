@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
+from rlae_jax.emorl import embedded
 from rlae_jax.models import checkpoint_files, load, transformer
 from rlae_jax.models.config import Rope
 from rlae_jax.models.families import FAMILIES
@@ -165,6 +166,62 @@ def test_save_and_load_are_inverse(stored_checkpoint, tmp_path, case, dtype):
         assert original.keys() == saved.keys()
         for key, tensor in original.items():
             np.testing.assert_array_equal(saved[key], tensor)
+
+
+class TestAnEncoderDecoderMadeHere:
+    @pytest.fixture(scope="class")
+    def made(self):
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(
+            lambda leaf: jax.numpy.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype),
+            transformer.abstract_params(embedded.MODEL),
+        )
+        return rj.LM(embedded.MODEL, params, embedded.make_tokenizer(), name="made")
+
+    def test_it_is_loaded_as_what_it_was(self, made, tmp_path):
+        made.save(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+        # How many ids there are is what a tokenizer tells.
+        assert again.config == dataclasses.replace(made.config, tokens=made.config.vocab)
+        assert_same_params(again.params, made.params)
+        assert again.source.family is FAMILIES["t5"]
+        text = "i worry about money , exams ."
+        assert again.tokenizer(text)["input_ids"] == made.tokenizer(text)["input_ids"]
+        rng = np.random.default_rng(1)
+        ids, decoder_ids = rng.integers(3, 100, (2, 6)), rng.integers(3, 100, (2, 4))
+        mask = np.array([[1] * 6, [0, 0, 1, 1, 1, 1]])
+        logits = np.asarray(again.logits(ids, mask, decoder_ids))
+        np.testing.assert_array_equal(logits, made.logits(ids, mask, decoder_ids))
+        assert np.abs(logits).max() > 0.1
+        again.save(tmp_path / "twice")
+        assert_same_params(load(tmp_path / "twice").params, made.params)
+
+    def test_its_adapters_are_written_and_read(self, made, tmp_path):
+        fresh = rj.init_adapter(made, rj.LoraConfig(rank=2), seed=3)
+        rj.save_adapter(fresh, made, tmp_path / "adapter")
+        made.save(tmp_path / "made")
+        for lm in (made, load(tmp_path / "made")):
+            again = rj.load_adapter(tmp_path / "adapter", lm)
+            assert again.params.keys() == fresh.params.keys()
+            for path, factors in again.params.items():
+                np.testing.assert_array_equal(factors["a"], fresh.params[path]["a"])
+
+    def test_a_head_of_its_own(self, made, tmp_path):
+        """As T5 1.1 has it: nothing is scaled before it."""
+        config = dataclasses.replace(made.config, tied_head=False, head_scale=1.0)
+        rng = np.random.default_rng(2)
+        head = {"kernel": jax.numpy.asarray(rng.normal(size=(config.width, config.vocab)), "float32")}
+        untied = dataclasses.replace(made, config=config, params=made.params | {"head": head})
+        untied.save(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+        assert again.config == dataclasses.replace(config, tokens=config.vocab)
+        assert_same_params(again.params, untied.params)
+
+    @pytest.mark.parametrize("change", [{"head_scale": 0.5}, {"norm": "layer"}, {"attention_scale": None}])
+    def test_what_its_layout_cannot_say_is_refused(self, made, tmp_path, raises_input_error, change):
+        other = dataclasses.replace(made, config=dataclasses.replace(made.config, **change))
+        raises_input_error(lambda: other.save(tmp_path / "saved"), "T5")
+        assert not any(tmp_path.iterdir())
 
 
 def test_save_keeps_the_tokenizer_and_several_end_tokens(tmp_path, make_lm, make_tokenizer):

@@ -494,6 +494,65 @@ class TestArithmetic:
             close(np.asarray(logits)[b][kept], np.asarray(merged.logits(*inputs))[b][kept])
 
 
+class TestBlocks:
+    """Of M blocks of rows block m uses adapter m: as one-hot rows of `use`, without the other adapters' products."""
+
+    def test_of_a_decoder(self, tiny, trio, stacked):
+        ids, mask = inputs_of(tiny, batch=6)
+        blocks = lora.use_in_blocks(stacked.stack)
+        rows = lora.use(stacked.stack, np.repeat(np.eye(3), 2, axis=0))
+
+        @jax.jit
+        def hidden(adapters: lora.Adapters) -> Any:
+            return transformer.forward(tiny.config, tiny.params, ids, mask, adapters)[0]
+
+        found = np.asarray(hidden(blocks))
+        close(found[mask == 1], np.asarray(hidden(rows))[mask == 1], 1e-5)
+        for m in range(3):
+            merged = dataclasses.replace(tiny, params=add_by_hand(tiny, trio[m : m + 1], [1.0]))
+            own = slice(2 * m, 2 * m + 2)
+            close(found[own][mask[own] == 1], np.asarray(merged.hidden(ids, mask))[own][mask[own] == 1])
+        predicted = [
+            transformer.output_head(tiny.config, tiny.params, jnp.asarray(found), adapters)
+            for adapters in (blocks, rows)
+        ]
+        close(*predicted, 1e-5)  # adapters may change the head
+
+    def test_dropout(self, tiny, stacked):
+        """A key per row draws for the row what it draws in `use`."""
+        ids, mask = inputs_of(tiny, batch=6)
+        drop = {"dropout": 0.4, "key": jax.random.split(jax.random.key(3), 6)}
+        blocks = lora.use_in_blocks(stacked.stack, **drop)
+        rows = lora.use(stacked.stack, np.repeat(np.eye(3), 2, axis=0), **drop)
+        hidden = jax.jit(lambda adapters: transformer.forward(tiny.config, tiny.params, ids, mask, adapters)[0])
+        one, other, plain = (
+            np.asarray(hidden(adapters))[mask == 1] for adapters in (blocks, rows, lora.use_in_blocks(stacked.stack))
+        )
+        close(one, other, 1e-5)
+        assert np.abs(one - plain).max() > 0.01 * np.abs(plain).max()
+
+    def test_of_an_encoder_decoder(self, family_lm):
+        """The encoder reads a prompt once for all decoder rows that answer it."""
+        lm = family_lm("t5")
+        adapters = [random_adapter(lm, seed, rank=2, targets=EVERY_LAYER) for seed in (1, 2)]
+        stack = lm.with_adapters(adapters).stack
+        ids, mask, _ = inputs_of(lm, batch=4)
+        decoder_ids = np.random.default_rng(1).integers(0, lm.config.vocab, (12, 5))  # three for each prompt
+
+        @jax.jit
+        def hidden(used: lora.Adapters, ids: Any, mask: Any) -> Any:
+            return transformer.forward(lm.config, lm.params, ids, mask, used, decoder_ids=decoder_ids)[0]
+
+        found = np.asarray(hidden(lora.use_in_blocks(stack), ids, mask))
+        each = [np.repeat(x, 3, axis=0) for x in (ids, mask)]
+        close(found, hidden(lora.use(stack, np.repeat(np.eye(2), 6, axis=0)), *each), 1e-5)
+        close(found, hidden(lora.use_in_blocks(stack), *each), 1e-5)
+        for m in range(2):
+            merged = dataclasses.replace(lm, params=add_by_hand(lm, adapters[m : m + 1], [1.0]))
+            own = slice(6 * m, 6 * m + 6)
+            close(found[own], np.asarray(merged.hidden(*each, decoder_ids))[own])
+
+
 class TestDropout:
     RATE = 0.3
 

@@ -13,6 +13,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.models import layers, load, rope, transformer
 from rlae_jax.models.config import Rope
+from rlae_jax.models.pretrain import PretrainConfig, Source, next_token_loss, pretrain
 
 
 def test_hidden_is_what_the_output_head_reads(make_lm):
@@ -270,3 +271,57 @@ def test_an_encoder_decoder_needs_decoder_ids_and_others_none(make_lm, stored_ch
     ids = np.ones((1, 3), int)
     raises_input_error(lambda: load(stored_checkpoint("tied", "t5")).logits(ids), "decoder_ids", "give")
     raises_input_error(lambda: make_lm(0).hidden(ids, None, ids), "decoder_ids", "do not give")
+
+
+class TestPretraining:
+    """An encoder-decoder learns to write what its encoder reads, backwards."""
+
+    START = 0
+
+    @pytest.fixture(scope="class")
+    def lm(self, stored_checkpoint):
+        return load(stored_checkpoint("untied", "t5"))
+
+    @pytest.fixture(scope="class")
+    def rows(self):
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(2, 5, 64)
+        source, mask = np.zeros((64, 4), int), (np.arange(4) < lengths[:, None]).astype(int)
+        ids, predicted = np.full((64, 6), self.START), np.zeros((64, 6), bool)
+        for row, n in enumerate(lengths):
+            source[row, :n] = rng.integers(2, 10, n)
+            ids[row, 1 : n + 2], predicted[row, 1 : n + 2] = [*source[row, :n][::-1], 1], True
+        return ids, predicted, Source(jnp.asarray(source), jnp.asarray(mask))
+
+    @pytest.fixture(scope="class")
+    def loss(self, lm, rows):
+        ids, predicted, _ = rows
+        return jax.jit(lambda params, source: next_token_loss(lm.config, params, ids, predicted, source))
+
+    def test_the_loss_by_hand(self, lm, rows, loss):
+        ids, predicted, source = rows
+        total = 0.0
+        for row in range(len(ids)):
+            n = int(predicted[row].sum())
+            asked = source.ids[row : row + 1, : int(source.mask[row].sum())]  # alone, without padding
+            total -= float(np.sum(lm.log_probs(asked, None, ids[row : row + 1, : n + 1])))
+        np.testing.assert_allclose(loss(lm.params, source), total / predicted.sum(), rtol=1e-5)
+
+    def test_it_lowers_the_loss(self, lm, rows, loss):
+        ids, predicted, source = rows
+        train = PretrainConfig(steps=100, batch=32, learning_rate=1e-2, warmup=5, report_every=50)
+        told = []
+        before = jax.tree.map(np.array, lm.params)
+        params = pretrain(
+            *(lm.config, ids, predicted, train),
+            seed=0,
+            params=lm.params,
+            source=source,
+            on_progress=lambda *progress: told.append(progress),
+        )
+        first, last = loss(lm.params, source), loss(params, source)
+        assert [step for step, _ in told] == [50, 100]
+        assert last < told[1][1] < told[0][1] < first
+        assert last < 0.5 * first
+        assert loss(params, jax.tree.map(lambda leaf: leaf[::-1], source)) > 1.5 * last  # it is the source that tells
+        jax.tree.map(np.testing.assert_array_equal, lm.params, before)  # where it starts is left as it is

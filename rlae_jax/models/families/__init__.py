@@ -1,5 +1,6 @@
 """The families of models that can be loaded: one small file each, data only."""
 
+from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import (
     bert,
     deberta_v2,
@@ -24,3 +25,8 @@ _MODULES = (
     *(bert, roberta, deberta_v2),
 )
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+
+
+def made_family(config: ModelConfig) -> Family:
+    """Whose layout a model has that was made here and not loaded: Llama's, or T5's for an encoder-decoder."""
+    return FAMILIES["llama" if config.encoder is None else "t5"]
