@@ -1,7 +1,8 @@
 """Adapters of one base that write together, and many weightings of them at once.
 
 In: a base, M adapters, a mode, prompts; then points, Float[N, M] weights in [0, 1]^M. Out: the answers to every prompt
-under every point, from one batched decode: prompts are read once per adapter, and what was read serves all points.
+under every point, from one batched decode: prompts are read once per adapter, and what was read serves all points. An
+adapter runs about as many rows as there are points that give it weight.
 
 | mode | the next token comes from |
 | --- | --- |
@@ -29,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.feed import Lockstep, Runs
 from rlae_jax.models import LM, Adapter
 from rlae_jax.models.lm import load_adapters
 
@@ -100,6 +102,7 @@ class Fused:
         temperature: float = 0.0,
         samples: int = 1,
         seed: int = 0,
+        first: int = 0,
         ignore_eos: bool = False,
         memory: int = DEFAULT_MEMORY,
     ) -> "Points":
@@ -108,7 +111,9 @@ class Fused:
         Args:
           rows: ids of the prompts, as `ensemble.encode` gives them.
           samples, seed: of sampling; every point uses the same keys.
-          memory: bytes of keys and values at once; more points are decoded one batch after another.
+          first: the first prompt's number, where these are a part of more; its key depends on it.
+          memory: bytes of keys and values at once, beside those of the prompts that all points share; more points are
+            decoded one batch after another.
 
         Raises:
           InputError: prompts that do not fit.
@@ -116,7 +121,7 @@ class Fused:
         spec = self.ensemble.spec(max_new_tokens=max_new_tokens, temperature=temperature, ignore_eos=ignore_eos)
         self.ensemble.check_lengths(self.ensemble.lengths(rows), max_new_tokens)
         ids, mask = self.ensemble.pad(rows)
-        return Points(self, tuple(map(tuple, rows)), ids, mask, spec, samples, seed, memory)
+        return Points(self, tuple(map(tuple, rows)), ids, mask, spec, samples, seed, first, memory)
 
 
 @dataclasses.dataclass(eq=False)
@@ -130,27 +135,32 @@ class Points:
     spec: decoding.DecodeSpec
     samples: int
     seed: int
+    first: int
     memory: int
 
     @functools.cached_property
-    def _key(self) -> Array:
-        return jax.random.key(self.seed)
+    def _keys(self) -> Array:
+        numbers = jnp.arange(self.first, self.first + len(self.rows))
+        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self.seed)))(numbers)
 
     @functools.cached_property
     def _read(self) -> decoding.DecodeState:
         """The state before the first token, with every prompt's keys and values under every adapter."""
-        return _start(self.fused.ensemble.params, self.ids, self.mask, self._key, self.spec)
+        return _start(self.fused.ensemble.params, self.ids, self.mask, self._keys, self.spec)
 
     @functools.cached_property
     def at_once(self) -> int:
         """How many points are decoded together."""
-        if self.fused.mode == "params":
+        alone = self.fused.mode == "params"
+        if alone:
             adapted = self._adapted(np.zeros((1, len(self.fused.names)), np.float32))
-            state = jax.eval_shape(_start, adapted, self.ids, self.mask, self._key, self.spec)
+            state = jax.eval_shape(_start, adapted, self.ids, self.mask, self._keys, self.spec)
         else:
             state = self._read
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.feed))
-        return max(self.memory // (size * self.samples), 1)
+        # Samples share what an encoder read, and so do points that do not change how it reads.
+        shared = _size([(cache.source, cache.source_mask) for cache in state.caches])
+        size = (_size(state.feed) - shared) * self.samples + shared * alone
+        return max(self.memory // size, 1)
 
     def _adapted(self, points: Float[np.ndarray, "N M"]) -> Any:
         """Mode params: the parameters of a batch with every prompt under every point."""
@@ -180,11 +190,12 @@ class Points:
         filled = np.concatenate([points, np.repeat(points[:1], _granules(n) - n, axis=0)])
         if self.fused.mode == "params":
             ids, mask = (np.repeat(x, len(filled), axis=0) for x in (self.ids, self.mask))
-            state = _answer_alone(self._adapted(filled), ids, mask, self._key, self.spec, self.samples, len(filled))
+            state = _answer_alone(self._adapted(filled), ids, mask, self._keys, self.spec, self.samples, len(filled))
         else:
             if self.fused.mode != "hidden":
                 filled = filled / filled.sum(axis=1, keepdims=True)
-            state = _answer(self.fused.ensemble.params, self._read, filled, self.spec, self.samples)
+            runs = _runs(filled, len(self.rows), self.samples)
+            state = _answer(self.fused.ensemble.params, self._read, filled, runs, self.spec, self.samples)
         # Rows are prompts, then points, then samples.
         shape = (len(self.rows), len(filled), self.samples)
         found = jax.device_get((state.tokens, state.steps, state.ended))
@@ -201,15 +212,37 @@ class Points:
         ]
 
 
+def _size(tree: Any) -> int:
+    """Bytes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _granules(n: int) -> int:
     """The next size that a program is compiled for: an eighth more than n at most."""
     step = max(1 << (n.bit_length() - 1) >> 3, 1)
     return -(-n // step) * step
 
 
+def _runs(points: Float[np.ndarray, "N M"], prompts: int, samples: int) -> Runs | None:
+    """The rows that each member runs: those of points that give it weight. None where that saves nothing."""
+    n, m = points.shape
+    used = [np.flatnonzero(of_member) for of_member in points.T]
+    step = -(-n // 4)  # there are few widths, since each is a program
+    width = -(-max(map(len, used)) // step) * step
+    if width >= n:
+        return None
+    # Rows are prompts, then points, then samples.
+    batch = np.arange(prompts * n * samples).reshape(prompts, n, samples)
+    run = np.arange(m * prompts * width * samples).reshape(m, prompts, width, samples)
+    rows = [batch[:, np.resize(own, width)] for own in used]  # filled up with rows that it runs already
+    place = np.maximum(np.cumsum(points.T > 0, axis=1) - 1, 0)
+    places = [of_member[:, own] for of_member, own in zip(run, place, strict=True)]
+    return Runs(*(np.stack(index).astype(np.int32).ravel() for index in (rows, places)))
+
+
 @jax.jit
-def _start(params: Any, ids: Any, mask: Any, key: Array, spec: decoding.DecodeSpec) -> decoding.DecodeState:
-    return decoding.prefill(params, ids, mask, key, spec)
+def _start(params: Any, ids: Any, mask: Any, keys: Array, spec: decoding.DecodeSpec) -> decoding.DecodeState:
+    return decoding.prefill(params, ids, mask, keys, spec)
 
 
 def _many(state: decoding.DecodeState, spec: decoding.DecodeSpec, points: int, samples: int) -> decoding.DecodeState:
@@ -226,22 +259,26 @@ def _answer(
     params: Any,
     state: decoding.DecodeState,
     points: Float[Array, "N M"],
+    runs: Runs | None,
     spec: decoding.DecodeSpec,
     samples: int,
 ) -> decoding.DecodeState:
     """The state is not donated: it serves other points."""
     weights = jnp.tile(jnp.repeat(points, samples, axis=0), (len(state.done), 1))
     many = _many(state, spec, len(points), samples)
+    if runs is not None:
+        assert isinstance(many.feed, Lockstep)  # adapters of one base have one tokenizer
+        times = len(runs.rows) // (len(spec.members) * len(state.done))
+        caches = decoding.repeat_rows(state, spec, times).caches  # alike for all points
+        many = many._replace(feed=many.feed._replace(caches=caches, runs=runs))
     return decoding.without_caches(decoding.decode_spans(params, many, weights, spec))
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "points"))
 def _answer_alone(
-    params: Any, ids: Any, mask: Any, key: Array, spec: decoding.DecodeSpec, samples: int, points: int
+    params: Any, ids: Any, mask: Any, keys: Array, spec: decoding.DecodeSpec, samples: int, points: int
 ) -> decoding.DecodeState:
     """Where prompts themselves read differently under every point."""
-    b = len(ids) // points
-    keys = jnp.repeat(decoding.row_keys(key, b), points)
-    state = decoding.prefill(params, ids, mask, keys, spec)
+    state = decoding.prefill(params, ids, mask, jnp.repeat(keys, points), spec)
     state = decoding.repeat_rows(state, spec, samples) if samples > 1 else state
     return decoding.without_caches(decoding.decode_spans(params, state, jnp.ones((1, 1)), spec))

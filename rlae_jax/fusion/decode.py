@@ -242,10 +242,13 @@ def prefill(
 
 
 def repeat_rows(state: DecodeState, spec: DecodeSpec, times: int) -> DecodeState:
-    """Every row `times` times, one after another, each with a key of its own: samples that share one prefill."""
+    """Every row `times` times, one after another, each with a key of its own: samples that share one prefill. What an
+    encoder read stays as it is, for all of them."""
     b = len(state.done)
 
-    def repeat(leaf: Array, axis: int = 0) -> Array:
+    def repeat(leaf: Any, axis: int = 0) -> Any:
+        if isinstance(leaf, transformer.Cache):
+            return leaf._replace(layers=jax.tree.map(repeat, leaf.layers))
         if leaf.shape[axis] != b:  # one batch of rows per member of a shared base
             split = leaf.reshape(-1, b, *leaf.shape[1:])
             return jnp.repeat(split, times, axis=1).reshape(-1, *leaf.shape[1:])
@@ -258,7 +261,7 @@ def repeat_rows(state: DecodeState, spec: DecodeSpec, times: int) -> DecodeState
         step=step,
         row_keys=folded.reshape(b * times),
         trajectory=jax.tree.map(lambda leaf: repeat(leaf, 1), trajectory),
-        **jax.tree.map(repeat, per_row),
+        **jax.tree.map(repeat, per_row, is_leaf=lambda leaf: isinstance(leaf, transformer.Cache)),
     )
 
 
@@ -355,8 +358,8 @@ def _read(
         hidden: list[Array] = []
         log_probs: list[Array] = []
         for model, h in zip(models, states, strict=True):
-            hidden += jnp.split(h, model.members)
-            log_probs += model.log_probs(h, spec.vocab)
+            hidden += feed.batches(model, h)
+            log_probs += feed.batches(model, model.log_probs(h, spec.vocab))
         return feed, tuple(hidden), tuple(log_probs)
     assert spec.union is not None
     members: list[Ragged] = []
@@ -365,13 +368,12 @@ def _read(
         vocab = spec.union.spellings[k].own.shape[0]
         needed = ~state.done & (weights[:, k] > 0) if spec.may_skip else ~state.done
         member = member.read(model, needed)
-        predict = functools.partial(lambda model, hidden, vocab: model.log_probs(hidden, vocab)[0], model)
+        predict = functools.partial(model.log_probs, member.hidden, vocab)
         if spec.may_skip:
             skipped = jnp.zeros((len(needed), vocab))
-            predict = functools.partial(predict, member.hidden, vocab)
             all_log_probs.append(lax.cond(jnp.any(needed), predict, lambda skipped=skipped: skipped))
         else:
-            all_log_probs.append(predict(member.hidden, vocab))
+            all_log_probs.append(predict())
         members.append(member)
     return tuple(members), tuple(member.hidden for member in members), tuple(all_log_probs)
 
@@ -403,7 +405,7 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         allowed = union.utf8[state.character] >= 0
         log_probs = tuple(jnp.where(allowed, log_p, -jnp.inf) for log_p in log_probs)
     if isinstance(spec.fusion, Hidden):
-        fused = models[0].base_log_probs(spec.fusion(hidden, span.weights), spec.vocab)
+        fused = models[0].base_logits(spec.fusion(hidden, span.weights), spec.vocab)
     elif isinstance(spec.fusion, Candidates) and union is not None:
         read = tuple(map(_through_first, own_log_probs, union.spellings))
         fused = spec.fusion(log_probs, span.weights, read)
@@ -500,7 +502,8 @@ def decode_spans(
 ) -> DecodeState:
     """Runs the loop until every row is done, or up to step `until`. Jit it with `state` donated: the caches are updated
     in place."""
-    models = models_of(params, spec, len(state.done))  # outside the loop: what adapters need is laid out once
+    rows = state.feed.rows(len(spec.members)) if isinstance(state.feed, Lockstep) else len(state.done)
+    models = models_of(params, spec, rows)  # outside the loop: what adapters need is laid out once
     step = functools.partial(_step, models, policy_params, spec)
 
     def going(state: DecodeState) -> Array:
@@ -612,9 +615,10 @@ def _groups(params: tuple[MemberParams, ...], rows: _Rows, spec: DecodeSpec, sam
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     kept = 0
     for member, own, p in zip(spec.members, ids, params, strict=True):
-        slots = own.shape[1] + (spec.max_new_tokens if spec.union is None else spec.member_tokens)
+        slots = samples * (spec.max_new_tokens if spec.union is None else spec.member_tokens)
+        slots += own.shape[1] * (samples if member.encoder is None else 1)  # samples share what an encoder read
         itemsize = jax.tree.leaves(p)[0].dtype.itemsize
-        kept += 2 * member.layers * member.kv_heads * member.head_width * slots * itemsize * b * samples
+        kept += 2 * member.layers * member.kv_heads * member.head_width * slots * itemsize * b
     agents = getattr(spec.policy, "agents", 1)  # whose rows stand together
     groups = 1
     while weights + kept / groups > _CACHED_BYTES:

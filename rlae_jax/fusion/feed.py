@@ -74,14 +74,14 @@ class Model(NamedTuple):
         """An array of rows, once per member."""
         return jnp.concatenate([array] * self.members) if self.members > 1 else array
 
-    def log_probs(self, hidden: Float[Array, "B D"], vocab: int) -> tuple[Float[Array, "B V"], ...]:
-        """Each member's log-probabilities of its first `vocab` tokens."""
+    def log_probs(self, hidden: Float[Array, "R D"], vocab: int) -> Float[Array, "R V"]:
+        """The members' log-probabilities of their first `vocab` tokens, from states of the rows that they run."""
         logits = transformer.output_head(self.config, self.params, hidden, self.adapters)[:, :vocab]
-        return tuple(jnp.split(jax.nn.log_softmax(logits, axis=-1), self.members))
+        return jax.nn.log_softmax(logits, axis=-1)
 
-    def base_log_probs(self, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
-        """What the head without adapters predicts from states of one batch."""
-        return jax.nn.log_softmax(transformer.output_head(self.config, self.params, hidden)[:, :vocab], axis=-1)
+    def base_logits(self, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
+        """What the head without adapters predicts from states of one batch, up to each row's normaliser."""
+        return transformer.output_head(self.config, self.params, hidden)[:, :vocab]
 
 
 def models_of(params: tuple[MemberParams, ...], spec: FeedSpec, batch: int) -> tuple[Model, ...]:
@@ -140,6 +140,14 @@ def prompt_log_probs(model: Model, prompt_ids: Array | np.ndarray, prompt_mask: 
     return total.reshape(model.members, -1).T
 
 
+class Runs(NamedTuple):
+    """What the members of a shared base run, where no member has a say in all rows: R rows each."""
+
+    rows: Int[Array | np.ndarray, "M*R"]  # which of the batch's B rows each of them is
+    # Where each member's rows of the batch are among them; anywhere for those in which it has no say.
+    places: Int[Array | np.ndarray, "M*B"]
+
+
 class Lockstep(NamedTuple):
     """Members with one tokenizer."""
 
@@ -147,6 +155,7 @@ class Lockstep(NamedTuple):
     lengths: Int[Array, "B"]  # tokens fed so far, which is the pending token's position
     starts: Int[Array, "B"]  # first slot in use: rows are padded on the left
     caches: tuple[transformer.Cache, ...]
+    runs: Runs | None = None  # None: every member runs every row
 
     @classmethod
     def start(
@@ -165,11 +174,23 @@ class Lockstep(NamedTuple):
         counts = jnp.sum(real, axis=1, dtype=jnp.int32)
         return cls(ids[:, -1], counts - 1, t - counts, tuple(caches))
 
+    def rows(self, members: int) -> int:
+        """How many rows each member runs."""
+        return len(self.pending) if self.runs is None else len(self.runs.rows) // members
+
+    def _of_members(self, model: Model, array: Array) -> Array:
+        """From the batch's rows to those that the members run."""
+        return model.tile(array) if self.runs is None else array[self.runs.rows]
+
+    def batches(self, model: Model, array: Array) -> list[Array]:
+        """From the rows that the members run to each member's batch, in which rows without its say are filling."""
+        return jnp.split(array if self.runs is None else array[self.runs.places], model.members)
+
     def read(
         self, models: tuple[Model, ...], step: Int[Array, ""], spec: FeedSpec
     ) -> tuple["Lockstep", tuple[Array, ...]]:
         """Feeds the pending token of step `step`. Returns the new state and each model's hidden states, whose rows are
-        its members' batches."""
+        those that its members run."""
         caches, hidden = [], []
         for model, cache in zip(models, self.caches, strict=True):
             pending, position, starts = self.pending, self.lengths, self.starts
@@ -179,7 +200,7 @@ class Lockstep(NamedTuple):
             slot = cache.slots - spec.max_new_tokens - 1 + step
             indices = jnp.arange(cache.slots)
             visible = (indices >= starts[:, None]) & (indices <= slot)
-            pending, position, visible = (model.tile(array) for array in (pending, position, visible))
+            pending, position, visible = (self._of_members(model, array) for array in (pending, position, visible))
             h, cache = transformer.decode_step(
                 model.config, model.params, pending, position, cache, slot, visible, model.adapters
             )

@@ -22,6 +22,7 @@ from rlae_jax.models.rope import frequencies
 LayerCache = tuple[Float[Array, "B G H S"], Float[Array, "B G H S"]]
 Angles = dict[Rope, Float[Array, "B T half"]]  # of each rope that the model uses, at the tokens' positions
 LOWEST = float(jnp.finfo(jnp.float32).min)
+_SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one
 
 
 def _capped(scores: Array, cap: float | None) -> Array:
@@ -51,19 +52,24 @@ def attend(
 
 
 def attend_cached(
-    q_bnh: Array,
+    q_rnh: Array,
     k_bghs: Array,
     v_bghs: Array,
     visible_bs: Bool[Array, "B S"],
     config: ModelConfig,
     scale: float,
     bias_bns: Float[Array, "#B N S"] | None = None,
-) -> Float[Array, "B N H"]:
-    """One query per row against the cache, softmax in float32."""
-    b, n, h = q_bnh.shape
-    g = k_bghs.shape[1]
-    precision = config.precision
-    q_bgmh = (q_bnh * scale).reshape(b, g, n // g, h)
+) -> Float[Array, "R N H"]:
+    """One query per row against the cache, softmax in float32.
+
+    There may be P = R / B rows, one after another, for each row of the cache, which is read once for all of them. With
+    a bias P is 1.
+    """
+    r, n, h = q_rnh.shape
+    b, g = k_bghs.shape[:2]
+    p, precision = r // b, config.precision
+    # Queries of one key head lie together, M = P N / G.
+    q_bgmh = (q_rnh * scale).reshape(b, p, g, n // g, h).swapaxes(1, 2).reshape(b, g, -1, h)
     scores_bgms = jnp.einsum("bgmh,bghs->bgms", q_bgmh, k_bghs, precision=precision).astype(jnp.float32)
     if bias_bns is not None:
         scores_bgms = scores_bgms + bias_bns.reshape(-1, g, n // g, bias_bns.shape[-1])
@@ -80,7 +86,9 @@ def attend_cached(
     def together(weights: Array, v: Array) -> Array:
         return jnp.einsum("bgms,bghs->bgmh", weights, v, precision=precision)
 
-    return lax.platform_dependent(weights_bgms, v_bghs, cpu=per_head, default=together).reshape(b, n, h)
+    on_cpu = per_head if p == 1 or q_bgmh.shape[2] <= _SINGLE_QUERIES else together
+    out_bgmh = lax.platform_dependent(weights_bgms, v_bghs, cpu=on_cpu, default=together)
+    return out_bgmh.reshape(b, g, p, n // g, h).swapaxes(1, 2).reshape(r, n, h)
 
 
 def attend_behind(
@@ -121,7 +129,8 @@ def attend_behind(
         return jnp.einsum("bgqs,bghs->bgqh", weights, v, precision=precision)
 
     values = (old_weights.astype(cache[1].dtype), cache[1])
-    out = lax.platform_dependent(*values, cpu=per_query if w * (n // g) <= 8 else together, default=together)
+    on_cpu = per_query if w * (n // g) <= _SINGLE_QUERIES else together
+    out = lax.platform_dependent(*values, cpu=on_cpu, default=together)
     out = out + together(new_weights.astype(new[1].dtype), new[1])
     out = (out / total[..., None].astype(out.dtype)).reshape(b, g, w, n // g, h)
     return jnp.einsum("bgwmh->bwgmh", out).reshape(b, w, n, h)
@@ -320,6 +329,7 @@ class Attention(nnx.Module):
         visible_bs: Bool[Array, "B S"],
         bias_bns: Array | None = None,
     ) -> Array:
-        """One query per row against keys and values as they are. Returns [B, 1, D]."""
+        """One query per row against keys and values as they are, of which several rows may share one; see
+        `attend_cached`. Returns [R, 1, D]."""
         q_bnh = self._queries(x_btd, angles)[:, 0]
         return self.o(attend_cached(q_bnh, *cache, visible_bs, self.config, self.scale, bias_bns)[:, None])

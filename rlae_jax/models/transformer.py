@@ -48,8 +48,9 @@ Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` 
 class Cache(NamedTuple):
     """What decoding reads again: keys and values of every layer."""
 
-    layers: tuple[LayerCache, ...]  # [B, G, H, S], written at one slot per step
-    source: tuple[LayerCache, ...] = ()  # of an encoder's states, [B, G, H, T]; constant
+    layers: tuple[LayerCache, ...]  # [R, G, H, S], written at one slot per step
+    # Of an encoder's states, [B, G, H, T]; constant. R / B rows, one after another, continue what one row of it holds.
+    source: tuple[LayerCache, ...] = ()
     source_mask: Any = ()  # Bool[B, T], True where the encoder had a token
 
     @property
