@@ -42,9 +42,8 @@ BENCH_TORCH ?= torch
 
 bench: .venv/bench ## all benchmarks, tables and JSON in runs/bench
 	mkdir -p runs/bench
-	for file in benchmarks/*.py; do \
+	for file in $$(grep -l __main__ benchmarks/*.py); do \
 	  name=$$(basename $$file .py); \
-	  case $$name in __init__|peers|common) continue;; esac; \
 	  $(BIN)/python -m benchmarks.$$name --json runs/bench/$$name.json || exit 1; \
 	done
 

@@ -542,8 +542,7 @@ def evaluate(
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.
         search_prompts: training prompts that searches read. Default: 1024, or more where an agent saw more answers in
             training. They take the most time; an evaluation cannot be resumed.
-        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities, hidden = sum of last
-            hidden states, for --adapters.
+        fusion: linear = mean of probabilities, loglinear = weighted mean of log-probabilities.
         end_ids: ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own.
         dtype: of the members' parameters.
     """

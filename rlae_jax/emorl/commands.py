@@ -1,7 +1,8 @@
 """The commands `rlae-jax emorl demo | train | search | evaluate | export`. Parses, calls the library, prints."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -146,14 +147,15 @@ def train(
                 resume=resume,
                 max_minutes=max_minutes,
                 data=dataclasses.asdict(source),
-                on_progress=lambda progress: update(max(progress.steps.values()), _told(progress.scores)),
+                on_progress=lambda progress: update(max(progress.steps.values()), told(progress.scores)),
             )
     except (Interrupted, KeyboardInterrupt) as interrupted:
         raise how_to_go_on(str(interrupted) or "stopped", resume) from None
     show_training(Run(out))
 
 
-def _told(scores: Any) -> str:
+def told(scores: Mapping[str, float]) -> str:
+    """Names with their scores, or weights."""
     return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
 
 
@@ -234,7 +236,7 @@ def search(
     fused = Fused(found.base, [found.adapter(name) for name in names], mode)
     longest = found.config["settings"]["max_new_tokens"]
     if method == AGENT:
-        where = out or search_directory(run, AGENT)
+        where = out or found.search_directory(AGENT)
         try:
             run_agent(found, fused, scorers, iterations, span_length, seed, where, resume)
         except (Interrupted, KeyboardInterrupt) as interrupted:
@@ -253,7 +255,7 @@ def search(
         seed=seed,
     )
     asked = found.prompts.split(split)[:prompts]
-    where = out or search_directory(run, mode)
+    where = out or found.search_directory(mode)
     try:
         with report.progress(f"search, {mode}", most_points(config, len(names)), "points") as update:
             result = search_weights(
@@ -267,15 +269,11 @@ def search(
     summary = result.summary()
     report.console.print(
         f"best of {summary['points']} points, {summary['evaluations']} of them decoded, on {len(asked)} {split} "
-        f"prompts: {summary['score']:.3f} ({_told(summary['scores'])}) at the weights {_told(summary['weights'])}\n"
+        f"prompts: {summary['score']:.3f} ({told(summary['scores'])}) at the weights {told(summary['weights'])}\n"
         f"in {where}: search.json, points.jsonl, pictures",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def search_directory(run: Path, name: str) -> Path:
-    return run / "search" / name
 
 
 def most_points(config: "SearchConfig", dimensions: int) -> int:
@@ -286,7 +284,8 @@ def most_points(config: "SearchConfig", dimensions: int) -> int:
         first, later = level_sizes(dimensions, config.space)
         return first + (levels_within(config, dimensions) - 1) * later
     if config.method == "grid":
-        return int(round(1 / config.step) + 1) ** dimensions
+        steps = round(1 / config.step)
+        return (steps + 1) ** dimensions if config.space == "box" else math.comb(steps + dimensions - 1, steps)
     return config.budget or 3**dimensions
 
 
@@ -376,7 +375,7 @@ def evaluate_run(
     trained = sum(writers[f"single:{name}"].found["data_points"] for name in singles)
     writers["equal"] = evaluation.fusion(fused, [1.0] * m, {"data_points": trained})
     for mode in MODES:
-        path = run.directory / "search" / mode / SEARCH_FILE
+        path = run.search_directory(mode) / SEARCH_FILE
         if path.is_file():
             found = files.read_json(path)
             names = list(found["weights"])
@@ -384,7 +383,7 @@ def evaluate_run(
             cost = {"weights": found["weights"], "data_points": trained + found["answers"]}
             made = Fused(run.base, [run.adapter(name) for name in names], mode)
             writers[mode] = evaluation.fusion(made, weights, cost)
-    if (agent := run.directory / "search" / AGENT / CONFIG_FILE).is_file():
+    if (agent := run.search_directory(AGENT) / CONFIG_FILE).is_file():
         members = [member["name"] for member in files.read_json(agent)["members"]]
         made = Fused(run.base, [run.adapter(name) for name in members])
         writers["rlae_ppo"] = evaluation.fusion(made, load_policy(agent.parent))

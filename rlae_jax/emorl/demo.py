@@ -10,7 +10,7 @@ from typing import Any
 
 from rlae_jax import files, report
 from rlae_jax.emorl import embedded
-from rlae_jax.emorl.commands import evaluate_run, most_points, run_agent, search_directory, show_results, show_training
+from rlae_jax.emorl.commands import AGENT, evaluate_run, most_points, run_agent, show_results, show_training, told
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.run import Data, Run, make_targets
 from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
@@ -49,9 +49,7 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
             *(base, targets, data.read(), config, out),
             resume=True,
             data=dataclasses.asdict(data),
-            on_progress=lambda progress: update(
-                max(progress.steps.values()), ", ".join(f"{n} {s:.2f}" for n, s in progress.scores.items())
-            ),
+            on_progress=lambda progress: update(max(progress.steps.values()), told(progress.scores)),
         )
     run = Run(out)
     show_training(run)
@@ -62,7 +60,7 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
     dev = run.prompts.split("dev")
     settings = SearchConfig(max_new_tokens=config.max_new_tokens, seed=seed, levels=2 if quick else 4)
     for mode in MODES:
-        where = search_directory(out, mode)
+        where = run.search_directory(mode)
         if (where / SEARCH_FILE).is_file():
             continue
         fused = Fused(base, adapters, mode)
@@ -70,7 +68,7 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
             search(fused, dev, scorers, settings, where, resume=True, on_points=lambda done: tell(done, ""))
     took("searches")
     iterations = 20 if quick else 60
-    run_agent(run, Fused(base, adapters), scorers, iterations, 1, seed, search_directory(out, "agent"), True)
+    run_agent(run, Fused(base, adapters), scorers, iterations, 1, seed, run.search_directory(AGENT), True)
     took("agent")
     results = evaluate_run(run, "test", TEST_PROMPTS, 1.0, seed, out)
     took("evaluation")

@@ -55,7 +55,7 @@ def export_run(
 
 def _found(run: Run, mode: str, weights: Sequence[float] | None, adapters: Sequence[str]) -> dict[str, Any]:
     """Adapter -> weight."""
-    path = run.directory / "search" / mode / SEARCH_FILE
+    path = run.search_directory(mode) / SEARCH_FILE
     searched = files.read_json(path)["weights"] if path.is_file() else None
     if weights is None:
         if searched is None:

@@ -247,11 +247,8 @@ def _start(params: Any, ids: Any, mask: Any, keys: Array, spec: decoding.DecodeS
 
 def _many(state: decoding.DecodeState, spec: decoding.DecodeSpec, points: int, samples: int) -> decoding.DecodeState:
     """Every prompt's row for every point and sample. Points share their keys, so that only weights differ."""
-    keys = state.row_keys
-    if samples > 1:
-        keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(samples)))(keys)
-    keys = jnp.broadcast_to(keys.reshape(len(state.done), 1, samples), (len(state.done), points, samples))
-    return decoding.repeat_rows(state, spec, points * samples)._replace(row_keys=keys.reshape(-1))
+    many = decoding.repeat_rows(state, spec, points)._replace(row_keys=jnp.repeat(state.row_keys, points))
+    return decoding.repeat_rows(many, spec, samples) if samples > 1 else many
 
 
 @functools.partial(jax.jit, static_argnames="samples")

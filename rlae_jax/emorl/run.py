@@ -169,6 +169,10 @@ class Run:
             raise InputError(f"{self.directory} has no adapters {', '.join(unknown)}; it has {', '.join(targets)}")
         return make_scorers([spec for name in names for spec in targets[name]["specs"]], self.data)
 
+    def search_directory(self, name: str) -> Path:
+        """Where a search of this name is, by default."""
+        return self.directory / "search" / name
+
     def adapter(self, name: str) -> Adapter:
         """An adapter, under its objective's name."""
         return dataclasses.replace(load_adapter(self.directory / OBJECTIVES / name / ADAPTER, self.base), name=name)

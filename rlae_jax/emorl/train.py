@@ -119,6 +119,12 @@ class _Learner:
     def reward_weights(self) -> list[float] | None:
         return None if self.weights is None else self.weights.weights.tolist()
 
+    def remember(self, row: Mapping[str, Any]) -> None:
+        """Takes a validation into account."""
+        self.history.append(dict(row))
+        if self.weights is not None:
+            self.weights.validated(row["scores"])
+
     def close(self) -> None:
         self.log.close()
         self.checkpoints.close()
@@ -265,19 +271,14 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig) -> _L
     if target.weighting != "equal":
         weights = DynaOpt([s.name for s in target.scorers], seed, target.weighting == "dynaopt_reference")
     learner = _Learner(target, directory, seed, saved, checkpoints, log, [], weights)
+    done = 0
     for row in read_metrics(directory):
-        _remember(learner, row)
+        if weights is not None:
+            for _ in range(row["iteration"] - done):
+                weights.step()
+        done = row["iteration"]
+        learner.remember(row)
     return learner
-
-
-def _remember(learner: _Learner, row: Mapping[str, Any]) -> None:
-    """Takes a validation into account."""
-    steps = row["iteration"] - (learner.history[-1]["iteration"] if learner.history else 0)
-    learner.history.append(dict(row))
-    if learner.weights is not None:
-        for _ in range(steps if row["trained"] else 0):
-            learner.weights.step()
-        learner.weights.validated(row["scores"])
 
 
 def _is_done(learner: _Learner, config: EMORLConfig) -> bool:
@@ -397,7 +398,7 @@ class _Loop:
         return self.ensemble.decode(prompts, tokens)
 
     def _validate(self, learners: Sequence[_Learner], means: Mapping[str, Mapping[str, float]], began: float) -> None:
-        """Scores greedy answers to the dev prompts, and writes metrics and checkpoints."""
+        """Scores greedy answers to the dev prompts, keeps the adapters that are the best so far, and writes metrics."""
         n, m = len(self.dev.prompts), len(learners)
         stack = fine_tune.join([learner.saved.state for learner in learners])
         ids, mask = (np.broadcast_to(x, (m, *x.shape)) for x in (self.dev.ids, self.dev.mask))
@@ -420,6 +421,4 @@ class _Loop:
             values |= {"seconds": took, "adapters": m, "validated": n, "trained": bool(own_means)}
             step = learner.step
             learner.log.write(step, values)
-            learner.history.append({"iteration": step, **values})
-            if learner.weights is not None:
-                learner.weights.validated(found)
+            learner.remember({"iteration": step, **values})

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.families import FAMILIES, Family, llama, t5
+from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.rope import frequencies
 from rlae_jax.models.transformer import Params, abstract_params, linears
@@ -416,8 +416,9 @@ def made_source(config: ModelConfig) -> Source:
     Raises:
       InputError: the model is made of more than that layout can say.
     """
-    written = llama if config.encoder is None else t5
-    source = Source(written.FAMILY, written.write(config), {})
+    family = made_family(config)
+    assert family.write is not None
+    source = Source(family, family.write(config), {})
     read = _config(source, Path("config.json"), config.dtype, config.precision)
     of_text = {name: getattr(config, name) for name in ("bos_id", "end_ids", "pad_id", "tokens")}
     if source.family.head_decides_tie:

@@ -35,6 +35,18 @@ def split_of(prompt: str) -> str:
     return SPLITS[sum(place >= bound for bound in _BOUNDS)]
 
 
+def read_text(path: Path) -> str:
+    """A file's text, without the mark that some editors begin it with.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+
+
 def read_rows(path: Path) -> tuple[list[tuple[int, Row]], Findings]:
     """The rows of a file with the number of the line that each ends on, and the lines that are no rows.
 
@@ -43,10 +55,7 @@ def read_rows(path: Path) -> tuple[list[tuple[int, Row]], Findings]:
     Raises:
       InputError: the file cannot be read, or has no usable header.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+    text = read_text(path)
     rows: list[tuple[int, Row]] = []
     findings: Findings = []
     for number, row in (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path, text):

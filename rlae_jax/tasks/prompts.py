@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rlae_jax import files
 from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS
-from rlae_jax.tasks.jsonl import Findings, content_hash, read_rows
+from rlae_jax.tasks.jsonl import Findings, content_hash, read_rows, read_text
 
 LAYOUTS = ("auto", "pair", "psych8k", "rows")
 # The columns of PAIR's responses and what they are worth: high, medium and low quality.
@@ -175,7 +175,7 @@ def _layout(path: Path, layout: str, prompt_field: str) -> str:
 
 def _looks_like_pair(path: Path, prompt_field: str) -> bool:
     try:
-        first = next((record for _, record in _records(_decoded(path))), [])
+        first = next((record for _, record in _records(read_text(path))), [])
     except csv.Error:
         return False  # `read_rows` says where
     # Without a header the first row has a prompt of several words where a header would have a column's name.
@@ -194,13 +194,6 @@ def _read(path: Path, layout: str) -> list[_Row]:
     return [(f"line {number}", row) for number, row in rows]
 
 
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-
-
 def _records(text: str) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file that are not blank, each with the number of the line that it ends on."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -215,7 +208,7 @@ def _is_header(record: Sequence[str]) -> bool:
 
 def _pair_rows(path: Path) -> list[_Row]:
     try:
-        records = list(_records(_decoded(path)))
+        records = list(_records(read_text(path)))
     except csv.Error as error:
         raise InputError(f"{path}: not CSV ({error})") from error
     if records and _is_header(records[0][1]):
@@ -232,7 +225,7 @@ def _pair_rows(path: Path) -> list[_Row]:
 
 def _psych8k_rows(path: Path) -> list[_Row]:
     try:
-        items = json.loads(_decoded(path))
+        items = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # also an integer too long for Python, or too deep nesting
         raise InputError(
             f"{path}: cannot be read as one JSON document ({str(error)[:100]}); for JSON lines use a name that ends in "

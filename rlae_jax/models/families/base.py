@@ -41,6 +41,8 @@ class Family:
     fused_by_head: tuple[str, ...] = ()  # fused modules that hold q, k, v of one head after another
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that nothing here needs
     head_decides_tie: bool = False  # the head is tied if and only if the checkpoint has none
+    # The fields of config.json of a model that was made here; None where none is written in this family's layout.
+    write: Callable[[ModelConfig], dict[str, Any]] | None = None
     # Of encoders: the architectures that have a head for whole texts, and its `Scorer.kind`. Others are plain encoders.
     heads: Heads = dataclasses.field(default_factory=dict)
 

@@ -57,4 +57,11 @@ MODULES = {
     "lm_head": "head",
 }
 
-FAMILY = Family(model_type="llama", architectures=("LlamaForCausalLM",), defaults=DEFAULTS, read=read, modules=MODULES)
+FAMILY = Family(
+    model_type="llama",
+    architectures=("LlamaForCausalLM",),
+    defaults=DEFAULTS,
+    read=read,
+    modules=MODULES,
+    write=write,
+)

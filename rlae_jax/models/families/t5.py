@@ -110,5 +110,6 @@ FAMILY = Family(
     modules=modules,
     prefix="",
     head_decides_tie=True,
+    write=write,
     ignored=(r"^(encoder|decoder)\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias\.weight$"),
 )
