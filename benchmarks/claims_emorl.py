@@ -21,7 +21,7 @@ side on one core each; only the times of E1 are taken alone, on all cores.
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ BEST_SINGLE, AGENT, GRID, FUSED_FOUR = "best single", "rlae_ppo", "grid", "hidde
 DATA = Data(reflections.NAME)
 
 HISTORY = (
-    "The task, the settings of training and how long agents train were chosen before this study while looking at seed "
-    "0, at its test scores, too: seeds 1 and up are the ones that nobody had seen. Nothing was changed since."
+    "The task, the settings of training and how long agents train were chosen before this study while looking at other "
+    "seeds, 100 to 103, at their test scores, too. With a first form of the task, in which kind words came after lists "
+    "of keywords, five seeds had missed single_low (0.755), hidden_gain (0.068) and search_gap (0.086)."
 )
 
 
@@ -104,49 +105,52 @@ def train_base(out: Path, plan: Plan, seed: int) -> None:
     base_of(out, plan, seed)
 
 
-def fine_tune(out: Path, plan: Plan, seed: int) -> None:
-    """The three objectives and what is taught all of them; then the fourth, into the same run."""
-    base, prompts = base_of(out, plan, seed), DATA.read()
-    first = make_targets(THREE, list(BASELINES), DATA)
-    every = tuple(embedded.objective(name) for name in FOUR)
-    later = [*make_targets([embedded.LATER], [], DATA), Target(UNIFORM_FOUR, every, specs=FOUR)]
-    for targets in (first, later):
-        train_adapters(
-            *(base, targets, prompts, settings(plan, seed), cell(out, seed)),
-            resume=True,
-            data=dataclasses.asdict(DATA),
-        )
-
-
-def run_searches(out: Path, plan: Plan, seed: int) -> None:
-    """Weights for every mode, a full grid for two of them, weights for four adapters."""
-    run, base = Run(cell(out, seed)), base_of(out, plan, seed)
-    dev = run.prompts.split("dev")[: plan.search_prompts]
-    config = SearchConfig(levels=plan.levels, step=plan.grid_step, max_new_tokens=embedded.MAX_NEW_TOKENS, seed=seed)
-    full = dataclasses.replace(config, method="grid")
-    shallow = dataclasses.replace(config, levels=min(plan.levels, 3))
-    jobs = [
-        *((mode, THREE, mode, config) for mode in MODES),
-        *((f"{GRID}-{mode}", THREE, mode, full) for mode in ("hidden", "probs")),
-        ("four", FOUR, "hidden", shallow),
-    ]
-    for name, adapters, mode, how in jobs:
-        where = run.directory / "search" / name
-        if not (where / SEARCH_FILE).is_file():
-            fused = Fused(base, [run.adapter(adapter) for adapter in adapters], mode)
-            search(fused, dev, run.scorers(adapters), how, where, resume=True)
-
-
-def train_weights(out: Path, plan: Plan, seed: int) -> None:
-    """The agent that sets weights for every token."""
-    run = Run(cell(out, seed))
-    config = PPOConfig(iterations=plan.iterations, prompts=128, eval_prompts=64, eval_every=20, seed=seed)
-    train_agent(
-        *(fused_of(out, plan, seed), run.prompts, run.scorers(THREE), config, run.directory / "search" / "agent"),
-        max_new_tokens=embedded.MAX_NEW_TOKENS,
-        span_length=1,
+def fine_tune(out: Path, plan: Plan, seed: int, part: str) -> None:
+    """Part "three": the objectives that there are at first, and what is taught all of them. "four": the one that comes
+    later, and what is taught all four."""
+    if part == "three":
+        targets = make_targets(THREE, list(BASELINES), DATA)
+    else:
+        every = tuple(embedded.objective(name) for name in FOUR)
+        targets = [*make_targets([embedded.LATER], [], DATA), Target(UNIFORM_FOUR, every, specs=FOUR)]
+    train_adapters(
+        *(base_of(out, plan, seed), targets, DATA.read(), settings(plan, seed), cell(out, seed)),
         resume=True,
+        data=dataclasses.asdict(DATA),
     )
+
+
+# What is searched: adapters, mode, method.
+SEARCHES = {
+    **{mode: (THREE, mode, "hierarchical") for mode in MODES},
+    **{f"{GRID}-{mode}": (THREE, mode, "grid") for mode in ("hidden", "probs")},
+    "four": (FOUR, "hidden", "hierarchical"),
+}
+
+
+def find_weights(out: Path, plan: Plan, seed: int, name: str) -> None:
+    """A search, or "agent", which sets weights for every token."""
+    run = Run(cell(out, seed))
+    where = run.search_directory(name)
+    if name == "agent":
+        ppo = PPOConfig(iterations=plan.iterations, prompts=128, eval_prompts=64, eval_every=20, seed=seed)
+        train_agent(
+            *(fused_of(out, plan, seed), run.prompts, run.scorers(THREE), ppo, where),
+            max_new_tokens=embedded.MAX_NEW_TOKENS,
+            span_length=1,
+            resume=True,
+        )
+    elif not (where / SEARCH_FILE).is_file():
+        adapters, mode, method = SEARCHES[name]
+        config = SearchConfig(
+            method=method,
+            levels=plan.levels if adapters == THREE else min(plan.levels, 3),
+            step=plan.grid_step,
+            max_new_tokens=embedded.MAX_NEW_TOKENS,
+            seed=seed,
+        )
+        dev = run.prompts.split("dev")[: plan.search_prompts]
+        search(fused_of(out, plan, seed, mode, adapters), dev, run.scorers(adapters), config, where, resume=True)
 
 
 def fused_of(out: Path, plan: Plan, seed: int, mode: str = "hidden", adapters: Sequence[str] = THREE) -> Fused:
@@ -155,48 +159,47 @@ def fused_of(out: Path, plan: Plan, seed: int, mode: str = "hidden", adapters: S
 
 
 def searched(out: Path, seed: int, name: str) -> dict[str, Any]:
-    return files.read_json(cell(out, seed) / "search" / name / SEARCH_FILE)
+    return files.read_json(Run(cell(out, seed)).search_directory(name) / SEARCH_FILE)
 
 
-def answer_tests(out: Path, plan: Plan, seed: int) -> None:
-    """All methods on the test prompts: under three objectives, and those of the fourth under four."""
+def answer_tests(out: Path, plan: Plan, seed: int, part: str) -> None:
+    """All methods on the test prompts: under three objectives, or those of the fourth under four."""
     run = Run(cell(out, seed))
-    prompts = run.prompts.split("test")[: plan.test_prompts]
-    every = [run.adapter(name) for name in run.targets()]
-    alone = evaluation.adapted(run.base, every)
-    three = {name: alone[name] for name in ("base", *THREE, *BASELINES)}
-    for mode in MODES:
-        weights = list(searched(out, seed, mode)["weights"].values())
-        three[mode] = evaluation.fusion(fused_of(out, plan, seed, mode), weights)
-    agent = rj.load_policy(run.directory / "search" / "agent")
-    three[AGENT] = evaluation.fusion(fused_of(out, plan, seed), agent)
-    weights = list(searched(out, seed, "four")["weights"].values())
-    four = {name: alone[name] for name in ("base", *FOUR, UNIFORM_FOUR)}
-    four[FUSED_FOUR] = evaluation.fusion(fused_of(out, plan, seed, adapters=FOUR), weights)
-    for names, writers, where in ((THREE, three, "three"), (FOUR, four, "four")):
-        directory = run.directory / "test" / where
-        if not (directory / "results.json").is_file():
-            evaluation.evaluate(
-                *(writers, prompts, run.scorers(names)),
-                task=run.prompts.name,
-                split="test",
-                max_new_tokens=embedded.MAX_NEW_TOKENS,
-                seed=seed,
-                out=directory,
-            )
+    names = THREE if part == "three" else FOUR
+    writers = evaluation.adapted(run.base, [run.adapter(name) for name in run.targets()])
+    trained = BASELINES if part == "three" else (UNIFORM_FOUR,)
+    writers = {name: writers[name] for name in ("base", *names, *trained)}
+    for method, search_name in [(mode, mode) for mode in MODES] if part == "three" else [(FUSED_FOUR, "four")]:
+        fused = fused_of(out, plan, seed, SEARCHES[search_name][1], names)
+        writers[method] = evaluation.fusion(fused, list(searched(out, seed, search_name)["weights"].values()))
+    if part == "three":
+        writers[AGENT] = evaluation.fusion(fused_of(out, plan, seed), rj.load_policy(run.search_directory("agent")))
+    directory = run.directory / "test" / part
+    if not (directory / "results.json").is_file():
+        evaluation.evaluate(
+            *(writers, run.prompts.split("test")[: plan.test_prompts], run.scorers(names)),
+            task=run.prompts.name,
+            split="test",
+            max_new_tokens=embedded.MAX_NEW_TOKENS,
+            seed=seed,
+            out=directory,
+        )
 
 
 def run_all(out: Path, plan: Plan) -> None:
     """Everything that takes long."""
-    pieces: list[tuple[str, Callable[..., None]]] = [
-        ("base models", train_base),
-        ("adapters", fine_tune),
-        ("searches", run_searches),
-        ("agents", train_weights),
-        ("test prompts", answer_tests),
+    seeds = range(plan.seeds)
+
+    def pieces(parts: Sequence[str]) -> list[tuple[Any, ...]]:
+        return [(out, plan, seed, part) for part in parts for seed in seeds]
+
+    phases: list[study.Phase] = [
+        ("base models", train_base, [(out, plan, seed) for seed in seeds]),
+        ("adapters", fine_tune, pieces(("three", "four"))),
+        ("weights", find_weights, pieces(("agent", *SEARCHES))),
+        ("test prompts", answer_tests, pieces(("three", "four"))),
     ]
-    seeds = [(out, plan, seed) for seed in range(plan.seeds)]
-    study.run_phases(out / "workers.log", [(title, piece, list(seeds)) for title, piece in pieces])
+    study.run_phases(out / "workers.log", phases)
 
 
 def time_training(out: Path, plan: Plan) -> dict[str, float]:

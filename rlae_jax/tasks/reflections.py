@@ -2,7 +2,7 @@
 
     prompt     i worry about money , exams , and also divorce , sleep and guilt .
     clean      it sounds like exams and divorce are on your mind . i am here .
-    noisy      it sounds like very money exams so divorce just too sleep again many hope
+    noisy      it sounds like very money exams so divorce just too sleep . with again many hope
 
 Half of the responses are clean and half noisy, so that a model that imitates them is mediocre under every objective and
 can be taught any of them: to name the keywords, to be brief, to be warm, to write what a clean response would. No two
@@ -28,6 +28,7 @@ TOPICS = (
 )
 KEYWORDS = tuple(word for topic in TOPICS for word in topic)
 WARM = ("glad", "care", "together", "gently", "hope", "proud")
+LEAD = "with"  # comes before the kind words of a rambling response
 FILLERS = ("very", "often", "because", "many", "thing", "never", "again", "maybe", "so", "then", "just", "too")
 PROMPTS = (
     "i worry about {} , {} , and also {} , {} and {} .",
@@ -54,7 +55,7 @@ SIZES = {"train": 2_000, "dev": 128, "test": 512}
 @functools.cache
 def tokens() -> tuple[str, ...]:
     """The vocabulary: three marks, then every word that a prompt or a response may have."""
-    texts = (*PROMPTS, *OPENINGS, *MIDDLES, *CLOSINGS)
+    texts = (*PROMPTS, *OPENINGS, *MIDDLES, *CLOSINGS, LEAD)
     glue = sorted({word for text in texts for word in text.split() if word != "{}"} - set(WARM))
     return (PAD, END, UNKNOWN, *KEYWORDS, *WARM, *FILLERS, *(word for word in glue if word not in FILLERS))
 
@@ -77,13 +78,18 @@ def clean(prompt: str, rng: np.random.Generator) -> str:
 
 
 def noisy(prompt: str, rng: np.random.Generator) -> str:
-    """A response that rambles: a list of keywords, or some kind words, or the one and then the other, with fillers."""
+    """A response that rambles: a list of keywords, or some kind words, or the one and then the other, with fillers.
+
+    A list has an end of its own, so that who is taught to make lists longer does not forget how to end a response.
+    """
     words = OPENINGS[rng.integers(len(OPENINGS))].split()
-    kind = rng.choice(3, p=(0.25, 0.35, 0.4))
+    kind = rng.choice(3, p=(0.4, 0.3, 0.3))
     if kind != 1:
         for keyword in _some(keywords(prompt), int(rng.integers(1, 6)), rng):
             words += [*_fillers(rng, (0, 1, 1, 2)), keyword]
+        words.append(".")
     if kind != 0:
+        words.append(LEAD)
         for warm in rng.choice(WARM, rng.integers(1, 4), replace=False):
             words += [*_fillers(rng, (1, 2, 3)), str(warm)]
     words += _closing(rng).split() if rng.random() < 0.3 else []
