@@ -43,6 +43,10 @@ class Training:
     """How the learning rate falls over the steps. Default: constant."""
     warmup: int | None = None
     """Steps in which the learning rate grows. Default: 0."""
+    gradient_norm: float | None = None
+    """Longer gradients are cut to this length. Default: 2."""
+    epochs: int | None = None
+    """Updates from the answers of one step, of grpo and ppo. Default: 1."""
     kl_weight: float | None = None
     """Of the penalty that keeps an adapter near the base. Default: 0.05."""
     rank: int | None = None
@@ -51,6 +55,8 @@ class Training:
     """Of the adapters; their scale is alpha / rank. Default: 32."""
     dropout: float | None = None
     """Of the adapters' inputs in training. Default: 0.05."""
+    targets: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None
+    """Linear layers that adapters change: q k v o gate up down, or regular expressions. Default: all but the head."""
     combination: Literal["sum", "log", "product"] | None = None
     """How a baseline's reward is made of its objectives. Default: sum."""
     max_new_tokens: int | None = None
@@ -78,7 +84,7 @@ def _settings(given: Training, known: dict[str, Any] | None) -> Any:
     from rlae_jax.models import LoraConfig
 
     changes = {name: value for name, value in vars(given).items() if value is not None}
-    of_adapter = {name: changes.pop(name) for name in ("rank", "alpha", "dropout") if name in changes}
+    of_adapter = {name: changes.pop(name) for name in ("rank", "alpha", "dropout", "targets") if name in changes}
     start = EMORLConfig()
     if known is not None:
         targets = known["lora"].pop("targets")

@@ -227,7 +227,7 @@ def _loss_of_block(
     value_loss = jnp.zeros(())
     if config.algorithm == "scst":
         advantages = losses.self_critical_advantages(rewards, config.samples)
-        policy, clipped = losses.self_critical_loss(new, mask, advantages), jnp.zeros(())
+        found = losses.Clipped(losses.self_critical_loss(new, mask, advantages), jnp.zeros(()), jnp.zeros(()))
     else:
         if config.algorithm == "grpo":
             of_row = losses.group_advantages(rewards, config.samples)
@@ -236,9 +236,11 @@ def _loss_of_block(
             of_token, targets = losses.token_advantages(rewards, before.values, mask, config.gae_lambda)
             value_loss = losses.value_loss(values, targets, mask)
         found = losses.clipped_loss(new, before.log_probs, mask, of_token, config.clip)
-        policy, clipped = found.loss, found.clip_fraction
-    total = policy + config.kl_weight * kl + config.value_weight * value_loss
-    return total, {"policy_loss": policy, "kl": kl, "value_loss": value_loss, "clip_fraction": clipped}
+    total = found.loss + config.kl_weight * kl + config.value_weight * value_loss
+    return total, {"policy_loss": found.loss, "kl": kl, "value_loss": value_loss} | {
+        "clip_fraction": found.clip_fraction,
+        "approx_kl": found.approx_kl,
+    }
 
 
 class _Part(NamedTuple):

@@ -6,6 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import rlae_jax as rj
 from rlae_jax import cli
@@ -43,9 +44,8 @@ def base(tmp_path_factory):
 
 def test_a_whole_run(call, base, tmp_path):
     run, objectives = tmp_path / "run", ["coverage", "brevity"]
-    assert (
-        call("train", "--base", base, "--data", "reflections", "--objective", *objectives, "--out", run, *TINY)[0] == 0
-    )
+    given = ("--base", base, "--data", "reflections", "--out", run, *TINY, "--targets", "q", "v")
+    assert call("train", "--objective", *objectives, *given)[0] == 0
     assert call("search", "--run", run, "--levels", 1, "--prompts", 4)[0] == 0
     found = json.loads((run / "search" / "hidden" / "search.json").read_text())
     assert set(found["weights"]) == set(objectives)
@@ -66,6 +66,9 @@ def test_a_whole_run(call, base, tmp_path):
     before = (run / "objectives/coverage/adapter/adapter_model.safetensors").read_bytes()
     assert call("train", "--out", run, "--objective", "warmth")[0] == 0  # base, data and settings are the run's own
     assert (run / "objectives/coverage/adapter/adapter_model.safetensors").read_bytes() == before
+    for name in (*objectives, "warmth"):
+        changed = load_file(run / "objectives" / name / "adapter" / "adapter_model.safetensors")
+        assert {path.split(".")[-3] for path in changed} == {"q", "v"}
     assert call("search", "--run", run, "--budget", 27, "--prompts", 4, "--out", run / "search/three")[0] == 0
     assert (run / "search/three/weights.png").is_file()
 
