@@ -21,7 +21,7 @@ from rlae_jax.runs import CONFIG_FILE
 from rlae_jax.tasks import reflections
 
 MODES = ("hidden", "probs", "params")
-TEST_PROMPTS = 256
+TEST_PROMPTS = 128
 
 
 def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
     scorers = run.scorers(singles)
     adapters = [run.adapter(name) for name in singles]
     dev = run.prompts.split("dev")
-    settings = SearchConfig(max_new_tokens=config.max_new_tokens, seed=seed, levels=2 if quick else 4)
+    settings = SearchConfig(max_new_tokens=config.max_new_tokens, seed=seed, levels=2 if quick else 3)
     for mode in MODES:
         where = run.search_directory(mode)
         if (where / SEARCH_FILE).is_file():
