@@ -119,8 +119,10 @@ def objectives_table(methods: Mapping[str, Any], objectives: Sequence[str], titl
     """Methods with the score of each objective, of a results.json of EMORL; means with half of their 95% interval."""
     table = rich.table.Table(title=title)
     table.add_column("method", overflow="fold", min_width=8)
-    for column in ("mean", *objectives, "tokens"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("mean", justify="right", no_wrap=True)
+    for objective in objectives:
+        table.add_column(objective, justify="right", overflow="fold", min_width=5)
+    table.add_column("tokens", justify="right", no_wrap=True)
     best = max((method["score"] for method in methods.values()), default=None)
     for name, method in methods.items():
         low, high = method["ci95"]

@@ -142,12 +142,18 @@ def train(
     assert source is not None
     prompts = source.read()
     for line in prompts.skipped:
-        report.console.print(f"{source.path}: {line}", highlight=False)
+        report.console.print(f"{source.path}: {line}", highlight=False, soft_wrap=True)
+    sizes = ", ".join(f"{len(prompts.splits[name])} {name}" for name in prompts.splits)
+    report.console.print(f"{source.path}: prompts: {sizes}", highlight=False, soft_wrap=True)
     targets = make_targets(objective, baselines, source)
     lm = load(base) if base is not None else run.base if run is not None else None
     assert lm is not None
+    done = [target.name for target in targets if run is not None and target.name in run.targets()]
+    if done:
+        report.console.print(f"done already, and left as they are: {', '.join(done)}", highlight=False, soft_wrap=True)
     try:
-        with report.progress(f"training {len(targets)} adapters", config.steps, "steps") as update:
+        with report.progress(f"training {counted(len(targets), 'adapter')}", config.steps, "steps") as update:
+            update(0, "(the first round compiles)")
             train_adapters(
                 *(lm, targets, prompts, config, out),
                 resume=resume,
@@ -158,6 +164,11 @@ def train(
     except (Interrupted, KeyboardInterrupt) as interrupted:
         raise how_to_go_on(str(interrupted) or "stopped", resume) from None
     show_training(Run(out))
+
+
+def counted(n: int, what: str) -> str:
+    """2, "adapter" -> "2 adapters"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def told(scores: Mapping[str, float]) -> str:
@@ -173,7 +184,7 @@ def show_training(run: "Run") -> None:
     from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE
 
     table = rich.table.Table(title=f"adapters in {run.directory}")
-    for i, column in enumerate(("adapter", "dev", "steps", "data points", "converged", "seconds")):
+    for i, column in enumerate(("adapter", "dev", "steps", "data points", "converged", "seconds of it")):
         table.add_column(column, justify="left" if i == 0 else "right")
     for name in run.targets():
         found = files.read_json(run.directory / OBJECTIVES / name / TRAINING_FILE)
@@ -242,12 +253,16 @@ def search(
     fused = Fused(found.base, [found.adapter(name) for name in names], mode)
     longest = found.config["settings"]["max_new_tokens"]
     if method == AGENT:
-        where = out or found.search_directory(AGENT)
+        where = out or _room(found, AGENT, names)
         try:
             run_agent(found, fused, scorers, iterations, span_length, seed, where, resume)
         except (Interrupted, KeyboardInterrupt) as interrupted:
             raise how_to_go_on(str(interrupted) or "stopped", resume) from None
-        report.console.print(f"the agent is in {where}", highlight=False, soft_wrap=True)
+        report.console.print(
+            f"the agent is in {where}; compare it with all else: rlae-jax emorl evaluate --run {run}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     config = SearchConfig(
         method=method,
@@ -261,7 +276,7 @@ def search(
         seed=seed,
     )
     asked = found.prompts.split(split)[:prompts]
-    where = out or found.search_directory(mode)
+    where = out or _room(found, mode, names)
     try:
         with report.progress(f"search, {mode}", most_points(config, len(names)), "points") as update:
             result = search_weights(
@@ -280,6 +295,17 @@ def search(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _room(run: "Run", name: str, adapters: Sequence[str]) -> Path:
+    from rlae_jax import report
+
+    where, kept = run.room_for_search(name, adapters)
+    if kept is not None:
+        report.console.print(
+            f"the earlier search, over other adapters, is now in {kept}", highlight=False, soft_wrap=True
+        )
+    return where
 
 
 def most_points(config: "SearchConfig", dimensions: int) -> int:
@@ -313,6 +339,7 @@ def run_agent(
     config = PPOConfig(iterations=iterations, prompts=128, eval_prompts=64, seed=seed)
     dev = float("nan")
     with report.progress("training an agent", iterations, "iterations") as update:
+        update(0, "(the first iteration compiles)")
 
         def show(progress: Any) -> None:
             nonlocal dev
@@ -361,7 +388,7 @@ def evaluate_run(
     run: "Run", split: str, limit: int | None, temperature: float, seed: int, out: Path | None
 ) -> dict[str, Any]:
     """Evaluates everything that a run has. Returns the content of results.json."""
-    from rlae_jax import files
+    from rlae_jax import files, report
     from rlae_jax.emorl import evaluate as evaluation
     from rlae_jax.emorl.fused import MODES, Fused
     from rlae_jax.emorl.search import SEARCH_FILE
@@ -387,6 +414,13 @@ def evaluate_run(
             names = list(found["weights"])
             weights = list(found["weights"].values())
             cost = {"weights": found["weights"], "data_points": trained + found["answers"]}
+            if names != singles:
+                others = ", ".join(name for name in singles if name not in names)
+                report.console.print(
+                    f"{mode}: its weights were searched for {', '.join(names)} alone, without {others}; search again",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             made = Fused(run.base, [run.adapter(name) for name in names], mode)
             writers[mode] = evaluation.fusion(made, weights, cost)
     if (agent := run.search_directory(AGENT) / CONFIG_FILE).is_file():
@@ -449,7 +483,8 @@ def export(
     from rlae_jax.emorl.run import Run
 
     paths = export_run(Run(run), out, mode, weights, adapters)
-    report.console.print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+    without = "" if mode == "params" else f"; no model, since mode {mode} reads all adapters while it writes"
+    report.console.print(f"wrote {', '.join(map(str, paths))}{without}", highlight=False, soft_wrap=True)
 
 
 def demo(*, seed: int = 0, out: Path = Path("runs/emorl-demo"), quick: bool = False) -> None:

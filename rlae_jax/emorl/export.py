@@ -66,4 +66,7 @@ def _found(run: Run, mode: str, weights: Sequence[float] | None, adapters: Seque
     names = list(adapters) or list(searched or run.singles())
     if len(names) != len(weights):
         raise InputError(f"{len(weights)} weights for {len(names)} adapters ({', '.join(names)})")
-    return dict(zip(names, map(float, weights), strict=True))
+    found = dict(zip(names, map(float, weights), strict=True))
+    if outside := [f"{name} {weight:g}" for name, weight in found.items() if not 0 <= weight <= 1]:
+        raise InputError(f"each adapter's weight lies in [0, 1], not {', '.join(outside)}")
+    return found

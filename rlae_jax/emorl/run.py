@@ -86,6 +86,8 @@ class Run:
 
     def __post_init__(self) -> None:
         path = self.directory / CONFIG_FILE
+        if not self.directory.is_dir():
+            raise InputError(f"{self.directory} is not there; rlae-jax emorl train --out {self.directory} makes it")
         if not path.is_file() or files.read_json(path).get("command") != "emorl train":
             raise InputError(f"{self.directory} is no run of emorl train")
 
@@ -153,7 +155,8 @@ class Run:
         names = [name for name, target in self.targets().items() if len(target["objectives"]) == 1]
         if len(names) < 2:
             raise InputError(
-                f"{self.directory} has {len(names)} finished adapters of one objective; a fusion needs two"
+                f"{self.directory} has {len(names)} finished adapters of one objective; a fusion needs two: train "
+                "more, or go on with emorl train --resume"
             )
         return names
 
@@ -172,6 +175,22 @@ class Run:
     def search_directory(self, name: str) -> Path:
         """Where a search of this name is, by default."""
         return self.directory / "search" / name
+
+    def room_for_search(self, name: str, adapters: Sequence[str]) -> tuple[Path, Path | None]:
+        """`search_directory`, and where an earlier search over other adapters went, which was there."""
+        path = self.search_directory(name)
+        if not (path / CONFIG_FILE).is_file():
+            return path, None
+        config = files.read_json(path / CONFIG_FILE)
+        over = config["adapters"] if "adapters" in config else [member["name"] for member in config["members"]]
+        if over == list(adapters):
+            return path, None
+        kept = path.with_name(f"{name}-{'+'.join(over)}")
+        number = 2
+        while kept.exists():
+            kept, number = path.with_name(f"{name}-{'+'.join(over)}-{number}"), number + 1
+        path.rename(kept)
+        return path, kept
 
     def adapter(self, name: str) -> Adapter:
         """An adapter, under its objective's name."""

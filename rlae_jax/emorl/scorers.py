@@ -293,13 +293,15 @@ def get_scorers(texts: Sequence[str]) -> list[Scorer]:
     named = [_named(text) for text in texts]
     names = [name for name, _ in named]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"scorers need names of their own, and {', '.join(repeated)} is there more than once")
+        raise InputError(
+            f"objectives {', '.join(repeated)} are named more than once: name each once, or give functions other names"
+        )
     return [make() for _, make in named]
 
 
 _KNOWN = (
-    f"{', '.join(TEXT_SCORERS)}, diversity, diversity_N, NAME=CHECKPOINT with {', '.join(MODEL_SCORERS)}, or "
-    "MODULE:FUNCTION"
+    f"{', '.join(TEXT_SCORERS)}, diversity, diversity_N, NAME=CHECKPOINT with {', '.join(MODEL_SCORERS)}, "
+    "MODULE:FUNCTION or FILE.py:FUNCTION"
 )
 
 
@@ -316,7 +318,7 @@ def _named(text: str) -> tuple[str, Callable[[], Scorer]]:
         n = int(found[1] or 2)
         return f"diversity_{n}", functools.partial(diversity, n)
     if ":" not in text:
-        raise InputError(f"scorer {text!r} is unknown; use one of {_KNOWN}")
+        raise InputError(f"objective {text!r} is unknown; use one of {_KNOWN}")
     name = text.rpartition(":")[2]
     function = resolve(find_function(text, f"scorer {text!r}"))
 

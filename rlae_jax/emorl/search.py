@@ -84,7 +84,10 @@ def levels_within(config: SearchConfig, dimensions: int) -> int:
         return config.levels
     first, later = level_sizes(dimensions, config.space)
     if config.budget < first:
-        raise InputError(f"a budget of {config.budget} evaluations is below one level, which takes {first}")
+        raise InputError(
+            f"a budget of {config.budget} evaluations is below one level, which takes {first} of {dimensions} "
+            "adapters; give more, fewer adapters, or another method"
+        )
     return min(config.levels, 1 + (config.budget - first) // max(later, 1))
 
 
@@ -208,7 +211,7 @@ def search(
     """
     began = time.perf_counter()
     d = len(fused.names)
-    levels = levels_within(config, d)
+    levels = levels_within(config, d) if config.method == "hierarchical" else 0
     path = None
     if out is not None:
         path = Path(out) / POINTS_FILE

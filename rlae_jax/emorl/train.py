@@ -13,6 +13,7 @@ whenever one likes.
 """
 
 import dataclasses
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,9 @@ def train_adapters(
     train = _texts(ensemble, prompts.split("train"), config.max_new_tokens)
     dev = _texts(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
     directories = {target.name: out / OBJECTIVES / target.name for target in targets}
+    for directory in directories.values():  # one that failed before its first validation holds nothing to go on from
+        if (directory / CONFIG_FILE).exists() and not read_metrics(directory):
+            shutil.rmtree(directory)
     there = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
     if there and not resume:
         raise InputError(

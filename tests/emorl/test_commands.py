@@ -69,8 +69,15 @@ def test_a_whole_run(call, base, tmp_path):
     for name in (*objectives, "warmth"):
         changed = load_file(run / "objectives" / name / "adapter" / "adapter_model.safetensors")
         assert {path.split(".")[-3] for path in changed} == {"q", "v"}
-    assert call("search", "--run", run, "--budget", 27, "--prompts", 4, "--out", run / "search/three")[0] == 0
-    assert (run / "search/three/weights.png").is_file()
+    status, told, _ = call("evaluate", "--run", run, "--limit", 4)
+    assert "hidden: its weights were searched for coverage, brevity alone, without warmth" in told
+    assert call("search", "--run", run, "--budget", 27, "--prompts", 4)[0] == 0
+    assert (run / "search/hidden/weights.png").is_file()
+    assert json.loads((run / "search/hidden-coverage+brevity/search.json").read_text()) == found
+    status, told, _ = call(
+        "search", "--run", run, "--method", "random", "--budget", 3, "--mode", "params", "--prompts", 4
+    )
+    assert "best of 3 points" in told
 
     out = tmp_path / "export"
     assert call("export", "--run", run, "--out", out, "--weights", 0.5, 1, 0)[0] == 0
@@ -82,6 +89,15 @@ def test_a_whole_run(call, base, tmp_path):
     start = np.zeros((1, 1), np.int32)
     expected = many.logits(ids, None, start, adapters=np.array([list(weights.values())], np.float32))
     np.testing.assert_allclose(fused.logits(ids, None, start), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_failed_at_once_can_be_begun_again(call, base, tmp_path):
+    (tmp_path / "broken.py").write_text("def score(prompt, answer):\n    return float('nan')\n")
+    (tmp_path / "mended.py").write_text("def score(prompt, answer):\n    return 0.5\n")
+    given = ("train", "--base", base, "--data", "reflections", "--out", tmp_path / "run", *TINY)
+    status, _, error = call(*given, "--objective", f"{tmp_path}/broken.py:score")
+    assert (status, "nan" in error) == (2, True)
+    assert call(*given, "--objective", f"{tmp_path}/mended.py:score")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -97,9 +113,9 @@ def test_a_whole_run(call, base, tmp_path):
             "more than once",
         ),
         (["train", "--base", "BASE", "--data", "no.csv", "--objective", "brevity", "--out", "RUN"], "no.csv"),
-        (["search", "--run", "RUN"], "is no run of emorl train"),
-        (["evaluate", "--run", "RUN"], "is no run of emorl train"),
-        (["export", "--run", "RUN", "--out", "OUT"], "is no run of emorl train"),
+        (["search", "--run", "RUN"], "is not there"),
+        (["evaluate", "--run", "BASE"], "is no run of emorl train"),
+        (["export", "--run", "BASE", "--out", "OUT"], "is no run of emorl train"),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, base, tmp_path, arguments, told):

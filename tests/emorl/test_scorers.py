@@ -233,5 +233,5 @@ class TestByName:
         raises_input_error(lambda: get_scorers([]), "no scorers", "coverage")
         # Before the model is looked for.
         twice = ["fluency=/no/such/place", "diversity", "brevity", "diversity_2"]
-        message = raises_input_error(lambda: get_scorers(twice), "diversity_2 is there more than once")
+        message = raises_input_error(lambda: get_scorers(twice), "diversity_2 are named more than once")
         assert "\n" not in message
