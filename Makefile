@@ -26,7 +26,7 @@ test: .venv/installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Most of their time is compilation, which LLVM's lowest level takes 40% off.
-test-fast: .venv/installed ## the tests that matter most, in about 4.5 minutes on two cores
+test-fast: .venv/installed ## the tests that matter most
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 lint: .venv/installed ## ruff and mypy
