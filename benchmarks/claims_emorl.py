@@ -50,8 +50,8 @@ DATA = Data(reflections.NAME)
 
 HISTORY = (
     "The task, the settings of training and how long agents train were chosen before this study while looking at other "
-    "seeds, 100 to 103, at their test scores, too. With a first form of the task, in which kind words came after lists "
-    "of keywords, five seeds had missed single_low (0.755), hidden_gain (0.068) and search_gap (0.086)."
+    "seeds, 100 to 103, at their test scores, too. With a first form of the task, in which a list of keywords "
+    "had no end of its own, five seeds had missed single_low (0.755), hidden_gain (0.068) and search_gap (0.086)."
 )
 
 
@@ -165,25 +165,27 @@ def searched(out: Path, seed: int, name: str) -> dict[str, Any]:
 def answer_tests(out: Path, plan: Plan, seed: int, part: str) -> None:
     """All methods on the test prompts: under three objectives, or those of the fourth under four."""
     run = Run(cell(out, seed))
+    directory = run.directory / "test" / part
+    if (directory / "results.json").is_file():
+        return
     names = THREE if part == "three" else FOUR
+    fusions = {mode: mode for mode in MODES} if part == "three" else {FUSED_FOUR: "four"}  # method -> search
     writers = evaluation.adapted(run.base, [run.adapter(name) for name in run.targets()])
     trained = BASELINES if part == "three" else (UNIFORM_FOUR,)
     writers = {name: writers[name] for name in ("base", *names, *trained)}
-    for method, search_name in [(mode, mode) for mode in MODES] if part == "three" else [(FUSED_FOUR, "four")]:
+    for method, search_name in fusions.items():
         fused = fused_of(out, plan, seed, SEARCHES[search_name][1], names)
         writers[method] = evaluation.fusion(fused, list(searched(out, seed, search_name)["weights"].values()))
     if part == "three":
         writers[AGENT] = evaluation.fusion(fused_of(out, plan, seed), rj.load_policy(run.search_directory("agent")))
-    directory = run.directory / "test" / part
-    if not (directory / "results.json").is_file():
-        evaluation.evaluate(
-            *(writers, run.prompts.split("test")[: plan.test_prompts], run.scorers(names)),
-            task=run.prompts.name,
-            split="test",
-            max_new_tokens=embedded.MAX_NEW_TOKENS,
-            seed=seed,
-            out=directory,
-        )
+    evaluation.evaluate(
+        *(writers, run.prompts.split("test")[: plan.test_prompts], run.scorers(names)),
+        task=run.prompts.name,
+        split="test",
+        max_new_tokens=embedded.MAX_NEW_TOKENS,
+        seed=seed,
+        out=directory,
+    )
 
 
 def run_all(out: Path, plan: Plan) -> None:

@@ -148,8 +148,8 @@ def train(
     targets = make_targets(objective, baselines, source)
     lm = load(base) if base is not None else run.base if run is not None else None
     assert lm is not None
-    done = [target.name for target in targets if run is not None and target.name in run.targets()]
-    if done:
+    finished = {} if run is None else run.targets()
+    if done := [target.name for target in targets if target.name in finished]:
         report.console.print(f"done already, and left as they are: {', '.join(done)}", highlight=False, soft_wrap=True)
     try:
         with report.progress(f"training {counted(len(targets), 'adapter')}", config.steps, "steps") as update:
@@ -414,8 +414,7 @@ def evaluate_run(
             names = list(found["weights"])
             weights = list(found["weights"].values())
             cost = {"weights": found["weights"], "data_points": trained + found["answers"]}
-            if names != singles:
-                others = ", ".join(name for name in singles if name not in names)
+            if others := ", ".join(name for name in singles if name not in names):
                 report.console.print(
                     f"{mode}: its weights were searched for {', '.join(names)} alone, without {others}; search again",
                     highlight=False,

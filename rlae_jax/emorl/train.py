@@ -204,10 +204,8 @@ def train_adapters(
     train = _texts(ensemble, prompts.split("train"), config.max_new_tokens)
     dev = _texts(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
     directories = {target.name: out / OBJECTIVES / target.name for target in targets}
-    for directory in directories.values():  # one that failed before its first validation holds nothing to go on from
-        if (directory / CONFIG_FILE).exists() and not read_metrics(directory):
-            shutil.rmtree(directory)
-    there = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
+    claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
+    there = [name for name in claimed if read_metrics(directories[name])]
     if there and not resume:
         raise InputError(
             f"{out} holds {', '.join(there)} already; resume (--resume, resume=True) or choose other names"
@@ -216,6 +214,8 @@ def train_adapters(
     learners = []
     for target in targets:
         directory = directories[target.name]
+        if target.name in claimed and target.name not in there:
+            shutil.rmtree(directory)  # failed before its first validation: nothing to go on from
         claim_directory(directory, {"command": "emorl train"} | target.config(), resume=resume)
         if not (directory / TRAINING_FILE).is_file():
             learners.append(_begin(base, target, directory, config))
