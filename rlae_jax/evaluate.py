@@ -64,7 +64,9 @@ class Replay:
         del key
         return jnp.full((1, dims.spans, dims.members), 1.0 / dims.members)
 
-    def apply(self, params: Float[Array, "B P K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(
+        self, params: Float[Array, "B P K"], observation: Observation
+    ) -> tuple[Deterministic, Float[Array, " B"]]:
         rows = jnp.arange(len(observation.span)) % params.shape[0]
         weights = params[rows, jnp.minimum(observation.span, params.shape[1] - 1)]
         return Deterministic(weights), jnp.zeros(weights.shape[0])
@@ -80,11 +82,11 @@ class RandomWeights:
 
     reads: tuple[str, ...] = ("span",)
 
-    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "K"]:
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, " K"]:
         del key
         return jnp.ones(dims.members)
 
-    def apply(self, params: Float[Array, "K"], observation: Observation) -> tuple[Dirichlet, Float[Array, "B"]]:
+    def apply(self, params: Float[Array, " K"], observation: Observation) -> tuple[Dirichlet, Float[Array, " B"]]:
         rows = len(observation.span)
         return Dirichlet(jnp.broadcast_to(params, (rows, len(params)))), jnp.zeros(rows)
 
@@ -104,7 +106,7 @@ class Tunable:
         del key, dims
         return {name: getattr(self.policy, name) for name in self.names}
 
-    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Any, Float[Array, "B"]]:
+    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Any, Float[Array, " B"]]:
         policy: Policy = dataclasses.replace(self.policy, **params)
         return policy.apply((), observation)
 
@@ -243,7 +245,7 @@ class _Answers:
     texts: list[str]
     finish_reasons: list[str]
     weights: list[Float[np.ndarray, "P K"]]  # of each row's own spans; of picked answers who was picked, [1, K]
-    rewards: Float[np.ndarray, "N"]
+    rewards: Float[np.ndarray, " N"]
     seconds: float  # of decoding, compilation left out
     tokens: int
 
@@ -405,17 +407,17 @@ def _search(
     return left[0], done
 
 
-def _with(grid: Float[np.ndarray, "W K"], weights: Float[np.ndarray, "K"]) -> Float[np.ndarray, "W K"]:
+def _with(grid: Float[np.ndarray, "W K"], weights: Float[np.ndarray, " K"]) -> Float[np.ndarray, "W K"]:
     """The grid and a point that may lie beside it."""
     known = np.any(np.all(np.isclose(grid, weights, atol=1e-6), axis=1))
     return grid if known else np.concatenate([grid, weights[None]]).astype(np.float32)
 
 
-def _uniform(members: int) -> Float[np.ndarray, "K"]:
+def _uniform(members: int) -> Float[np.ndarray, " K"]:
     return np.full(members, 1 / members, np.float32)
 
 
-def static_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) -> tuple[Float[np.ndarray, "K"], int]:
+def static_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) -> tuple[Float[np.ndarray, " K"], int]:
     """The best fixed weights: the simplex grid of step 0.05, which has the one-hots, and equal weights, on training
     prompts.
 
@@ -430,7 +432,7 @@ def static_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) 
 def schedule_weights(
     ensemble: Ensemble,
     task: Task,
-    start: Float[np.ndarray, "K"],
+    start: Float[np.ndarray, " K"],
     budget: Budget = _NO_BUDGET,
 ) -> tuple[BoundPolicy, int]:
     """The best weights per span index, which see no state: one pass of coordinate search over the spans.

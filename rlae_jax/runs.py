@@ -70,7 +70,7 @@ def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
     files.write_json(path, wanted)
 
 
-def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray, "B"]:
+def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray, " B"]:
     """Which examples iteration `iteration` reads: passes over all n in a fresh order each, cut into batches. The rows
     of a batch that reaches beyond a pass come from the next one."""
     places = np.arange(iteration * batch, (iteration + 1) * batch)

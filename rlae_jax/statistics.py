@@ -20,7 +20,7 @@ _Z95 = 1.959964
 _CELLS = 2_000_000  # numbers in memory at a time
 
 
-def wilson_interval(rewards: Float[np.ndarray, "N"]) -> tuple[float, float]:
+def wilson_interval(rewards: Float[np.ndarray, " N"]) -> tuple[float, float]:
     """Wilson's 95% interval of a proportion, of rewards that are 0 or 1; it has a width also where all are alike."""
     n, mean = len(rewards), float(np.mean(rewards))
     centre = (mean + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
@@ -99,7 +99,7 @@ def interval95(rewards: ArrayLike) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
-def sign_flip_p(differences: Float[np.ndarray, "N"], flips: int = FLIPS, seed: int = 0) -> float:
+def sign_flip_p(differences: Float[np.ndarray, " N"], flips: int = FLIPS, seed: int = 0) -> float:
     """Two-sided p-value of "each difference is as likely as its opposite", by the sum's size under flipped signs.
 
     Assumes nothing of the rewards' distribution. Where all differences that are not 0 have one size, as those of
@@ -127,7 +127,7 @@ def sign_flip_p(differences: Float[np.ndarray, "N"], flips: int = FLIPS, seed: i
     return (reached + 1) / (flips + 1)
 
 
-def t_test_p(differences: Float[np.ndarray, "S"]) -> float:
+def t_test_p(differences: Float[np.ndarray, " S"]) -> float:
     """Two-sided p-value of "the mean is 0" by Student's t test."""
     mean, n = float(np.mean(differences)), len(differences)
     error = float(np.std(differences, ddof=1)) / math.sqrt(n)
@@ -189,8 +189,8 @@ def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     return float(a @ b) / size if size else math.nan
 
 
-def _ranks(values: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+def _ranks(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """From 1."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last: Float[np.ndarray, "U"] = np.cumsum(counts)
+    last: Float[np.ndarray, " U"] = np.cumsum(counts)
     return (last - (counts - 1) / 2)[place]

@@ -32,7 +32,7 @@ class Exp3(NamedTuple):
         return cls((1.0,) * arms, gamma)
 
     @property
-    def probabilities(self) -> Float[np.ndarray, "K"]:
+    def probabilities(self) -> Float[np.ndarray, " K"]:
         w = np.array(self.weights)
         return (1 - self.gamma) * w / w.sum() + self.gamma / len(w)
 
@@ -65,7 +65,7 @@ class DynaOpt:
         self.arm = int(rng.choice(len(self._names) + 1, p=self._outer.probabilities))
 
     @property
-    def weights(self) -> Float[np.ndarray, "M"]:
+    def weights(self) -> Float[np.ndarray, " M"]:
         """Of the objectives; they sum to 1."""
         w = np.array(self._inner.weights)
         return w / w.sum()

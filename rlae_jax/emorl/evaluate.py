@@ -33,7 +33,7 @@ def adapted(base: LM, adapters: Sequence[Adapter]) -> dict[str, Writer]:
     """The base and every adapter alone, all through one program."""
     ensemble = Ensemble([base.with_adapters(adapters)])
 
-    def writer(weights: Float[np.ndarray, "M"]) -> Writer:
+    def writer(weights: Float[np.ndarray, " M"]) -> Writer:
         def write(prompts: Sequence[str], temperature: float, seeds: Sequence[int], longest: int) -> Generation:
             rows = np.tile(weights, (len(prompts), 1))
             return ensemble.generate(
@@ -64,7 +64,7 @@ def fusion(fused: Fused, weights: Weights, found: Mapping[str, Any] | None = Non
 class _Table:
     """The answers of one way to decode."""
 
-    rewards: dict[str, Float[np.ndarray, "N"]]
+    rewards: dict[str, Float[np.ndarray, " N"]]
     rows: dict[str, dict[str, Any]]
     predictions: list[dict[str, Any]]
 
@@ -197,7 +197,7 @@ def _predictions(
         }
 
 
-def _differences(rewards: Mapping[str, Float[np.ndarray, "N"]], compare: str) -> list[dict[str, Any]]:
+def _differences(rewards: Mapping[str, Float[np.ndarray, " N"]], compare: str) -> list[dict[str, Any]]:
     """One method against all others."""
     others = [name for name in rewards if name != compare] if compare in rewards else []
     found = [statistics.paired_difference(rewards[compare], rewards[name]) for name in others]

@@ -98,7 +98,7 @@ class Adapting(NamedTuple):
     factors: lora.Factors
     value: Float[Array, "M D"]  # the value head of ppo
     optimiser: Any
-    step: Int[Array, "M"]  # steps done
+    step: Int[Array, " M"]  # steps done
 
 
 class Written(NamedTuple):
@@ -106,7 +106,7 @@ class Written(NamedTuple):
 
     tokens: Int[Array, "R N"]
     mask: Bool[Array, "R N"]  # True up to the end token, which counts
-    ended: Bool[Array, "R"]
+    ended: Bool[Array, " R"]
 
 
 def _optimiser(config: EMORLConfig) -> optax.GradientTransformation:
@@ -146,7 +146,7 @@ def _rows_of(members: int, rows: int) -> Float[Array, "R M"]:
     return jnp.repeat(jnp.eye(members), rows // members, axis=0)
 
 
-def step_keys(seeds: Int[Array, "M"], steps: Int[Array, "M"], purpose: int) -> Key[Array, "M"]:
+def step_keys(seeds: Int[Array, " M"], steps: Int[Array, " M"], purpose: int) -> Key[Array, " M"]:
     """Functions of an adapter's seed and step alone, so that a resumed run draws what an uninterrupted one does."""
 
     def one(seed: Array, step: Array) -> Array:
@@ -161,7 +161,7 @@ def sample(
     state: Adapting,
     ids: Int[Array, "M B T"],
     mask: Array,
-    seeds: Int[Array, "M"],
+    seeds: Int[Array, " M"],
     spec: decoding.DecodeSpec,
     config: EMORLConfig,
 ) -> Written:
@@ -219,7 +219,7 @@ def _loss_of_block(
     values: Float[Array, "R N"],
     before: _Before,
     mask: Bool[Array, "R N"],
-    rewards: Float[Array, "R"],
+    rewards: Float[Array, " R"],
     config: EMORLConfig,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """One adapter's loss of its own samples, and what is worth knowing about it."""
@@ -250,8 +250,8 @@ class _Part(NamedTuple):
     real: Array  # the prompts' mask
     tokens: Int[Array, "R N"]
     mask: Bool[Array, "R N"]
-    rewards: Float[Array, "R"]
-    rows: Int[Array, "R"]  # their numbers within their block, for dropout
+    rewards: Float[Array, " R"]
+    rows: Int[Array, " R"]  # their numbers within their block, for dropout
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
@@ -262,10 +262,10 @@ def update(
     mask: Array,
     written: Written,
     rewards: Float[Array, "M R"],
-    seeds: Int[Array, "M"],
+    seeds: Int[Array, " M"],
     model: ModelConfig,
     config: EMORLConfig,
-) -> tuple[Adapting, dict[str, Float[Array, "M"]]]:
+) -> tuple[Adapting, dict[str, Float[Array, " M"]]]:
     """One step of every adapter from the samples of its own block."""
     m, b, t = ids.shape
     parts, k = config.accumulate, config.samples

@@ -11,18 +11,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 
-def groups(rewards: Float[Array, "B"], samples: int) -> Float[Array, "G k"]:
+def groups(rewards: Float[Array, " B"], samples: int) -> Float[Array, "G k"]:
     """The rewards of each prompt's samples."""
     return rewards.reshape(-1, samples)
 
 
-def self_critical_advantages(rewards: Float[Array, "B"], samples: int) -> Float[Array, "B"]:
+def self_critical_advantages(rewards: Float[Array, " B"], samples: int) -> Float[Array, " B"]:
     """Each sample's reward minus the mean of its prompt's samples (EMORL, section 3.2; Rennie et al., 2017)."""
     of_prompt = groups(rewards, samples)
     return (of_prompt - of_prompt.mean(axis=1, keepdims=True)).reshape(-1)
 
 
-def group_advantages(rewards: Float[Array, "B"], samples: int, epsilon: float = 1e-4) -> Float[Array, "B"]:
+def group_advantages(rewards: Float[Array, " B"], samples: int, epsilon: float = 1e-4) -> Float[Array, " B"]:
     """The same in units of the standard deviation of the prompt's samples (GRPO, Shao et al., 2024)."""
     of_prompt = groups(rewards, samples)
     centred = of_prompt - of_prompt.mean(axis=1, keepdims=True)
@@ -30,7 +30,7 @@ def group_advantages(rewards: Float[Array, "B"], samples: int, epsilon: float = 
 
 
 def self_critical_loss(
-    log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"], advantages: Float[Array, "B"]
+    log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"], advantages: Float[Array, " B"]
 ) -> Float[Array, ""]:
     """-mean_b A_b sum_t log p(token t of b): REINFORCE with the samples' mean as its baseline. The sum runs over the
     end token, too, so that ending is learnt."""
@@ -85,7 +85,7 @@ def _mean_of_rows(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Floa
 
 
 def token_advantages(
-    rewards: Float[Array, "B"], values: Float[Array, "B T"], mask: Bool[Array, "B T"], gae_lambda: float
+    rewards: Float[Array, " B"], values: Float[Array, "B T"], mask: Bool[Array, "B T"], gae_lambda: float
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantages over tokens and the value head's targets, where the reward comes with the last token and
     nothing is discounted: A_t = delta_t + lambda A_{t+1} with delta_t = r_t + V_{t+1} - V_t (Schulman et al., 2016)."""
@@ -95,7 +95,7 @@ def token_advantages(
     following = jnp.pad(values[:, 1:], ((0, 0), (0, 1))) * later
     deltas = (rewarded + following - values) * real
 
-    def back(advantage: Float[Array, "B"], now: tuple[Array, Array]) -> tuple[Array, Array]:
+    def back(advantage: Float[Array, " B"], now: tuple[Array, Array]) -> tuple[Array, Array]:
         delta, goes_on = now
         advantage = delta + gae_lambda * goes_on * advantage
         return advantage, advantage

@@ -114,7 +114,7 @@ def train_ranker(
     )
 
 
-def accuracy(values: Sequence[float] | Float[np.ndarray, "N"], graded: Sequence[Graded]) -> float:
+def accuracy(values: Sequence[float] | Float[np.ndarray, " N"], graded: Sequence[Graded]) -> float:
     """The share of the pairs of one prompt's responses with different grades that the values put in order.
 
     Equal values count as half; without any such pair it is NaN.

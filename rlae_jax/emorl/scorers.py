@@ -42,7 +42,7 @@ class Scorer:
     low: float = 0.0
     high: float = 1.0
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, "N"]:
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, " N"]:
         """Scores within the range.
 
         Raises:
@@ -231,7 +231,7 @@ def specificity(encoder: Encoder) -> Scorer:
     return Scorer("specificity", _in_batches(score))
 
 
-def perplexities(lm: LM, texts: Sequence[str]) -> Float[np.ndarray, "N"]:
+def perplexities(lm: LM, texts: Sequence[str]) -> Float[np.ndarray, " N"]:
     """exp of the mean negative log-probability of each text's tokens after the first; texts of one token have inf."""
     rows = [lm.require_tokenizer()(text)["input_ids"][: lm.config.context] for text in texts]
     width = max(8, 1 << (max(map(len, rows)) - 1).bit_length())
@@ -342,7 +342,7 @@ COMBINATIONS = ("sum", "log", "product")
 
 def combine(
     scores: Float[np.ndarray, "N M"], how: str = "log", weights: Sequence[float] | None = None
-) -> Float[np.ndarray, "N"]:
+) -> Float[np.ndarray, " N"]:
     """One reward of several scores.
 
     Args:

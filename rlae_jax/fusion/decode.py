@@ -68,7 +68,7 @@ class DecodeSpec:
     max_new_tokens: int = dataclasses.field(default=64, metadata={"static": True})
     end_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # () ends at the length only
     scores: bool = dataclasses.field(default=False, metadata={"static": True})  # keep scores and attributions
-    limits: Int[Array, "B"] | None = None  # each row's own longest answer, at most max_new_tokens
+    limits: Int[Array, " B"] | None = None  # each row's own longest answer, at most max_new_tokens
     union: UnionTables | None = None  # of members with different tokenizers, or of any that may be skipped
     member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
     reader: TextReader | None = None  # for policies that read "text"
@@ -114,8 +114,8 @@ class Span(NamedTuple):
     observation: Any  # an Observation, or () where observations are not recorded
     action: Float[Array, "B A"]
     weights: Float[Array, "B K"]  # what the action means
-    log_prob: Float[Array, "B *N"]  # of each of N agents, where several act
-    value: Float[Array, "B"]
+    log_prob: Float[Array, " B *N"]  # of each of N agents, where several act
+    value: Float[Array, " B"]
     length: Any  # Int[B], the steps that it holds, where the policy chooses them; else ()
 
 
@@ -124,18 +124,18 @@ class DecodeState(NamedTuple):
 
     step: Int[Array, ""]  # fused steps so far
     feed: Lockstep | tuple[Ragged, ...]  # what the members have taken in
-    done: Bool[Array, "B"]
-    ended: Bool[Array, "B"]  # by an end token rather than by the length
-    steps: Int[Array, "B"]  # fused steps of each row, the one that chose its end token included
+    done: Bool[Array, " B"]
+    ended: Bool[Array, " B"]  # by an end token rather than by the length
+    steps: Int[Array, " B"]  # fused steps of each row, the one that chose its end token included
     tokens: Int[Array, "B N"]  # chosen tokens or union entries; zeros from steps[b] on
     row_keys: Any  # Key[B], or () where a result has left the device
     span: Span  # the decision in force
-    decisions: Int[Array, "B"]  # taken so far
+    decisions: Int[Array, " B"]  # taken so far
     next_decision: Any  # Int[B], the step of the next one where the policy chooses how long spans are; else ()
     # Each member's summed log-probability of this span's tokens, Float[B, K]; () where the policy does not read it.
     span_log_probs: Any
     trajectory: Span  # all decisions, [P, B, ...]; spans after a row's end hold no information
-    limits: Int[Array, "B"]  # the longest answer of each row
+    limits: Int[Array, " B"]  # the longest answer of each row
     character: Any  # Int[B], the state of the UTF-8 automaton; () without a union vocabulary
     seen: Any  # Bool[B, V], tokens in prompt and answer; () without a repetition penalty
     prompt_scores: Any  # Float[B, K], see Observation.prompt; () where the policy does not read it
@@ -162,7 +162,7 @@ def without_caches(state: DecodeState) -> DecodeState:
     return state._replace(feed=(), row_keys=(), seen=(), prompt_scores=())
 
 
-def row_keys(key: Key[Array, ""] | Key[Array, "B"], batch: int) -> Key[Array, "B"]:
+def row_keys(key: Key[Array, ""] | Key[Array, " B"], batch: int) -> Key[Array, " B"]:
     """Row b's key is fold_in(key, b); a batch of keys is taken as it is."""
     return jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch)) if key.ndim == 0 else key
 
@@ -171,9 +171,9 @@ def prefill(
     params: tuple[MemberParams, ...],
     prompt_ids: Any,
     prompt_mask: Any,
-    key: Key[Array, ""] | Key[Array, "B"],
+    key: Key[Array, ""] | Key[Array, " B"],
     spec: DecodeSpec,
-    active: Bool[Array, "B"] | None = None,
+    active: Bool[Array, " B"] | None = None,
 ) -> DecodeState:
     """Runs the members over all but the last token of each prompt, an encoder over all of it.
 
@@ -285,7 +285,7 @@ def member_stats(
     return jnp.stack([entropy, top_prob, span_log_probs, disagreement], axis=-1)
 
 
-def _decision(policy_params: Any, observation: Observation, keys: Key[Array, "B"], spec: DecodeSpec) -> Span:
+def _decision(policy_params: Any, observation: Observation, keys: Key[Array, " B"], spec: DecodeSpec) -> Span:
     """What the policy does about an observation; the keys are its rows' own for this span."""
     b = len(keys)
     distribution, value = spec.policy.apply(policy_params, observation)
@@ -324,7 +324,7 @@ def _take_decision(
     return _decision(policy_params, observation, jax.vmap(own_key)(state.row_keys, index), spec)
 
 
-def _choose_rows(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
+def _choose_rows(rows: Bool[Array, " B"], new: Any, old: Any) -> Any:
     """Leaves [B, ...] of `new` in some rows and of `old` in the others."""
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), new, old)
 
@@ -342,7 +342,7 @@ def _through_first(log_probs: Float[Array, "B V"], spelling: Spelling) -> Float[
     return jnp.where(spelling.first >= 0, log_probs[:, spelling.first], -jnp.inf)
 
 
-def _chosen_log_prob(log_probs: Float[Array, "B V"], spelling: Spelling, entries: Array) -> Float[Array, "B"]:
+def _chosen_log_prob(log_probs: Float[Array, "B V"], spelling: Spelling, entries: Array) -> Float[Array, " B"]:
     ids = spelling.first[entries]
     read = jnp.take_along_axis(log_probs, jnp.maximum(ids, 0)[:, None], axis=1)[:, 0]
     return jnp.where(ids >= 0, read, -jnp.inf)
@@ -518,9 +518,9 @@ def decode(
     prompt_ids: Any,
     prompt_mask: Any,
     policy_params: Any,
-    key: Key[Array, ""] | Key[Array, "B"],
+    key: Key[Array, ""] | Key[Array, " B"],
     spec: DecodeSpec,
-    active: Bool[Array, "B"] | None = None,
+    active: Bool[Array, " B"] | None = None,
 ) -> DecodeState:
     """Prefill and the whole loop: the pure function behind `Ensemble.generate`. Jit, vmap and shard it as you like.
 
@@ -546,7 +546,7 @@ class _Rows(NamedTuple):
 
     ids: Any
     mask: Any
-    keys: Key[Array, "B"]
+    keys: Key[Array, " B"]
     active: Any
     limits: Any
     forced: Any
@@ -558,9 +558,9 @@ def answers(
     prompt_ids: Any,
     prompt_mask: Any,
     policy_params: Any,
-    key: Key[Array, ""] | Key[Array, "B"],
+    key: Key[Array, ""] | Key[Array, " B"],
     spec: DecodeSpec,
-    active: Bool[Array, "B"] | None = None,
+    active: Bool[Array, " B"] | None = None,
     samples: int = 1,
 ) -> DecodeState:
     """As `decode`, for who reads the answers alone (`without_caches`). On the CPU a large batch may be decoded a group

@@ -647,7 +647,7 @@ class Ensemble:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int | Sequence[int] | Int[Array, "B"] = 0,
+        seed: int | Sequence[int] | Int[Array, " B"] = 0,
         stop: Sequence[str] = (),
         chat: bool = False,
         ignore_eos: bool = False,
@@ -734,7 +734,7 @@ class Ensemble:
         span_length: int | None = None,
         *,
         chat: bool = False,
-    ) -> list[Float[np.ndarray, "O"]]:
+    ) -> list[Float[np.ndarray, " O"]]:
         """How likely the ensemble finds each of several continuations of each prompt: the sum of the log-probabilities
         of its tokens (entries, in the first member's segmentation) under the fused distribution. Nothing is sampled.
 

@@ -38,13 +38,13 @@ WIDEST = 8  # tokens of a row in one pass
 class Spelling(NamedTuple):
     """One member's view of the union vocabulary."""
 
-    partner: Int[Array, "U"]  # the member's id that is exactly this entry, or -1
-    first: Int[Array, "U"]  # its first id of the entry's spelling, or -1 where that has none
-    own: Int[Array, "V"]  # the entry that each of its ids is, or -1
-    ids: Int[Array, "N"]  # all spellings, one after another
-    offsets: Int[Array, "U+1"]
+    partner: Int[Array, " U"]  # the member's id that is exactly this entry, or -1
+    first: Int[Array, " U"]  # its first id of the entry's spelling, or -1 where that has none
+    own: Int[Array, " V"]  # the entry that each of its ids is, or -1
+    ids: Int[Array, " N"]  # all spellings, one after another
+    offsets: Int[Array, " U+1"]
 
-    def lengths(self, entries_b: Int[Array, "B"]) -> Int[Array, "B"]:
+    def lengths(self, entries_b: Int[Array, " B"]) -> Int[Array, " B"]:
         """How many tokens entries cost this member."""
         return self.offsets[entries_b + 1] - self.offsets[entries_b]
 
@@ -143,17 +143,17 @@ def prompt_log_probs(model: Model, prompt_ids: Array | np.ndarray, prompt_mask: 
 class Runs(NamedTuple):
     """What the members of a shared base run, where no member has a say in all rows: R rows each."""
 
-    rows: Int[Array | np.ndarray, "M*R"]  # which of the batch's B rows each of them is
+    rows: Int[Array | np.ndarray, " M*R"]  # which of the batch's B rows each of them is
     # Where each member's rows of the batch are among them; anywhere for those in which it has no say.
-    places: Int[Array | np.ndarray, "M*B"]
+    places: Int[Array | np.ndarray, " M*B"]
 
 
 class Lockstep(NamedTuple):
     """Members with one tokenizer."""
 
-    pending: Int[Array, "B"]  # the token that each row feeds next
-    lengths: Int[Array, "B"]  # tokens fed so far, which is the pending token's position
-    starts: Int[Array, "B"]  # first slot in use: rows are padded on the left
+    pending: Int[Array, " B"]  # the token that each row feeds next
+    lengths: Int[Array, " B"]  # tokens fed so far, which is the pending token's position
+    starts: Int[Array, " B"]  # first slot in use: rows are padded on the left
     caches: tuple[transformer.Cache, ...]
     runs: Runs | None = None  # None: every member runs every row
 
@@ -221,10 +221,10 @@ class Ragged(NamedTuple):
     """One member that takes in the text at its own pace."""
 
     text: Int[Array, "B C"]  # the last prompt token and everything written since, as this member's tokens
-    written: Int[Array, "B"]  # tokens in `text`
-    fed: Int[Array, "B"]
-    lengths: Int[Array, "B"]  # prompt tokens in the cache
-    starts: Int[Array, "B"]  # first slot in use: prompts are padded on the left
+    written: Int[Array, " B"]  # tokens in `text`
+    fed: Int[Array, " B"]
+    lengths: Int[Array, " B"]  # prompt tokens in the cache
+    starts: Int[Array, " B"]  # first slot in use: prompts are padded on the left
     hidden: Float[Array, "B D"]  # after the last token that was fed
     cache: transformer.Cache
 
@@ -249,7 +249,7 @@ class Ragged(NamedTuple):
             cache=transformer.extend_cache(cache, t - 1 + capacity + WIDEST),
         )
 
-    def read(self, model: Model, needed: Bool[Array, "B"]) -> "Ragged":
+    def read(self, model: Model, needed: Bool[Array, " B"]) -> "Ragged":
         """Feeds the pending tokens of the rows whose prediction is needed."""
         b = len(self.fed)
         prompt_slots = self.cache.slots - self.text.shape[1] - WIDEST
@@ -308,11 +308,11 @@ class Ragged(NamedTuple):
 
         return lax.while_loop(lambda state: jnp.any(needed & (state.fed < state.written)), one_pass, self)
 
-    def fits(self, spelling: Spelling, entries: Int[Array, "B"]) -> Bool[Array, "B"]:
+    def fits(self, spelling: Spelling, entries: Int[Array, " B"]) -> Bool[Array, " B"]:
         """Whether there is room for each row's entry."""
         return self.written + spelling.lengths(entries) <= self.text.shape[1]
 
-    def append(self, spelling: Spelling, entries: Int[Array, "B"], rows: Bool[Array, "B"]) -> "Ragged":
+    def append(self, spelling: Spelling, entries: Int[Array, " B"], rows: Bool[Array, " B"]) -> "Ragged":
         """Adds an entry's tokens to the texts of some rows; they must fit."""
         count = jnp.where(rows, spelling.lengths(entries), 0)
         places = jnp.arange(self.text.shape[1]) - self.written[:, None]

@@ -55,10 +55,10 @@ class Dims(NamedTuple):
 class Distribution(Protocol):
     """A distribution over actions, one per row. N agents with a likelihood each give [B, N]."""
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B A"]: ...
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B A"]: ...
     def mode(self) -> Float[Array, "B A"]: ...
-    def log_prob(self, action: Float[Array, "B A"]) -> Float[Array, "B *N"]: ...
-    def entropy(self) -> Float[Array, "B"]: ...
+    def log_prob(self, action: Float[Array, "B A"]) -> Float[Array, " B *N"]: ...
+    def entropy(self) -> Float[Array, " B"]: ...
     def to_weights(self, action: Float[Array, "B A"]) -> Float[Array, "B K"]:
         """The weights on the simplex that an action is."""
         ...
@@ -67,7 +67,7 @@ class Distribution(Protocol):
 class ChoosesLength(Distribution, Protocol):
     """What a policy with `span_lengths` gives."""
 
-    def to_length(self, action: Float[Array, "B A"]) -> Int[Array, "B"]:
+    def to_length(self, action: Float[Array, "B A"]) -> Int[Array, " B"]:
         """How many steps an action holds."""
         ...
 
@@ -79,7 +79,7 @@ class Policy(Protocol):
     @property
     def reads(self) -> tuple[str, ...]: ...
     def init(self, key: Key[Array, ""], dims: Dims) -> Any: ...
-    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, "B"]]: ...
+    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, " B"]]: ...
 
 
 def of_rows(policy: Policy, params: Any, start: Array | int, n: int, total: int) -> tuple[Policy, Any]:
@@ -88,7 +88,7 @@ def of_rows(policy: Policy, params: Any, start: Array | int, n: int, total: int)
     return (policy, params) if own is None else own(params, start, n, total)
 
 
-def take_rows(params: Float[Array, "B *N"], start: Array | int, n: int) -> Float[Array, "n *N"]:
+def take_rows(params: Float[Array, " B *N"], start: Array | int, n: int) -> Float[Array, " n *N"]:
     """Of parameters with a row for each row of a batch, or with one for all."""
     return params if len(params) == 1 else jax.lax.dynamic_slice_in_dim(params, start, n)
 
@@ -98,17 +98,17 @@ class Deterministic(NamedTuple):
 
     weights: Float[Array, "B K"]
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B K"]:
         del keys
         return self.weights
 
     def mode(self) -> Float[Array, "B K"]:
         return self.weights
 
-    def log_prob(self, weights: Float[Array, "B K"]) -> Float[Array, "B"]:
+    def log_prob(self, weights: Float[Array, "B K"]) -> Float[Array, " B"]:
         return jnp.where(jnp.all(weights == self.weights, axis=-1), 0.0, -jnp.inf)
 
-    def entropy(self) -> Float[Array, "B"]:
+    def entropy(self) -> Float[Array, " B"]:
         return jnp.zeros(self.weights.shape[0])
 
     def to_weights(self, action: Float[Array, "B K"]) -> Float[Array, "B K"]:
@@ -126,7 +126,7 @@ class Fixed:
         del key
         return jnp.full((1, dims.members), 1.0 / dims.members)
 
-    def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
         del observation
         return Deterministic(params), jnp.zeros(params.shape[0])
 
@@ -146,7 +146,7 @@ class Schedule:
         del key
         return jnp.full((dims.spans, dims.members), 1.0 / dims.members)
 
-    def apply(self, params: Float[Array, "P K"], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(self, params: Float[Array, "P K"], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
         weights = params[jnp.minimum(observation.span, params.shape[0] - 1)]
         return Deterministic(weights), jnp.zeros(weights.shape[0])
 
@@ -161,7 +161,7 @@ class Confidence:
         del key, dims
         return ()
 
-    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
         del params
         entropies_bk = observation.stats[..., STATS.index("entropy")]
         weights = jax.nn.one_hot(jnp.argmin(entropies_bk, axis=-1), entropies_bk.shape[-1])
@@ -180,7 +180,7 @@ class Perplexity:
         del key, dims
         return ()
 
-    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
         del params
         weights = jax.nn.softmax(observation.prompt / self.temperature, axis=-1)
         return Deterministic(weights), jnp.zeros(weights.shape[0])
@@ -198,7 +198,7 @@ class Consistency:
         del key, dims
         return ()
 
-    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
         del params
         disagreement_bk = observation.stats[..., STATS.index("disagreement")]
         weights = jax.nn.softmax(-disagreement_bk / self.temperature, axis=-1)
@@ -218,7 +218,7 @@ class Gate:
         del key, dims
         return ()
 
-    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, "B"]]:
+    def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
         del params
         sure_b = observation.stats[:, self.member, STATS.index("top_prob")] >= self.threshold
         k = observation.stats.shape[1]
@@ -231,7 +231,7 @@ class OneHot(NamedTuple):
 
     probs: Float[Array, "B K"]
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B K"]:
         log_probs = jnp.broadcast_to(jnp.log(self.probs), (len(keys), self.probs.shape[1]))
         chosen = jax.vmap(jax.random.categorical)(keys, log_probs)
         return jax.nn.one_hot(chosen, self.probs.shape[1])
@@ -239,10 +239,10 @@ class OneHot(NamedTuple):
     def mode(self) -> Float[Array, "B K"]:
         return jax.nn.one_hot(jnp.argmax(self.probs, axis=1), self.probs.shape[1])
 
-    def log_prob(self, weights: Float[Array, "B K"]) -> Float[Array, "B"]:
+    def log_prob(self, weights: Float[Array, "B K"]) -> Float[Array, " B"]:
         return jnp.log(jnp.sum(self.probs * weights, axis=1))
 
-    def entropy(self) -> Float[Array, "B"]:
+    def entropy(self) -> Float[Array, " B"]:
         return jnp.sum(jax.scipy.special.entr(self.probs), axis=1)
 
     def to_weights(self, action: Float[Array, "B K"]) -> Float[Array, "B K"]:
@@ -264,7 +264,7 @@ class Draw:
         del key
         return jnp.full((1, dims.members), 1.0 / dims.members)
 
-    def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[OneHot, Float[Array, "B"]]:
+    def apply(self, params: Float[Array, "B K"], observation: Observation) -> tuple[OneHot, Float[Array, " B"]]:
         del observation
         return OneHot(params), jnp.zeros(params.shape[0])
 

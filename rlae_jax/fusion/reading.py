@@ -24,7 +24,7 @@ class Text(NamedTuple):
     """The ids of each row's text so far."""
 
     ids: Int[Array, "B C"]  # right-aligned
-    lengths: Int[Array, "B"]  # how many there are
+    lengths: Int[Array, " B"]  # how many there are
 
 
 @jax.tree_util.register_dataclass
@@ -33,14 +33,14 @@ class TextReader:
     """An encoder, and how the written tokens are spelled in its vocabulary."""
 
     params: transformer.Params
-    ids: Int[Array, "N"]  # all spellings, one after another
-    offsets: Int[Array, "V+1"]  # where each token's begins; V tokens of the members, or entries of their union
+    ids: Int[Array, " N"]  # all spellings, one after another
+    offsets: Int[Array, " V+1"]  # where each token's begins; V tokens of the members, or entries of their union
     prompts: Text | None = None  # of the batch at hand
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     before: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # the ids around a text
     after: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
-    def append(self, text: Text, tokens_b: Int[Array, "B"], rows: Bool[Array, "B"]) -> Text:
+    def append(self, text: Text, tokens_b: Int[Array, " B"], rows: Bool[Array, " B"]) -> Text:
         """The text with one more token in some rows."""
         c = text.ids.shape[1]
         first = self.offsets[tokens_b]

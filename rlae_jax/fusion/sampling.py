@@ -82,7 +82,7 @@ class Sampling:
         return jnp.where(seen_bv, log_probs_bv * self.repetition_penalty, log_probs_bv)
 
 
-def argmax(scores_bv: Float[Array, "B V"]) -> Int[Array, "B"]:
+def argmax(scores_bv: Float[Array, "B V"]) -> Int[Array, " B"]:
     """The first index of each row's maximum: two plain reductions, which the CPU runs 1.8 to 2.6 times faster than
     `jnp.argmax`'s one over (value, index) pairs."""
     v = scores_bv.shape[-1]
@@ -112,8 +112,8 @@ def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
 
 
 def choose_token(
-    fused_bv: Float[Array, "B V"], row_keys: Key[Array, "B"], step: Int[Array, ""], sampling: Sampling
-) -> Int[Array, "B"]:
+    fused_bv: Float[Array, "B V"], row_keys: Key[Array, " B"], step: Int[Array, ""], sampling: Sampling
+) -> Int[Array, " B"]:
     """One token per row; the noise of row b at a step is a function of (row_keys[b], step) alone."""
     if sampling.greedy:
         return argmax(fused_bv)

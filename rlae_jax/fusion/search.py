@@ -26,7 +26,7 @@ from rlae_jax.errors import InputError
 
 Evaluate = Callable[[Float[np.ndarray, "N d"]], Float[np.ndarray, "N M"]]
 # Points and places of prompts to the scores of each point on each of these prompts.
-EvaluatePrompts = Callable[[Float[np.ndarray, "N d"], Int[np.ndarray, "n"]], Float[np.ndarray, "N n M"]]
+EvaluatePrompts = Callable[[Float[np.ndarray, "N d"], Int[np.ndarray, " n"]], Float[np.ndarray, "N n M"]]
 SPACES = ("box", "simplex")
 _DIGITS = 9  # of a point's coordinates, by which it is known again
 # A search over more points than two members' grid of step 0.05 has tries them on so many prompts first, and all prompts
@@ -51,7 +51,7 @@ class Scores:
 
     def __init__(self, evaluate: Evaluate, *, rays: bool = False, path: Path | None = None, batch: int | None = None):
         self._evaluate, self._rays, self._path, self._batch = evaluate, rays, path, batch
-        self._known: dict[tuple[float, ...], Float[np.ndarray, "M"]] = {}
+        self._known: dict[tuple[float, ...], Float[np.ndarray, " M"]] = {}
         self.points: list[tuple[float, ...]] = []  # in the order in which they were asked for
         self.evaluations = 0
         if path is not None and path.is_file():
@@ -118,7 +118,7 @@ class SearchResult:
       regions: of a hierarchical search, the corners of the region of each level.
     """
 
-    weights: Float[np.ndarray, "d"]
+    weights: Float[np.ndarray, " d"]
     score: float
     points: Float[np.ndarray, "N d"]
     scores: Float[np.ndarray, "N M"]

@@ -88,7 +88,7 @@ class _Tokens:
     """What a tokenizer's ids stand for."""
 
     pieces: list[bytes | None]  # None: control or unused
-    used: Bool[np.ndarray, "V"]
+    used: Bool[np.ndarray, " V"]
     fallback: frozenset[int]  # the ids of byte tokens like <0x41>
 
 
@@ -163,7 +163,7 @@ def _ranges(starts: Ids, lengths: Ids) -> Ids:
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
-def _join(pieces: Sequence[bytes]) -> tuple[UInt8[np.ndarray, "N"], Ids]:
+def _join(pieces: Sequence[bytes]) -> tuple[UInt8[np.ndarray, " N"], Ids]:
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
     return np.frombuffer(b"".join(pieces), np.uint8), _offsets(lengths)
 
@@ -189,7 +189,7 @@ def _utf8_steps() -> Int[np.ndarray, "9 256"]:
     return steps
 
 
-def utf8_states(data: UInt8[np.ndarray, "N"], offsets: Ids) -> Int[np.ndarray, "8 U"]:
+def utf8_states(data: UInt8[np.ndarray, " N"], offsets: Ids) -> Int[np.ndarray, "8 U"]:
     """From each of 8 states the state after each byte string, -1 where a character would break.
 
     A string without bytes stands for a control token, which may not come within a character: 0 -> 0, otherwise -1.
@@ -298,7 +298,7 @@ def _longest_match(piece: bytes, index: dict[bytes, int], longest: int) -> list[
 
 def _matching(
     pieces: tuple[np.ndarray, Ids], spellings: tuple[Ids, Ids], tokens: tuple[np.ndarray, Ids]
-) -> Bool[np.ndarray, "N"]:
+) -> Bool[np.ndarray, " N"]:
     """Which spellings' tokens concatenate to exactly their piece. All arguments are (data, offsets); a token without
     bytes is a control token, and no part of a text."""
     ids, rows = spellings
@@ -321,16 +321,16 @@ class UnionVocabulary:
     """U entries, K members with V_k ids each. Entries 0..V_0 - 1 are the first member's ids in order."""
 
     end: int  # the members' first end ids share this entry
-    byte_data: UInt8[np.ndarray, "N"]  # entry e's bytes are byte_data[byte_offsets[e] : byte_offsets[e + 1]]
-    byte_offsets: Int[np.ndarray, "U+1"]
-    own: tuple[Int[np.ndarray, "V"], ...]  # a member's id -> entry; -1 for unused ids
-    partner: tuple[Int[np.ndarray, "U"], ...]  # entry -> the member's id that is exactly this entry, or -1
+    byte_data: UInt8[np.ndarray, " N"]  # entry e's bytes are byte_data[byte_offsets[e] : byte_offsets[e + 1]]
+    byte_offsets: Int[np.ndarray, " U+1"]
+    own: tuple[Int[np.ndarray, " V"], ...]  # a member's id -> entry; -1 for unused ids
+    partner: tuple[Int[np.ndarray, " U"], ...]  # entry -> the member's id that is exactly this entry, or -1
     # Entry -> the member's ids that spell it: the partner if there is one; nothing for others' control tokens.
-    spell_ids: tuple[Int[np.ndarray, "N"], ...]
-    spell_offsets: tuple[Int[np.ndarray, "U+1"], ...]
-    choosable: Bool[np.ndarray, "U"]  # every member can write it
-    ends: Bool[np.ndarray, "U"]  # ends a text: the shared end and the members' further end ids
-    control: Bool[np.ndarray, "U"]  # has no bytes
+    spell_ids: tuple[Int[np.ndarray, " N"], ...]
+    spell_offsets: tuple[Int[np.ndarray, " U+1"], ...]
+    choosable: Bool[np.ndarray, " U"]  # every member can write it
+    ends: Bool[np.ndarray, " U"]  # ends a text: the shared end and the members' further end ids
+    control: Bool[np.ndarray, " U"]  # has no bytes
     utf8: Int[np.ndarray, "8 U"]  # see `utf8_states`
 
     @property
@@ -347,11 +347,11 @@ class UnionVocabulary:
         """What the entry adds to the text; nothing for control tokens and ends."""
         return self.byte_data[self.byte_offsets[entry] : self.byte_offsets[entry + 1]].tobytes()
 
-    def lengths(self, k: int) -> Int[np.ndarray, "U"]:
+    def lengths(self, k: int) -> Int[np.ndarray, " U"]:
         """How many tokens each entry takes member k; 0 for what it cannot spell and for others' control tokens."""
         return np.diff(self.spell_offsets[k])
 
-    def first(self, k: int) -> Int[np.ndarray, "U"]:
+    def first(self, k: int) -> Int[np.ndarray, " U"]:
         """The first id of each entry's spelling by member k, -1 where that has no ids."""
         return np.where(self.lengths(k) > 0, np.append(self.spell_ids[k], -1)[self.spell_offsets[k][:-1]], -1).astype(
             np.int32
@@ -493,13 +493,13 @@ def build(tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequence[Seq
 
 def _spell(
     entries: Sequence[bytes],
-    control: Bool[np.ndarray, "U"],
-    whole_text: Bool[np.ndarray, "U"],
-    partner: Int[np.ndarray, "U"],
+    control: Bool[np.ndarray, " U"],
+    whole_text: Bool[np.ndarray, " U"],
+    partner: Int[np.ndarray, " U"],
     speller: _Speller,
     index: dict[bytes, int],
     token_table: tuple[np.ndarray, Ids],
-) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "U+1"]]:
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " U+1"]]:
     """One member's ids for every entry, as (ids, offsets).
 
     Args:
@@ -533,7 +533,7 @@ def _spell(
 
 def spell_texts(
     pieces: Sequence[bytes | None], tokenizer: Any, name: str
-) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "V+1"]]:
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " V+1"]]:
     """A tokenizer's ids for each of many byte strings, as (ids, offsets). None where there are no bytes, or where it
     cannot write them.
 

@@ -200,8 +200,8 @@ class Packing(NamedTuple):
     is filling.
     """
 
-    row_e: Int[Array, "E"]
-    place_e: Int[Array, "E"]  # from 1: how many tokens of the row stand before
+    row_e: Int[Array, " E"]
+    place_e: Int[Array, " E"]  # from 1: how many tokens of the row stand before
     source_bw: Int[Array, "B W"]  # where each row's tokens lie among the R
 
     def unpack(self, x_r1: Float[Array, "R 1 *X"]) -> Float[Array, "B W *X"]:

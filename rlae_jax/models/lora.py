@@ -92,7 +92,7 @@ class Stack(NamedTuple):
     """M adapters of one base model: {path: {"a": [M, inputs..., R], "b": [M, R, outputs...]}} and alpha / rank."""
 
     params: Factors
-    scales: Float[Array, "M"]
+    scales: Float[Array, " M"]
 
 
 class Adapted(NamedTuple):
@@ -110,7 +110,7 @@ class Adapters(NamedTuple):
     a: dict[str, Array]
     b: dict[str, Array]
     # What each row takes of each of the M*R directions; in blocks each block's scale, [M].
-    rows: Float[Array, "B Z"] | Float[Array, "M"]
+    rows: Float[Array, "B Z"] | Float[Array, " M"]
     dropout: tuple[Array, Array] | tuple[()] = ()  # (rate, key), in training
 
 
@@ -189,7 +189,7 @@ def use(
     weights: Float[Array, "B M"],
     *,
     dropout: float = 0.0,
-    key: Key[Array, ""] | Key[Array, "B"] | None = None,
+    key: Key[Array, ""] | Key[Array, " B"] | None = None,
 ) -> Adapters:
     """The stack as a batch of B rows uses it.
 
@@ -205,7 +205,7 @@ def use(
     return Adapters(a, b, rows, () if key is None or not dropout else (jnp.float32(dropout), key))
 
 
-def use_in_blocks(stack: Stack, *, dropout: float = 0.0, key: Key[Array, "B"] | None = None) -> Adapters:
+def use_in_blocks(stack: Stack, *, dropout: float = 0.0, key: Key[Array, " B"] | None = None) -> Adapters:
     """As `use` for a batch of M blocks of rows, of which block m uses adapter m alone: each row is multiplied with its
     own adapter's factors only, not with all adapters' side by side."""
     a, b = ({path: leaf[side] for path, leaf in stack.params.items()} for side in ("a", "b"))
@@ -264,7 +264,7 @@ def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) ->
     return delta
 
 
-def merge(params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array, "M"]) -> dict[Any, Any]:
+def merge(params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array, " M"]) -> dict[Any, Any]:
     """The base parameters with sum_m weights[m] * scale_m * A_m B_m added to each kernel. Negative weights undo it."""
     merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries, the same arrays
     scaled = jnp.asarray(weights, jnp.float32) * stack.scales

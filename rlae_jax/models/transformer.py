@@ -278,7 +278,7 @@ class Transformer(nnx.Module):
         return Cache(((empty, empty),) * c.layers, source, mask_bt.astype(bool))
 
     def step(
-        self, ids_b: Int[Array, "B"], position_b: Int[Array, "B"], cache: Cache, slot: Array, visible_bs: Array
+        self, ids_b: Int[Array, " B"], position_b: Int[Array, " B"], cache: Cache, slot: Array, visible_bs: Array
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token per row."""
         positions_bt = position_b[:, None]
@@ -296,10 +296,10 @@ class Transformer(nnx.Module):
         self,
         ids_bt: Int[Array, "B W"],
         positions_bt: Int[Array, "B W"],
-        count_b: Int[Array, "B"],
+        count_b: Int[Array, " B"],
         cache: Cache,
         behind_bs: Bool[Array, "B S"],
-        slot_b: Int[Array, "B"],
+        slot_b: Int[Array, " B"],
         packing: Packing | None,
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
         """Up to W tokens per row; see `decode_chunk`."""
@@ -439,8 +439,8 @@ def read_prompt(
 def decode_step(
     config: ModelConfig,
     params: Params,
-    ids_b: Int[Array, "B"],
-    position_b: Int[Array, "B"],
+    ids_b: Int[Array, " B"],
+    position_b: Int[Array, " B"],
     cache: Cache,
     slot: Int[Array, ""],
     visible_bs: Bool[Array, "B S"],
@@ -455,10 +455,10 @@ def decode_chunk(
     params: Params,
     ids_bt: Int[Array, "B W"],
     positions_bt: Int[Array, "B W"],
-    count_b: Int[Array, "B"],
+    count_b: Int[Array, " B"],
     cache: Cache,
     behind_bs: Bool[Array, "B S"],
-    slot_b: Int[Array, "B"],
+    slot_b: Int[Array, " B"],
     adapters: Adapters | None = None,
     packing: Packing | None = None,
 ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
@@ -504,7 +504,7 @@ def _write_at_once(
     return jax.tree.map(lambda cached, values: one(cached, values, slot_b), layers, new)
 
 
-def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, "B"]) -> Cache:
+def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, " B"]) -> Cache:
     """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
     the end would move back and overwrite others."""
     # A scatter is one kernel per array on an accelerator; the CPU compiler makes a slow loop of it.

@@ -160,7 +160,7 @@ class PPOAgent:
             params["log_std"] = jnp.full((free,), 0.5 * jnp.log(2 * polygamma(1, config.initial_concentration)))
         return params
 
-    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Distribution, Float[Array, "B"]]:
+    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Distribution, Float[Array, " B"]]:
         """The distribution over weights, and the critic's value."""
         joint = _joint(*_read(params, observation, self.config))
         raw = apply_mlp(params["actor"], joint)
@@ -205,7 +205,7 @@ class MAPPOAgent:
         params["actor"]["b2"] += _start(config)
         return params
 
-    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Distribution, Float[Array, "B"]]:
+    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Distribution, Float[Array, " B"]]:
         """The agents' distributions, and the critic's value."""
         of_members, shared = _read(params, observation, self.config)
         assert of_members is not None, "the configuration makes sure"

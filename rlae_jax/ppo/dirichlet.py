@@ -26,7 +26,7 @@ class Dirichlet(NamedTuple):
 
     concentration: Float[Array, "*B K"]
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B K"]:
         """g_k ~ Gamma(alpha_k, 1), w = g / sum g, one key per row."""
         log_gammas = jax.vmap(jax.random.loggamma)(keys, self.concentration)
         return clamp_to_simplex(jax.nn.softmax(log_gammas, axis=-1))

@@ -20,7 +20,7 @@ class LogGammas(NamedTuple):
 
     concentration: Float[Array, "*B K"]
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B K"]:
         """One key per row."""
         return jax.vmap(jax.random.loggamma)(keys, self.concentration)
 

@@ -44,8 +44,8 @@ class Rollout(NamedTuple):
     value: Float[Array, "P B"]
     mask: Bool[Array, "P B"]  # True where a decision was really taken
     tokens: Int[Array, "B N"]
-    steps: Int[Array, "B"]
-    ended: Bool[Array, "B"]
+    steps: Int[Array, " B"]
+    ended: Bool[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SideBySide:
         """E agents, for the shapes."""
         return jax.vmap(lambda k: self.policy.init(k, dims))(jax.random.split(key, self.agents))
 
-    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, "E*B"]]:
+    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, " E*B"]]:
         """Each block under its own agent."""
         blocks = jax.tree.map(lambda leaf: leaf.reshape(self.agents, -1, *leaf.shape[1:]), observation)
         both = jax.vmap(self.policy.apply)(params, blocks)
@@ -87,11 +87,11 @@ class _Samples(NamedTuple):
 
     observation: Observation
     action: Float[Array, "M A"]
-    log_prob: Float[Array, "M *N"]
-    value: Float[Array, "M"]
-    mask: Bool[Array, "M"]
-    advantage: Float[Array, "M"]
-    target: Float[Array, "M"]
+    log_prob: Float[Array, " M *N"]
+    value: Float[Array, " M"]
+    mask: Bool[Array, " M"]
+    advantage: Float[Array, " M"]
+    target: Float[Array, " M"]
 
 
 class Batch(NamedTuple):
@@ -100,7 +100,7 @@ class Batch(NamedTuple):
     ids: Any  # Int[B, T]; with different tokenizers K of them, as `decode` takes them
     mask: Any
     references: Int[Array | np.ndarray, "B R"]
-    reference_lengths: Int[Array | np.ndarray, "B"]
+    reference_lengths: Int[Array | np.ndarray, " B"]
     text: Any = ()  # a `Text`, the prompts for policies that read it
 
 
@@ -128,7 +128,7 @@ def init_learner(key: Key[Array, ""], policy: Policy, dims: Dims, config: PPOCon
     return LearnerState(params, make_optimiser(config).init(params), jnp.int32(0))
 
 
-def init_learners(seeds: Int[Array | np.ndarray, "E"], policy: Policy, dims: Dims, config: PPOConfig) -> LearnerState:
+def init_learners(seeds: Int[Array | np.ndarray, " E"], policy: Policy, dims: Dims, config: PPOConfig) -> LearnerState:
     """One per seed, leaves [E, ...]."""
     return jax.vmap(lambda seed: init_learner(jax.random.key(seed), policy, dims, config))(jnp.asarray(seeds))
 
@@ -137,7 +137,7 @@ def rollout(
     params: tuple[Any, ...],
     policy_params: Any,
     batch: Batch,
-    key: Key[Array, ""] | Key[Array, "B"],
+    key: Key[Array, ""] | Key[Array, " B"],
     spec: DecodeSpec,
     samples: int = 1,
 ) -> Rollout:
@@ -158,7 +158,7 @@ def rollout(
     )
 
 
-def exact_tokens(experience: Rollout, batch: Batch) -> Float[Array, "B"]:
+def exact_tokens(experience: Rollout, batch: Batch) -> Float[Array, " B"]:
     """1.0 where the answer is exactly the reference's tokens and then an end token."""
     samples = len(experience.tokens) // len(batch.references)
     batch = batch._replace(
@@ -176,8 +176,8 @@ def exact_tokens(experience: Rollout, batch: Batch) -> Float[Array, "B"]:
 
 
 def shaped_reward(
-    score: Float[Array, "B"], experience: Rollout, spec: DecodeSpec, config: PPOConfig
-) -> Float[Array, "B"]:
+    score: Float[Array, " B"], experience: Rollout, spec: DecodeSpec, config: PPOConfig
+) -> Float[Array, " B"]:
     """score - member_cost (mean number of members in use - 1) - length_cost steps / max_new_tokens."""
     in_use = jnp.sum(experience.weights > 0.05, axis=-1)
     further = jnp.sum(jnp.where(experience.mask, in_use - 1, 0), axis=0) / jnp.maximum(experience.mask.sum(axis=0), 1)
@@ -187,7 +187,7 @@ def shaped_reward(
 def learn(
     state: LearnerState,
     experience: Rollout,
-    score: Float[Array, "B"],
+    score: Float[Array, " B"],
     key: Key[Array, ""],
     spec: DecodeSpec,
     config: PPOConfig,
@@ -228,10 +228,10 @@ def learn(
         )
         return loss.total, loss
 
-    def gradients_of(params: Any, rows: Int[Array, "M"]) -> tuple[Any, PPOLoss]:
+    def gradients_of(params: Any, rows: Int[Array, " M"]) -> tuple[Any, PPOLoss]:
         """The minibatch's, as the sum over its parts of what each has a share in."""
 
-        def part(rows: Int[Array, "M"]) -> tuple[Any, Any]:
+        def part(rows: Int[Array, " M"]) -> tuple[Any, Any]:
             taken = jax.tree.map(lambda leaf: leaf[rows], flat)
             return jax.tree.map(lambda leaf: leaf * jnp.sum(taken.mask), jax.grad(loss_of, has_aux=True)(params, taken))
 
@@ -240,7 +240,7 @@ def learn(
         sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(part, parts))
         return jax.tree.map(lambda leaf: leaf / total, sums)
 
-    def update(carry: tuple[Any, Any, Array], rows: Int[Array, "M"]) -> tuple[tuple[Any, Any, Array], Any]:
+    def update(carry: tuple[Any, Any, Array], rows: Int[Array, " M"]) -> tuple[tuple[Any, Any, Array], Any]:
         params, optimiser_state, stopped = carry
         gradients, loss = gradients_of(params, rows)
         updates, new_optimiser_state = optimiser.update(gradients, optimiser_state, params)
@@ -325,7 +325,7 @@ def iterate(
     states: LearnerState,
     params: tuple[Any, ...],
     batch: Batch,
-    seeds: Int[Array, "E"],
+    seeds: Int[Array, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
@@ -348,7 +348,7 @@ def rollout_for_text(
     policy_params: Any,
     params: tuple[Any, ...],
     batch: Batch,
-    seeds: Int[Array, "E"],
+    seeds: Int[Array, " E"],
     iteration: Int[Array, ""],
     spec: DecodeSpec,
     config: PPOConfig,
@@ -361,8 +361,8 @@ def rollout_for_text(
 def learn_from_text(
     states: LearnerState,
     experience: Rollout,
-    score: Float[Array, "E*B"],
-    seeds: Int[Array, "E"],
+    score: Float[Array, " E*B"],
+    seeds: Int[Array, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:

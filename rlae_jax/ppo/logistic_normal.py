@@ -17,7 +17,7 @@ class LogisticNormal(NamedTuple):
     mean: Float[Array, "B K-1"]
     log_std: Float[Array, "B K-1"]
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B K-1"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B K-1"]:
         """One key per row."""
         noise = jax.vmap(lambda key: jax.random.normal(key, self.mean.shape[1:]))(keys)
         return self.mean + jnp.exp(self.log_std) * noise
@@ -26,12 +26,12 @@ class LogisticNormal(NamedTuple):
         """The mean of z."""
         return self.mean
 
-    def log_prob(self, action: Float[Array, "B K-1"]) -> Float[Array, "B"]:
+    def log_prob(self, action: Float[Array, "B K-1"]) -> Float[Array, " B"]:
         """The density of z, which differs from that of the weights by a factor that depends on no parameter."""
         standard = (action - self.mean) * jnp.exp(-self.log_std)
         return jnp.sum(-0.5 * standard**2 - self.log_std - _HALF_LOG_TAU, axis=-1)
 
-    def entropy(self) -> Float[Array, "B"]:
+    def entropy(self) -> Float[Array, " B"]:
         """That of z, in nats: sum ln sigma + (K - 1) (1 + ln 2 pi) / 2."""
         return jnp.sum(self.log_std + 0.5 + _HALF_LOG_TAU, axis=-1)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def terminal_rewards(score: Float[Array, "B"], mask: Bool[Array, "P B"]) -> Float[Array, "P B"]:
+def terminal_rewards(score: Float[Array, " B"], mask: Bool[Array, "P B"]) -> Float[Array, "P B"]:
     """Each row's score at its last real span, zero elsewhere."""
     following = jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
     return jnp.where(mask & ~following, score[None], 0.0)

@@ -15,7 +15,7 @@ class WithLength(NamedTuple):
     logits: Float[Array, "B C"]
     lengths: Int[Array, "B C"]
 
-    def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B A+1"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B A+1"]:
         """One key per row."""
         both = jax.vmap(jax.random.split)(keys)
         chosen = jax.vmap(jax.random.categorical)(both[:, 1], self.logits)
@@ -24,7 +24,7 @@ class WithLength(NamedTuple):
     def mode(self) -> Float[Array, "B A+1"]:
         return self._join(self.of_weights.mode(), jnp.argmax(self.logits, axis=-1))
 
-    def log_prob(self, action: Float[Array, "B A+1"]) -> Float[Array, "B *N"]:
+    def log_prob(self, action: Float[Array, "B A+1"]) -> Float[Array, " B *N"]:
         of_weights = self.of_weights.log_prob(action[:, :-1])
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
         of_length = jnp.take_along_axis(log_probs, self._place(action)[:, None], axis=-1)
@@ -32,14 +32,14 @@ class WithLength(NamedTuple):
             return of_weights + of_length[:, 0]
         return jnp.concatenate([of_weights, of_length], axis=-1)
 
-    def entropy(self) -> Float[Array, "B"]:
+    def entropy(self) -> Float[Array, " B"]:
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
         return self.of_weights.entropy() - jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
     def to_weights(self, action: Float[Array, "B A+1"]) -> Float[Array, "B K"]:
         return self.of_weights.to_weights(action[:, :-1])
 
-    def to_length(self, action: Float[Array, "B A+1"]) -> Int[Array, "B"]:
+    def to_length(self, action: Float[Array, "B A+1"]) -> Int[Array, " B"]:
         """How many steps the action holds."""
         return jnp.take_along_axis(self.lengths, self._place(action)[:, None], axis=1)[:, 0]
 

@@ -46,7 +46,7 @@ class TrainState(NamedTuple):
 
     learner: ppo.LearnerState
     best: Any  # each agent's parameters when it was best on dev
-    best_dev: Float[Array, "E"]  # its score then; -inf before the first
+    best_dev: Float[Array, " E"]  # its score then; -inf before the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +299,7 @@ def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) 
     )
 
 
-def _seeds(config: PPOConfig) -> Int[np.ndarray, "E"]:
+def _seeds(config: PPOConfig) -> Int[np.ndarray, " E"]:
     return np.uint32(config.seed) + np.arange(config.seeds, dtype=np.uint32)
 
 
@@ -321,9 +321,9 @@ def _iterate(
     task: Task,
     pool: RewardPool,
     prompts: "_Prompts",
-    rows: Int[np.ndarray, "E*B"],
+    rows: Int[np.ndarray, " E*B"],
     learner: ppo.LearnerState,
-    seeds: Int[np.ndarray, "E"],
+    seeds: Int[np.ndarray, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[ppo.LearnerState, dict[str, Array]]:
@@ -345,7 +345,7 @@ def _nth(tree: Any, e: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[e], tree)
 
 
-def _values(metrics: dict[str, Float[np.ndarray, "E"]]) -> dict[str, Any]:
+def _values(metrics: dict[str, Float[np.ndarray, " E"]]) -> dict[str, Any]:
     """Means over the agents, and of the scores also every agent's own."""
     values: dict[str, Any] = {name: float(np.mean(value)) for name, value in metrics.items()}
     for name in ("reward", "dev"):
@@ -354,7 +354,7 @@ def _values(metrics: dict[str, Float[np.ndarray, "E"]]) -> dict[str, Any]:
     return values
 
 
-def _keep_best(state: TrainState, dev: Float[np.ndarray, "E"]) -> TrainState:
+def _keep_best(state: TrainState, dev: Float[np.ndarray, " E"]) -> TrainState:
     """Each agent's parameters become its best ones if they are; of equally good ones the first stay."""
     better = jnp.asarray(dev) > state.best_dev
 
@@ -382,7 +382,7 @@ def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Any], experience: p
 
 def _dev_scores(
     ensemble: Ensemble, task: Task, pool: RewardPool, dev: _Prompts, policy_params: Any, spec: DecodeSpec
-) -> Float[np.ndarray, "B"]:
+) -> Float[np.ndarray, " B"]:
     """Rewards on dev of greedy answers under the policy's modes. Scoring goes on while the next rows are decoded."""
     options: dict[str, Any] = {"span_length": spec.span_length, "max_new_tokens": spec.max_new_tokens}
     greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, **options)

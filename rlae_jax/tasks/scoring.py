@@ -92,7 +92,7 @@ class Pending:
             self._error = error
             self._change.notify_all()
 
-    def result(self) -> Float[np.ndarray, "B"]:
+    def result(self) -> Float[np.ndarray, " B"]:
         """The scores, float32, in the order of the texts; waits for them.
 
         Raises:
