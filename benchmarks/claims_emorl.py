@@ -39,7 +39,7 @@ from rlae_jax.emorl.fused import MODES, Fused
 from rlae_jax.emorl.run import BASELINES, Data, Run, make_targets
 from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
 from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Target, train_adapters
-from rlae_jax.metrics import read_metrics
+from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import reflections
 
 THREE, FOUR = embedded.OBJECTIVES, embedded.ALL

@@ -33,8 +33,8 @@ from benchmarks.study import CLAIM_COLUMNS, all_of, claim, claim_cells, sign_ver
 from rlae_jax import files, report, specialists, statistics
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.evaluate import Method, baseline_methods, evaluate, join_results, transfer_matrix, with_fusion
-from rlae_jax.metrics import read_metrics
 from rlae_jax.ppo.train import train_seeds
+from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import get_task
 
 GAIN = ("skills", "overlap", "skills3", "mixed", "noisy")

@@ -34,7 +34,7 @@ from rlae_jax.evaluate import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import TrainProgress, require_written, run_config, train_seeds
-from rlae_jax.runs import claim_directory
+from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import t_interval
 from rlae_jax.tasks import Task
 

@@ -435,9 +435,9 @@ def train(
     from rlae_jax import files, report
     from rlae_jax.config import ALGORITHMS
     from rlae_jax.evaluate import Method, evaluate
-    from rlae_jax.metrics import read_metrics
     from rlae_jax.ppo.train import TrainProgress, train_seeds
-    from rlae_jax.runs import how_to_go_on
+    from rlae_jax.runs.directory import how_to_go_on
+    from rlae_jax.runs.metrics import read_metrics
 
     found = prompted.load()
     changes: dict[str, Any] = {
@@ -550,7 +550,7 @@ def evaluate(
     from rlae_jax.evaluate import baseline_methods, load_agents, router_config
     from rlae_jax.evaluate import evaluate as evaluate_methods
     from rlae_jax.ppo.train import read_run
-    from rlae_jax.runs import CONFIG_FILE
+    from rlae_jax.runs.directory import CONFIG_FILE
 
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
@@ -647,7 +647,7 @@ def ablate(
     from rlae_jax import report
     from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary, table
     from rlae_jax.config import ALGORITHMS
-    from rlae_jax.runs import how_to_go_on
+    from rlae_jax.runs.directory import how_to_go_on
 
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, not {limit}")

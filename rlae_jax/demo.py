@@ -18,11 +18,11 @@ from rlae_jax.errors import InputError
 from rlae_jax.evaluate import Method, baseline_methods, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.metrics import read_metrics
 from rlae_jax.models import LM, ModelConfig, load
 from rlae_jax.models.pretrain import PretrainConfig, pretrain
 from rlae_jax.ppo.train import train
-from rlae_jax.runs import CONFIG_FILE
+from rlae_jax.runs.directory import CONFIG_FILE
+from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import Task, skills
 
 SPECIALIST = ModelConfig(

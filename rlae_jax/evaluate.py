@@ -40,9 +40,9 @@ from rlae_jax.fusion.policy import (
     Schedule,
     take_rows,
 )
-from rlae_jax.metrics import read_metrics
 from rlae_jax.ppo.dirichlet import Dirichlet
 from rlae_jax.ppo.train import check_members, load_policy, read_run, train_seeds
+from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05

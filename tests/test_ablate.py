@@ -16,7 +16,7 @@ from rlae_jax import cli, report
 from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary
 from rlae_jax.config import ALGORITHMS, MAPPOConfig, PPOConfig
 from rlae_jax.errors import Interrupted
-from rlae_jax.metrics import read_metrics
+from rlae_jax.runs.metrics import read_metrics
 from tests import toys
 
 BASE = dataclasses.replace(toys.SETTINGS, iterations=2, prompts=16, epochs=1, eval_every=2, eval_prompts=8, seeds=2)

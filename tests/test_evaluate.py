@@ -32,7 +32,7 @@ from rlae_jax.evaluate import (
     unique_names,
 )
 from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims
-from rlae_jax.runs import CONFIG_FILE
+from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
 from tests import toys

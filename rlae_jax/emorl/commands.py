@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.errors import InputError, Interrupted
-from rlae_jax.runs import how_to_go_on
+from rlae_jax.runs.directory import how_to_go_on
 
 if TYPE_CHECKING:
     from rlae_jax.emorl.run import Run
@@ -132,7 +132,7 @@ def train(
     from rlae_jax.emorl.run import Data, Run, make_targets
     from rlae_jax.emorl.train import train_adapters
     from rlae_jax.models import load
-    from rlae_jax.runs import CONFIG_FILE
+    from rlae_jax.runs.directory import CONFIG_FILE
 
     run = Run(out) if (out / CONFIG_FILE).is_file() else None
     if run is None and (base is None or data is None):
@@ -394,7 +394,7 @@ def evaluate_run(
     from rlae_jax.emorl.search import SEARCH_FILE
     from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE
     from rlae_jax.ppo.train import load_policy
-    from rlae_jax.runs import CONFIG_FILE
+    from rlae_jax.runs.directory import CONFIG_FILE
 
     singles = run.singles()
     every = {name: run.adapter(name) for name in run.targets()}

@@ -17,7 +17,7 @@ from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
 from rlae_jax.emorl.train import train_adapters
 from rlae_jax.errors import InputError
 from rlae_jax.models import load
-from rlae_jax.runs import CONFIG_FILE
+from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import reflections
 
 MODES = ("hidden", "probs", "params")

@@ -16,7 +16,7 @@ from rlae_jax.emorl.scorers import Scorer, get_scorers
 from rlae_jax.emorl.train import ADAPTER, OBJECTIVES, WEIGHTINGS, Target, check_targets
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Adapter, load, load_adapter
-from rlae_jax.runs import CONFIG_FILE
+from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import reflections
 from rlae_jax.tasks.prompts import PromptSet, read_prompts
 

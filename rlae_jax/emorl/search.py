@@ -24,7 +24,7 @@ from rlae_jax.emorl.scorers import Scorer
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
 from rlae_jax.fusion.search import SearchResult
-from rlae_jax.runs import claim_directory
+from rlae_jax.runs.directory import claim_directory
 
 METHODS = ("hierarchical", "grid", "random", "halving")
 POINTS_FILE, SEARCH_FILE = "points.jsonl", "search.json"

@@ -26,7 +26,6 @@ import numpy as np
 from jaxtyping import Int
 
 from rlae_jax import files
-from rlae_jax.checkpoint import Checkpoints
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
 from rlae_jax.emorl.fine_tune import Adapting, EMORLConfig
@@ -34,10 +33,11 @@ from rlae_jax.emorl.scorers import Scorer
 from rlae_jax.errors import InputError, Interrupted
 from rlae_jax.fusion.decode import DecodeSpec
 from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, pad_rows
-from rlae_jax.metrics import MetricsLog, read_metrics
 from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
 from rlae_jax.models.lm import load_adapter
-from rlae_jax.runs import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.runs.checkpoints import Checkpoints
+from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.runs.metrics import MetricsLog, read_metrics
 from rlae_jax.tasks.prompts import PromptSet
 
 OBJECTIVES = "objectives"

@@ -23,7 +23,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlae_jax import files
-from rlae_jax.checkpoint import Checkpoints
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted
 from rlae_jax.fusion.decode import DecodeSpec, DecodeState
@@ -31,10 +30,11 @@ from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.fusion.reading import TextReader
-from rlae_jax.metrics import MetricsLog, load_sinks, read_metrics
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
-from rlae_jax.runs import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.runs.checkpoints import Checkpoints
+from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.runs.metrics import MetricsLog, load_sinks, read_metrics
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 UNION_FILE = "union.npz"  # of members with different tokenizers

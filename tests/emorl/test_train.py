@@ -15,8 +15,8 @@ from rlae_jax.emorl import embedded, scorers
 from rlae_jax.emorl import train as train_module
 from rlae_jax.emorl.scorers import Scorer
 from rlae_jax.emorl.train import Target, converged, own_seed, train_adapters
-from rlae_jax.metrics import read_metrics
 from rlae_jax.models import LM, LoraConfig, transformer
+from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import reflections
 from rlae_jax.tasks.prompts import PromptSet
 

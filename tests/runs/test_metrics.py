@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from rlae_jax import metrics
-from rlae_jax.metrics import MetricsLog, read_metrics
+from rlae_jax.runs import metrics
+from rlae_jax.runs.metrics import MetricsLog, read_metrics
 
 
 class StandIn(types.ModuleType):
