@@ -15,6 +15,43 @@ from jaxtyping import Array, Float, Int, Key
 from rlae_jax.errors import InputError
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How answers are written. `Ensemble.generate` takes the fields as keywords, the commands as flags."""
+
+    max_new_tokens: int = 64
+    """The longest answer, in tokens or, with different tokenizers, in entries of the union vocabulary."""
+    min_new_tokens: int = 0
+    """No end before this many."""
+    member_tokens: int | None = None
+    """With different tokenizers, how many of its own tokens any member has room for in an answer. Default: ample for
+    nearly all entries; a hint says when it was too few."""
+    span_length: int | None = None
+    """Steps for which weights are held. Default: the policy's own, else 4."""
+    temperature: float = 0.0
+    """0 always takes the most probable token."""
+    top_k: int = 0
+    """Sample among the k most probable tokens only; 0 is no limit."""
+    top_p: float = 1.0
+    """Sample within the smallest set of tokens with this probability."""
+    min_p: float = 0.0
+    """Sample only tokens at least this often as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Multiplies the log-probabilities of tokens that came already; 1 is none."""
+    samples: int = 1
+    """Answers per prompt."""
+    seed: int = 0
+    """Of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+    chat: bool = False
+    """Put each prompt into the tokenizer's chat template."""
+    ignore_eos: bool = False
+    """Go on after the end token."""
+    scores: bool = False
+    """Also tell the log-probabilities of what was chosen, together and of each member."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
