@@ -4,11 +4,11 @@ from rlae_jax.config import AgentConfig as AgentConfig
 from rlae_jax.config import MAPPOConfig as MAPPOConfig
 from rlae_jax.config import PPOConfig as PPOConfig
 from rlae_jax.errors import InputError as InputError
-from rlae_jax.fusion.decode import DecodeSpec as DecodeSpec
-from rlae_jax.fusion.decode import DecodeState as DecodeState
 from rlae_jax.fusion.decode import decode as decode
 from rlae_jax.fusion.ensemble import Ensemble as Ensemble
-from rlae_jax.fusion.ensemble import Generation as Generation
+from rlae_jax.fusion.generation import Generation as Generation
+from rlae_jax.fusion.spec import DecodeSpec as DecodeSpec
+from rlae_jax.fusion.state import DecodeState as DecodeState
 from rlae_jax.models import LM as LM
 from rlae_jax.models import Adapter as Adapter
 from rlae_jax.models import Encoder as Encoder

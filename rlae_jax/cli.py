@@ -68,7 +68,8 @@ def _read_end_ids(end_ids: tuple[str, ...], members: int) -> list[list[int]] | N
 def _load_ensemble(
     models: tuple[str, ...], adapters: tuple[str, ...], fusion: str, dtype: str, end_ids: tuple[str, ...] = ()
 ) -> "Ensemble":
-    from rlae_jax.fusion.ensemble import Ensemble, same_tokenizer
+    from rlae_jax.fusion.codec import same_tokenizer
+    from rlae_jax.fusion.ensemble import Ensemble
     from rlae_jax.fusion.operators import get_operator
     from rlae_jax.models import load
 
@@ -188,17 +189,17 @@ def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -
 
 
 def _choose_weights(weights: tuple[float, ...] | None, policy: str | None) -> "Weights":
-    from rlae_jax.fusion.policy import UNTRAINED
+    from rlae_jax.fusion.policy import NAMED_POLICIES
     from rlae_jax.ppo.train import load_policy
 
     if weights is not None and policy is not None:
         raise InputError("give either --weights or --policy")
     if policy is None:
         return None if weights is None else list(weights)
-    if policy in UNTRAINED and not Path(policy).is_dir():
+    if policy in NAMED_POLICIES and not Path(policy).is_dir():
         return policy
     if not Path(policy).is_dir():
-        raise InputError(f"{policy} is not a run directory, and no policy either; known: {', '.join(UNTRAINED)}")
+        raise InputError(f"{policy} is not a run directory, and no policy either; known: {', '.join(NAMED_POLICIES)}")
     return load_policy(policy)
 
 
@@ -231,11 +232,11 @@ def _say_where_a_member_was_full(
 
 def _scores_line(generation: "Generation", names: list[str], row: int) -> str:
     assert generation.scores is not None
-    assert generation.attribution is not None
+    assert generation.member_scores is not None
     steps = generation.steps[row]
     if not steps:
         return "  mean log-probability: nothing was written"
-    fused, members = generation.scores[row, :steps].mean(), generation.attribution[row, :steps].mean(axis=0)
+    fused, members = generation.scores[row, :steps].mean(), generation.member_scores[row, :steps].mean(axis=0)
     each = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(names, members, strict=True))
     return f"  mean log-probability: {fused:.3f} ({each})"
 

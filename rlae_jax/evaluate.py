@@ -6,7 +6,6 @@ Several seeds of a method are a list. What has to be chosen, such as the static 
 only the router, an agent, also looks at dev, as agents do.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -25,8 +24,7 @@ from rlae_jax import files, report, statistics
 from rlae_jax.config import PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search
-from rlae_jax.fusion.ensemble import Ensemble, Weights, bucket
-from rlae_jax.fusion.operators import get_operator
+from rlae_jax.fusion.ensemble import Ensemble, Weights
 from rlae_jax.fusion.policy import (
     BoundPolicy,
     Confidence,
@@ -38,8 +36,9 @@ from rlae_jax.fusion.policy import (
     Perplexity,
     Policy,
     Schedule,
-    take_rows,
+    slice_params,
 )
+from rlae_jax.fusion.prompts import bucket
 from rlae_jax.ppo.dirichlet import Dirichlet
 from rlae_jax.ppo.train import check_members, load_policy, read_run, train_seeds
 from rlae_jax.runs.metrics import read_metrics
@@ -71,9 +70,11 @@ class Replay:
         weights = params[rows, jnp.minimum(observation.span, params.shape[1] - 1)]
         return Deterministic(weights), jnp.zeros(weights.shape[0])
 
-    def of_rows(self, params: Float[Array, "B P K"], start: Array | int, n: int, total: int) -> tuple["Replay", Array]:
+    def slice_rows(
+        self, params: Float[Array, "B P K"], start: Array | int, n: int, total: int
+    ) -> tuple["Replay", Array]:
         del total
-        return self, take_rows(params, start, n)
+        return self, slice_params(params, start, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -506,9 +507,7 @@ def _untrained(ensemble: Ensemble, task: Task, policy: Any, span_length: int, **
 
 def with_fusion(ensemble: Ensemble, fusion: str) -> Ensemble:
     """The same members under another operator."""
-    changed = copy.copy(ensemble)  # a union vocabulary and shared adapters stay what they are
-    changed.fusion = get_operator(fusion, len(ensemble.members))
-    return changed
+    return ensemble.with_fusion(fusion)
 
 
 # In the order of the table.

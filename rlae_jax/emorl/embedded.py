@@ -13,7 +13,7 @@ import numpy as np
 from rlae_jax import files, report
 from rlae_jax.emorl import scorers
 from rlae_jax.emorl.fine_tune import EMORLConfig
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion.prompts import pad_rows
 from rlae_jax.models import LM, LoraConfig, ModelConfig, transformer
 from rlae_jax.models.config import RelativeBias
 from rlae_jax.models.pretrain import PretrainConfig, Source, pretrain

@@ -20,7 +20,9 @@ from rlae_jax.config import SCHEDULES
 from rlae_jax.emorl import losses
 from rlae_jax.emorl.scorers import COMBINATIONS
 from rlae_jax.errors import InputError
-from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion.decode import decode_batch
+from rlae_jax.fusion.prompts import Prompts, row_keys
+from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
 from rlae_jax.schedules import learning_rate
 
@@ -92,7 +94,7 @@ class EMORLConfig:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
 
 
-class Adapting(NamedTuple):
+class TrainingState(NamedTuple):
     """What training changes. Every leaf has a leading M axis."""
 
     factors: lora.Factors
@@ -101,7 +103,7 @@ class Adapting(NamedTuple):
     step: Int[Array, " M"]  # steps done
 
 
-class Written(NamedTuple):
+class Samples(NamedTuple):
     """Samples: of block m the B prompts, of each prompt its k samples."""
 
     tokens: Int[Array, "R N"]
@@ -119,20 +121,20 @@ def _optimiser(config: EMORLConfig) -> optax.GradientTransformation:
     )
 
 
-def begin(model: ModelConfig, config: EMORLConfig, seed: int) -> Adapting:
+def begin(model: ModelConfig, config: EMORLConfig, seed: int) -> TrainingState:
     """A fresh adapter, alone in its axis. The same seed gives the same one."""
     factors = lora.init(config.lora, transformer.linears(model), jax.random.key(seed))
     value = jnp.zeros(model.hidden_width)
-    state = Adapting(factors, value, _optimiser(config).init((factors, value)), jnp.int32(0))
+    state = TrainingState(factors, value, _optimiser(config).init((factors, value)), jnp.int32(0))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
 
 
-def join(states: list[Adapting]) -> Adapting:
+def join(states: list[TrainingState]) -> TrainingState:
     """Several adapters as one stack."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
 
 
-def take(state: Adapting, m: int) -> Adapting:
+def take(state: TrainingState, m: int) -> TrainingState:
     """Adapter m, alone in its axis."""
     return jax.tree.map(lambda leaf: leaf[m : m + 1], state)
 
@@ -141,7 +143,7 @@ def _stack(factors: lora.Factors, config: EMORLConfig, members: int) -> lora.Sta
     return lora.Stack(factors, jnp.full((members,), config.lora.scale, jnp.float32))
 
 
-def _rows_of(members: int, rows: int) -> Float[Array, "R M"]:
+def _one_hot_blocks(members: int, rows: int) -> Float[Array, "R M"]:
     """Block m's rows use adapter m."""
     return jnp.repeat(jnp.eye(members), rows // members, axis=0)
 
@@ -158,25 +160,24 @@ def step_keys(seeds: Int[Array, " M"], steps: Int[Array, " M"], purpose: int) ->
 @functools.partial(jax.jit, static_argnames="config")
 def sample(
     base: transformer.Params,
-    state: Adapting,
-    ids: Int[Array, "M B T"],
-    mask: Array,
+    state: TrainingState,
+    prompts: Prompts,
     seeds: Int[Array, " M"],
-    spec: decoding.DecodeSpec,
+    spec: DecodeSpec,
     config: EMORLConfig,
-) -> Written:
+) -> Samples:
     """k answers to every prompt of every block, each under the block's adapter.
 
     Args:
+      prompts: M blocks of rows, without keys.
       spec: of an ensemble of the base with one stack (`Ensemble([base.with_adapters(...)])`).
     """
-    m, b, t = ids.shape
-    keys = jax.vmap(lambda key: decoding.row_keys(key, b))(step_keys(seeds, state.step, 0)).reshape(-1)
-    adapted = lora.Adapted(base, _stack(state.factors, config, m), _rows_of(m, m * b))
-    rows = ids.reshape(m * b, t), mask.reshape(m * b, t)
-    written = decoding.answers((adapted,), *rows, jnp.ones((1, 1)), keys, spec, samples=config.samples)
-    places = jnp.arange(written.tokens.shape[1])
-    return Written(written.tokens, places < written.steps[:, None], written.ended)
+    m = len(seeds)
+    keys = jax.vmap(lambda key: row_keys(key, prompts.batch // m))(step_keys(seeds, state.step, 0)).reshape(-1)
+    adapted = lora.Adapted(base, _stack(state.factors, config, m), _one_hot_blocks(m, prompts.batch))
+    answers = decode_batch((adapted,), prompts._replace(keys=keys), jnp.ones((1, 1)), spec, config.samples)
+    places = jnp.arange(answers.tokens.shape[1])
+    return Samples(answers.tokens, places < answers.steps[:, None], answers.ended)
 
 
 class _Read(NamedTuple):
@@ -227,7 +228,7 @@ def _loss_of_block(
     value_loss = jnp.zeros(())
     if config.algorithm == "scst":
         advantages = losses.self_critical_advantages(rewards, config.samples)
-        found = losses.Clipped(losses.self_critical_loss(new, mask, advantages), jnp.zeros(()), jnp.zeros(()))
+        policy = losses.Clipped(losses.self_critical_loss(new, mask, advantages), jnp.zeros(()), jnp.zeros(()))
     else:
         if config.algorithm == "grpo":
             of_row = losses.group_advantages(rewards, config.samples)
@@ -235,11 +236,11 @@ def _loss_of_block(
         else:
             of_token, targets = losses.token_advantages(rewards, before.values, mask, config.gae_lambda)
             value_loss = losses.value_loss(values, targets, mask)
-        found = losses.clipped_loss(new, before.log_probs, mask, of_token, config.clip)
-    total = found.loss + config.kl_weight * kl + config.value_weight * value_loss
-    return total, {"policy_loss": found.loss, "kl": kl, "value_loss": value_loss} | {
-        "clip_fraction": found.clip_fraction,
-        "approx_kl": found.approx_kl,
+        policy = losses.clipped_loss(new, before.log_probs, mask, of_token, config.clip)
+    total = policy.loss + config.kl_weight * kl + config.value_weight * value_loss
+    return total, {"policy_loss": policy.loss, "kl": kl, "value_loss": value_loss} | {
+        "clip_fraction": policy.clip_fraction,
+        "approx_kl": policy.approx_kl,
     }
 
 
@@ -257,18 +258,17 @@ class _Part(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
 def update(
     base: transformer.Params,
-    state: Adapting,
-    ids: Int[Array, "M B T"],
-    mask: Array,
-    written: Written,
+    state: TrainingState,
+    prompts: Prompts,
+    samples: Samples,
     rewards: Float[Array, "M R"],
     seeds: Int[Array, " M"],
     model: ModelConfig,
     config: EMORLConfig,
-) -> tuple[Adapting, dict[str, Float[Array, " M"]]]:
+) -> tuple[TrainingState, dict[str, Float[Array, " M"]]]:
     """One step of every adapter from the samples of its own block."""
-    m, b, t = ids.shape
-    parts, k = config.accumulate, config.samples
+    m, parts = len(seeds), config.accumulate
+    per_block = len(samples.tokens) // m
     optimiser = _optimiser(config)
     drawn = step_keys(seeds, state.step, 1)
 
@@ -280,9 +280,9 @@ def update(
         cut = x.reshape(m, parts, -1, *x.shape[1:])
         return jnp.swapaxes(cut, 0, 1).reshape(parts, -1, *x.shape[1:])
 
-    asked, real = (x.reshape(m * b, t) for x in (ids, mask))
-    rows = jnp.tile(jnp.arange(b * k), m)
-    all_parts = jax.tree.map(split, _Part(asked, real, written.tokens, written.mask, rewards.reshape(-1), rows))
+    rows = jnp.tile(jnp.arange(per_block), m)
+    part = _Part(prompts.ids[0], prompts.mask[0], samples.tokens, samples.mask, rewards.reshape(-1), rows)
+    all_parts = jax.tree.map(split, part)
 
     def values_of(hidden: Float[Array, "R N D"], value: Float[Array, "M D"]) -> Float[Array, "R N"]:
         # The head learns to read the states; they are not changed for it.
@@ -305,27 +305,27 @@ def update(
         )
         used = lora.use_in_blocks(_stack(factors, config, m), dropout=config.lora.dropout, key=own.reshape(-1))
         new = read(model, base, used, part.ids, part.real, part.tokens)
-        found = (new.log_probs, values_of(new.hidden, value), before, part.mask, part.rewards)
-        totals, told = jax.vmap(functools.partial(_loss_of_block, config=config))(*jax.tree.map(blocks, found))
-        return jnp.sum(totals), told
+        given = (new.log_probs, values_of(new.hidden, value), before, part.mask, part.rewards)
+        totals, metrics = jax.vmap(functools.partial(_loss_of_block, config=config))(*jax.tree.map(blocks, given))
+        return jnp.sum(totals), metrics
 
     def one_update(carry: tuple[Any, Any], epoch: Array) -> tuple[tuple[Any, Any], Any]:
         trained, optimiser_state = carry
         keys = jax.vmap(lambda key: jax.random.fold_in(key, epoch))(drawn)
 
         def of_part(total: Any, pair: tuple[_Part, _Before]) -> tuple[Any, Any]:
-            gradients, told = jax.grad(loss, has_aux=True)(trained, *pair, keys)
-            return jax.tree.map(lambda sum_, new: sum_ + new / parts, total, gradients), told
+            gradients, metrics = jax.grad(loss, has_aux=True)(trained, *pair, keys)
+            return jax.tree.map(lambda sum_, new: sum_ + new / parts, total, gradients), metrics
 
-        gradients, told = jax.lax.scan(of_part, jax.tree.map(jnp.zeros_like, trained), (all_parts, before))
+        gradients, metrics = jax.lax.scan(of_part, jax.tree.map(jnp.zeros_like, trained), (all_parts, before))
         changes, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, trained)
-        return (optax.apply_updates(trained, changes), optimiser_state), told
+        return (optax.apply_updates(trained, changes), optimiser_state), metrics
 
     before = jax.lax.map(before_of, all_parts)
     start = ((state.factors, state.value), state.optimiser)
-    (trained, optimiser_state), told = jax.lax.scan(one_update, start, jnp.arange(config.epochs))
-    metrics = {name: value.mean(axis=(0, 1)) for name, value in told.items()}
+    (trained, optimiser_state), history = jax.lax.scan(one_update, start, jnp.arange(config.epochs))
+    metrics = {name: value.mean(axis=(0, 1)) for name, value in history.items()}
     metrics["reward"] = rewards.mean(axis=1)
-    metrics["tokens"] = blocks(written.mask).sum(axis=(1, 2)) / (b * k)
-    metrics["ended"] = blocks(written.ended).mean(axis=1)
-    return Adapting(*trained, optimiser_state, state.step + 1), metrics
+    metrics["tokens"] = blocks(samples.mask).sum(axis=(1, 2)) / per_block
+    metrics["ended"] = blocks(samples.ended).mean(axis=1)
+    return TrainingState(*trained, optimiser_state, state.step + 1), metrics

@@ -28,9 +28,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.ensemble import Ensemble
-from rlae_jax.fusion.feed import Lockstep, Runs
+from rlae_jax.fusion.lockstep import Lockstep, RowSubsets
+from rlae_jax.fusion.prompts import Prompts
+from rlae_jax.fusion.spec import DecodeSpec
+from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
 from rlae_jax.models import LM, Adapter
 from rlae_jax.models.lm import load_adapters
 
@@ -39,7 +42,7 @@ DEFAULT_MEMORY = 2 << 30  # bytes of keys and values that a batch of points may 
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class PointAnswers:
     """What N points answer to B prompts, S samples each."""
 
     tokens: Int[np.ndarray, "N B*S T"]
@@ -71,8 +74,8 @@ class Fused:
         else:
             self.ensemble = Ensemble.from_adapters(base, loaded, MODES[mode])
 
-    def rays(self, temperature: float = 0.0) -> bool:
-        """Whether weights of one direction answer alike."""
+    def scale_invariant(self, temperature: float = 0.0) -> bool:
+        """Whether only the direction of the weights matters: all multiples of a point answer alike."""
         return self.mode in ("probs", "loglinear") or (self.mode == "hidden" and temperature == 0)
 
     def check(self, points: Any) -> Float[np.ndarray, "N M"]:
@@ -94,7 +97,7 @@ class Fused:
             raise grouped_error("unusable weights", outside, "each adapter's weight lies in [0, 1]")
         return weights
 
-    def over(
+    def prepare(
         self,
         rows: Sequence[Sequence[int]],
         *,
@@ -105,7 +108,7 @@ class Fused:
         first: int = 0,
         ignore_eos: bool = False,
         memory: int = DEFAULT_MEMORY,
-    ) -> "Points":
+    ) -> "PointDecoder":
         """What answers these prompts under many points.
 
         Args:
@@ -120,33 +123,26 @@ class Fused:
         """
         spec = self.ensemble.spec(max_new_tokens=max_new_tokens, temperature=temperature, ignore_eos=ignore_eos)
         self.ensemble.check_lengths(self.ensemble.lengths(rows), max_new_tokens)
-        ids, mask = self.ensemble.pad(rows)
-        return Points(self, tuple(map(tuple, rows)), ids, mask, spec, samples, seed, first, memory)
+        keys = _keys(np.uint32(seed), np.arange(first, first + len(rows)))
+        prompts = self.ensemble.prompts(rows, spec, batch=len(rows))._replace(keys=keys)
+        return PointDecoder(self, tuple(map(tuple, rows)), prompts, spec, samples, memory)
 
 
 @dataclasses.dataclass(eq=False)
-class Points:
+class PointDecoder:
     """Prompts that were read, ready to be answered under any weights."""
 
     fused: Fused
     rows: tuple[tuple[int, ...], ...]
-    ids: Int[np.ndarray, "B T"]
-    mask: Int[np.ndarray, "B T"]
-    spec: decoding.DecodeSpec
+    prompts: Prompts
+    spec: DecodeSpec
     samples: int
-    seed: int
-    first: int
     memory: int
 
     @functools.cached_property
-    def _keys(self) -> Array:
-        numbers = jnp.arange(self.first, self.first + len(self.rows))
-        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self.seed)))(numbers)
-
-    @functools.cached_property
-    def _read(self) -> decoding.DecodeState:
+    def _read(self) -> DecodeState:
         """The state before the first token, with every prompt's keys and values under every adapter."""
-        return _start(self.fused.ensemble.params, self.ids, self.mask, self._keys, self.spec)
+        return _prefill(self.fused.ensemble.params, self.prompts, self.spec)
 
     @functools.cached_property
     def at_once(self) -> int:
@@ -154,12 +150,12 @@ class Points:
         alone = self.fused.mode == "params"
         if alone:
             adapted = self._adapted(np.zeros((1, len(self.fused.names)), np.float32))
-            state = jax.eval_shape(_start, adapted, self.ids, self.mask, self._keys, self.spec)
+            state = jax.eval_shape(_prefill, adapted, self.prompts, self.spec)
         else:
             state = self._read
         # Samples share what an encoder read, and so do points that do not change how it reads.
         shared = _size([(cache.source, cache.source_mask) for cache in state.caches])
-        size = (_size(state.feed) - shared) * self.samples + shared * alone
+        size = (_size(state.members) - shared) * self.samples + shared * alone
         return max(self.memory // size, 1)
 
     def _adapted(self, points: Float[np.ndarray, "N M"]) -> Any:
@@ -167,7 +163,7 @@ class Points:
         weights = np.tile(points, (len(self.rows), 1))
         return self.fused.ensemble.params_for(weights, len(weights))
 
-    def decode(self, points: Float[np.ndarray, "N M"]) -> Answers:
+    def decode(self, points: Float[np.ndarray, "N M"]) -> PointAnswers:
         """Answers under each point.
 
         Raises:
@@ -180,29 +176,27 @@ class Points:
         predicts = np.arange(n) if self.fused.mode == "params" else np.flatnonzero(points.max(axis=1) > 0)
         for start in range(0, len(predicts), self.at_once):
             part = predicts[start : start + self.at_once]
-            found = self._decode(points[part])
-            for whole, own in zip((tokens, steps, ended), found, strict=True):
+            for whole, own in zip((tokens, steps, ended), self._decode(points[part]), strict=True):
                 whole[part] = own
-        return Answers(tokens, steps, ended)
+        return PointAnswers(tokens, steps, ended)
 
     def _decode(self, points: Float[np.ndarray, "N M"]) -> tuple[np.ndarray, ...]:
         n = len(points)
-        filled = np.concatenate([points, np.repeat(points[:1], _granules(n) - n, axis=0)])
+        filled = np.concatenate([points, np.repeat(points[:1], _batch_size(n) - n, axis=0)])
         if self.fused.mode == "params":
-            ids, mask = (np.repeat(x, len(filled), axis=0) for x in (self.ids, self.mask))
-            state = _answer_alone(self._adapted(filled), ids, mask, self._keys, self.spec, self.samples, len(filled))
+            answers = _answer_each(self._adapted(filled), self.prompts, self.spec, self.samples, len(filled))
         else:
             if self.fused.mode != "hidden":
                 filled = filled / filled.sum(axis=1, keepdims=True)
-            runs = _runs(filled, len(self.rows), self.samples)
-            state = _answer(self.fused.ensemble.params, self._read, filled, runs, self.spec, self.samples)
+            subsets = _row_subsets(filled, len(self.rows), self.samples)
+            answers = _answer(self.fused.ensemble.params, self._read, filled, subsets, self.spec, self.samples)
         # Rows are prompts, then points, then samples.
         shape = (len(self.rows), len(filled), self.samples)
-        found = jax.device_get((state.tokens, state.steps, state.ended))
-        by_point = [np.moveaxis(x.reshape(*shape, *x.shape[1:]), 1, 0)[:n] for x in found]
+        read = jax.device_get((answers.tokens, answers.steps, answers.ended))
+        by_point = [np.moveaxis(x.reshape(*shape, *x.shape[1:]), 1, 0)[:n] for x in read]
         return tuple(x.reshape(n, -1, *x.shape[3:]) for x in by_point)
 
-    def texts(self, answers: Answers) -> list[list[str]]:
+    def texts(self, answers: PointAnswers) -> list[list[str]]:
         """The answers' texts, those of each point: all samples of a prompt one after another."""
         asked = [row for row in self.rows for _ in range(self.samples)]
         lengths = answers.steps - answers.ended
@@ -217,13 +211,13 @@ def _size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _granules(n: int) -> int:
+def _batch_size(n: int) -> int:
     """The next size that a program is compiled for: an eighth more than n at most."""
     step = max(1 << (n.bit_length() - 1) >> 3, 1)
     return -(-n // step) * step
 
 
-def _runs(points: Float[np.ndarray, "N M"], prompts: int, samples: int) -> Runs | None:
+def _row_subsets(points: Float[np.ndarray, "N M"], prompts: int, samples: int) -> RowSubsets | None:
     """The rows that each member runs: those of points that give it weight. None where that saves nothing."""
     n, m = points.shape
     used = [np.flatnonzero(of_member) for of_member in points.T]
@@ -237,45 +231,53 @@ def _runs(points: Float[np.ndarray, "N M"], prompts: int, samples: int) -> Runs 
     rows = [batch[:, np.resize(own, width)] for own in used]  # filled up with rows that it runs already
     place = np.maximum(np.cumsum(points.T > 0, axis=1) - 1, 0)
     places = [of_member[:, own] for of_member, own in zip(run, place, strict=True)]
-    return Runs(*(np.stack(index).astype(np.int32).ravel() for index in (rows, places)))
+    return RowSubsets(*(np.stack(index).astype(np.int32).ravel() for index in (rows, places)))
 
 
 @jax.jit
-def _start(params: Any, ids: Any, mask: Any, keys: Array, spec: decoding.DecodeSpec) -> decoding.DecodeState:
-    return decoding.prefill(params, ids, mask, keys, spec)
+def _keys(seed: Array, numbers: Int[Array, " B"]) -> Array:
+    """A key for each prompt, by its number."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
 
 
-def _many(state: decoding.DecodeState, spec: decoding.DecodeSpec, points: int, samples: int) -> decoding.DecodeState:
+@jax.jit
+def _prefill(params: Any, prompts: Prompts, spec: DecodeSpec) -> DecodeState:
+    return prefill(params, prompts, spec)
+
+
+def _for_points(state: DecodeState, points: int, samples: int) -> DecodeState:
     """Every prompt's row for every point and sample. Points share their keys, so that only weights differ."""
-    many = decoding.repeat_rows(state, spec, points)._replace(row_keys=jnp.repeat(state.row_keys, points))
-    return decoding.repeat_rows(many, spec, samples) if samples > 1 else many
+    many = repeat_rows(state, points)
+    many = many._replace(rows=many.rows._replace(keys=jnp.repeat(state.rows.keys, points)))
+    return repeat_rows(many, samples) if samples > 1 else many
 
 
 @functools.partial(jax.jit, static_argnames="samples")
 def _answer(
     params: Any,
-    state: decoding.DecodeState,
+    state: DecodeState,
     points: Float[Array, "N M"],
-    runs: Runs | None,
-    spec: decoding.DecodeSpec,
+    subsets: RowSubsets | None,
+    spec: DecodeSpec,
     samples: int,
-) -> decoding.DecodeState:
+) -> Answers:
     """The state is not donated: it serves other points."""
-    weights = jnp.tile(jnp.repeat(points, samples, axis=0), (len(state.done), 1))
-    many = _many(state, spec, len(points), samples)
-    if runs is not None:
-        assert isinstance(many.feed, Lockstep)  # adapters of one base have one tokenizer
-        times = len(runs.rows) // (len(spec.members) * len(state.done))
-        caches = decoding.repeat_rows(state, spec, times).caches  # alike for all points
-        many = many._replace(feed=many.feed._replace(caches=caches, runs=runs))
-    return decoding.without_caches(decoding.decode_spans(params, many, weights, spec))
+    prompts = len(state.done)
+    weights = jnp.tile(jnp.repeat(points, samples, axis=0), (prompts, 1))
+    many = _for_points(state, len(points), samples)
+    if subsets is not None:
+        # Adapters of one base have one tokenizer.
+        assert isinstance(state.members, Lockstep)
+        assert isinstance(many.members, Lockstep)
+        times = len(subsets.rows) // (len(spec.members) * prompts)
+        caches = state.members.repeat(prompts, times).caches  # alike for all points
+        many = many._replace(members=many.members._replace(caches=caches, subsets=subsets))
+    return answers_of(decode_spans(params, many, weights, spec))
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "points"))
-def _answer_alone(
-    params: Any, ids: Any, mask: Any, keys: Array, spec: decoding.DecodeSpec, samples: int, points: int
-) -> decoding.DecodeState:
+def _answer_each(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int, points: int) -> Answers:
     """Where prompts themselves read differently under every point."""
-    state = decoding.prefill(params, ids, mask, jnp.repeat(keys, points), spec)
-    state = decoding.repeat_rows(state, spec, samples) if samples > 1 else state
-    return decoding.without_caches(decoding.decode_spans(params, state, jnp.ones((1, 1)), spec))
+    state = prefill(params, jax.tree.map(lambda leaf: jnp.repeat(leaf, points, axis=0), prompts), spec)
+    state = repeat_rows(state, samples) if samples > 1 else state
+    return answers_of(decode_spans(params, state, jnp.ones((1, 1)), spec))

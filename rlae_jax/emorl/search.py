@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlae_jax import files, report
-from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused, Points
+from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused, PointDecoder
 from rlae_jax.emorl.scorers import Scorer
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
@@ -110,9 +110,9 @@ class Objectives:
         self.decoded = 0  # points decoded so far
         self.answers = 0
 
-    def _over(self, prompts: Sequence[str], first: int) -> Points:
+    def _over(self, prompts: Sequence[str], first: int) -> PointDecoder:
         config = self._config
-        return self._fused.over(
+        return self._fused.prepare(
             self._fused.ensemble.encode(prompts),
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
@@ -218,7 +218,7 @@ def search(
         claim_directory(Path(out), _identity(fused, prompts, scorers, config), resume=resume)
     objectives = Objectives(fused, prompts, scorers, config, memory, on_points)
     known = searching.Scores(
-        objectives, rays=fused.rays(config.temperature), path=path, batch=objectives.points.at_once
+        objectives, rays=fused.scale_invariant(config.temperature), path=path, batch=objectives.points.at_once
     )
     if config.method == "hierarchical":
         result = searching.hierarchical(known, d, levels, config.space)

@@ -28,11 +28,12 @@ from jaxtyping import Int
 from rlae_jax import files
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
-from rlae_jax.emorl.fine_tune import Adapting, EMORLConfig
+from rlae_jax.emorl.fine_tune import EMORLConfig, Samples, TrainingState
 from rlae_jax.emorl.scorers import Scorer
 from rlae_jax.errors import InputError, Interrupted
-from rlae_jax.fusion.decode import DecodeSpec
-from rlae_jax.fusion.ensemble import SMALLEST_PROMPT_BUCKET, Ensemble, bucket, pad_rows
+from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.prompts import Prompts, Row
+from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
 from rlae_jax.models.lm import load_adapter
 from rlae_jax.runs.checkpoints import Checkpoints
@@ -95,7 +96,7 @@ class Progress:
 class _Saved(NamedTuple):
     """An adapter's checkpoint."""
 
-    state: Adapting
+    state: TrainingState
     best: lora.Factors
     best_score: Any  # Float[""], of numpy
 
@@ -145,19 +146,23 @@ def converged(scores: Sequence[float], window: int, threshold: float) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Texts:
+class _Split:
     """A split's prompts, tokenised and padded once to one width, so that all batches share a program."""
 
-    prompts: tuple[str, ...]
-    ids: Int[np.ndarray, "N T"]
-    mask: Int[np.ndarray, "N T"]
+    texts: tuple[str, ...]
+    rows: list[Row]
+    prompts: Prompts
+
+    def take(self, places: Int[np.ndarray, " n"]) -> Prompts:
+        """Some of the prompts."""
+        return jax.tree.map(lambda leaf: leaf[places], self.prompts)
 
 
-def _texts(ensemble: Ensemble, prompts: Sequence[str], max_new_tokens: int) -> _Texts:
-    rows = ensemble.encode(prompts)
+def _tokenise(ensemble: Ensemble, texts: Sequence[str], max_new_tokens: int) -> _Split:
+    rows = ensemble.encode(texts)
     ensemble.check_lengths(ensemble.lengths(rows), max_new_tokens)
-    width = bucket(max(map(len, rows)), SMALLEST_PROMPT_BUCKET)
-    return _Texts(tuple(prompts), *pad_rows(rows, width))
+    spec = ensemble.spec(max_new_tokens=max_new_tokens)
+    return _Split(tuple(texts), rows, ensemble.prompts(rows, spec, batch=len(rows)))
 
 
 def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -201,8 +206,8 @@ def train_adapters(
     check_targets(targets)
     base.require_tokenizer()
     ensemble = Ensemble([base.with_adapters([init_adapter(base, config.lora)])])
-    train = _texts(ensemble, prompts.split("train"), config.max_new_tokens)
-    dev = _texts(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
+    train = _tokenise(ensemble, prompts.split("train"), config.max_new_tokens)
+    dev = _tokenise(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
     directories = {target.name: out / OBJECTIVES / target.name for target in targets}
     claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
     there = [name for name in claimed if read_metrics(directories[name])]
@@ -328,8 +333,8 @@ class _Loop:
     base: LM
     ensemble: Ensemble
     config: EMORLConfig
-    train: _Texts
-    dev: _Texts
+    train: _Split
+    dev: _Split
 
     def spec(self, temperature: float) -> DecodeSpec:
         return self.ensemble.spec(max_new_tokens=self.config.max_new_tokens, temperature=temperature)
@@ -357,32 +362,30 @@ class _Loop:
         }
         self._validate(learners, means, began)
 
-    def _step(self, stack: Adapting, learners: Sequence[_Learner]) -> tuple[Adapting, dict[str, Any]]:
+    def _step(self, stack: TrainingState, learners: Sequence[_Learner]) -> tuple[TrainingState, dict[str, Any]]:
         config = self.config
         steps = np.asarray(stack.step)
         seeds = np.array([learner.seed for learner in learners], np.uint32)
         rows = np.stack(
             [
-                epoch_rows(len(self.train.prompts), config.batch, learner.seed, int(step))
+                epoch_rows(len(self.train.texts), config.batch, learner.seed, int(step))
                 for learner, step in zip(learners, steps, strict=True)
             ]
         )
-        ids, mask = self.train.ids[rows], self.train.mask[rows]
-        written = fine_tune.sample(
-            self.base.params, stack, ids, mask, seeds, self.spec(config.temperature), self._static
-        )
+        prompts = self.train.take(rows.reshape(-1))
+        samples = fine_tune.sample(self.base.params, stack, prompts, seeds, self.spec(config.temperature), self._static)
         asked = np.repeat(rows.reshape(-1), config.samples)
-        texts = self._decode(self.train, asked, jax.device_get(written))
+        texts = self._decode(self.train, asked, jax.device_get(samples))
         rewards = np.empty((len(learners), config.batch * config.samples), np.float32)
         for m, learner in enumerate(learners):
             own = slice(m * rewards.shape[1], (m + 1) * rewards.shape[1])
-            prompts = [self.train.prompts[i] for i in asked[own]]
-            scores = np.stack([scorer(prompts, texts[own]) for scorer in learner.target.scorers], axis=1)
+            questions = [self.train.texts[i] for i in asked[own]]
+            scores = np.stack([scorer(questions, texts[own]) for scorer in learner.target.scorers], axis=1)
             if learner.weights is not None:
                 learner.weights.step()
             rewards[m] = scorers.combine(scores, config.combination, learner.reward_weights())
         return fine_tune.update(
-            self.base.params, stack, ids, mask, written, rewards, seeds, self.base.config, self._static
+            self.base.params, stack, prompts, samples, rewards, seeds, self.base.config, self._static
         )
 
     @property
@@ -393,27 +396,24 @@ class _Loop:
             self.config, steps=steps, seed=0, validate_every=1, validation_prompts=1, window=1, threshold=0.0
         )
 
-    def _decode(self, texts: _Texts, rows: Any, written: Any) -> list[str]:
-        prompts = (
-            [texts.ids[i][texts.mask[i] > 0].tolist() for i in rows] if self.ensemble.continues else [()] * len(rows)
-        )
-        lengths = written.mask.sum(axis=1) - written.ended
-        tokens = [row[:n].tolist() for row, n in zip(written.tokens, lengths, strict=True)]
-        return self.ensemble.decode(prompts, tokens)
+    def _decode(self, split: _Split, places: Int[np.ndarray, " R"], samples: Samples) -> list[str]:
+        lengths = samples.mask.sum(axis=1) - samples.ended
+        tokens = [row[:n].tolist() for row, n in zip(samples.tokens, lengths, strict=True)]
+        return self.ensemble.decode([split.rows[i] for i in places], tokens)
 
     def _validate(self, learners: Sequence[_Learner], means: Mapping[str, Mapping[str, float]], began: float) -> None:
         """Scores greedy answers to the dev prompts, keeps the adapters that are the best so far, and writes metrics."""
-        n, m = len(self.dev.prompts), len(learners)
+        n, m = len(self.dev.texts), len(learners)
         stack = fine_tune.join([learner.saved.state for learner in learners])
-        ids, mask = (np.broadcast_to(x, (m, *x.shape)) for x in (self.dev.ids, self.dev.mask))
+        places = np.tile(np.arange(n), m)
         seeds = np.zeros(m, np.uint32)
         once = dataclasses.replace(self._static, samples=1, algorithm="ppo")
-        written = fine_tune.sample(self.base.params, stack, ids, mask, seeds, self.spec(0.0), once)
-        texts = self._decode(self.dev, np.tile(np.arange(n), m), jax.device_get(written))
+        samples = fine_tune.sample(self.base.params, stack, self.dev.take(places), seeds, self.spec(0.0), once)
+        texts = self._decode(self.dev, places, jax.device_get(samples))
         took = time.perf_counter() - began
         for i, learner in enumerate(learners):
             own = texts[i * n : (i + 1) * n]
-            found = {scorer.name: float(scorer(self.dev.prompts, own).mean()) for scorer in learner.target.scorers}
+            found = {scorer.name: float(scorer(self.dev.texts, own).mean()) for scorer in learner.target.scorers}
             score = float(np.mean(list(found.values())))
             if score > learner.saved.best_score:
                 best = jax.tree.map(jnp.copy, learner.saved.state.factors)

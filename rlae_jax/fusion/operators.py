@@ -45,6 +45,10 @@ def loglinear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, 
     return sum(terms[1:], terms[0])
 
 
+# Operators for which a member of weight 0 need not be read at all.
+IGNORE_ZERO_WEIGHTS: tuple[FusionOperator, ...] = (linear, loglinear)
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """The weighted mean of probabilities over a few candidates: the k most probable tokens of each member with weight

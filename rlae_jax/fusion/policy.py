@@ -10,12 +10,13 @@ pytree over a batch of rows that draws actions and says which weights an action 
 themselves, but several agents that act together have an action each. A policy with `span_lengths` also chooses how long
 its action holds. Fixed weights are a policy too, so decoding has one path. Trained policies live in `rlae_jax.ppo`.
 
-Parameters are the same for all rows of a batch, unless the policy has a method `of_rows`, which takes those of some
-rows (see the function of that name).
+Parameters are the same for all rows of a batch, unless the policy has a method `slice_rows`, which takes those of some
+rows (see the function of that name); with `params_per_row` they may have a leading B axis. A policy may say the
+`span_length` that it is made for.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -82,13 +83,13 @@ class Policy(Protocol):
     def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, " B"]]: ...
 
 
-def of_rows(policy: Policy, params: Any, start: Array | int, n: int, total: int) -> tuple[Policy, Any]:
+def slice_rows(policy: Policy, params: Any, start: Array | int, n: int, total: int) -> tuple[Policy, Any]:
     """The policy and its parameters for n of the `total` rows of a batch, from row `start` on."""
-    own = getattr(policy, "of_rows", None)
+    own = getattr(policy, "slice_rows", None)
     return (policy, params) if own is None else own(params, start, n, total)
 
 
-def take_rows(params: Float[Array, " B *N"], start: Array | int, n: int) -> Float[Array, " n *N"]:
+def slice_params(params: Float[Array, " B *N"], start: Array | int, n: int) -> Float[Array, " n *N"]:
     """Of parameters with a row for each row of a batch, or with one for all."""
     return params if len(params) == 1 else jax.lax.dynamic_slice_in_dim(params, start, n)
 
@@ -120,6 +121,7 @@ class Fixed:
     """The same weights in every span. Its parameters are the weights Float[B, K]: one row per sequence."""
 
     reads: tuple[str, ...] = ()
+    params_per_row: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 K"]:
         """Uniform weights, for any number of rows."""
@@ -130,9 +132,9 @@ class Fixed:
         del observation
         return Deterministic(params), jnp.zeros(params.shape[0])
 
-    def of_rows(self, params: Float[Array, "B K"], start: Array | int, n: int, total: int) -> tuple["Fixed", Array]:
+    def slice_rows(self, params: Float[Array, "B K"], start: Array | int, n: int, total: int) -> tuple["Fixed", Array]:
         del total
-        return self, take_rows(params, start, n)
+        return self, slice_params(params, start, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,7 @@ class Confidence:
     """All weight on the member whose next-token entropy is lowest. With `span_length=1` it chooses at every step."""
 
     reads: tuple[str, ...] = ("stats",)
+    span_length: ClassVar[int] = 1  # it decides anew at every step
 
     def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
         del key, dims
@@ -193,6 +196,7 @@ class Consistency:
 
     temperature: float = 0.25
     reads: tuple[str, ...] = ("stats",)
+    span_length: ClassVar[int] = 1  # it decides anew at every step
 
     def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
         del key, dims
@@ -213,6 +217,7 @@ class Gate:
     threshold: float = 0.5
     member: int = 0
     reads: tuple[str, ...] = ("stats",)
+    span_length: ClassVar[int] = 1  # it decides anew at every step
 
     def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
         del key, dims
@@ -258,6 +263,8 @@ class Draw:
     """
 
     reads: tuple[str, ...] = ()
+    params_per_row: ClassVar[bool] = True
+    span_length: ClassVar[int] = 1  # it decides anew at every step
 
     def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 K"]:
         """Uniform probabilities, for any number of rows."""
@@ -268,20 +275,19 @@ class Draw:
         del observation
         return OneHot(params), jnp.zeros(params.shape[0])
 
-    def of_rows(self, params: Float[Array, "B K"], start: Array | int, n: int, total: int) -> tuple["Draw", Array]:
+    def slice_rows(self, params: Float[Array, "B K"], start: Array | int, n: int, total: int) -> tuple["Draw", Array]:
         del total
-        return self, take_rows(params, start, n)
+        return self, slice_params(params, start, n)
 
 
-# Policies that need no training, by name; all but the first decide anew at every step.
-UNTRAINED: dict[str, Policy] = {
+# Policies that need no training, by name.
+NAMED_POLICIES: dict[str, Policy] = {
     "perplexity": Perplexity(),
     "confidence": Confidence(),
     "consistency": Consistency(),
     "gate": Gate(),
     "draw": Draw(),
 }
-EVERY_STEP = (Confidence, Consistency, Gate, Draw)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,16 +8,22 @@ encoder takes, right-aligned: when the text outgrows it, the oldest text goes.
     reads    . . [CLS] how many are 2 and 2 ? four [SEP]
 
 These ids are those of the pieces, one after another; a tokenizer that saw the whole text might join some of them.
+`make_reader` and `read_prompts` make both halves on the host.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rlae_jax.models import ModelConfig, transformer
+from rlae_jax.errors import InputError
+from rlae_jax.fusion import union as vocabularies
+from rlae_jax.models import Encoder, ModelConfig, transformer
+from rlae_jax.models.lm import require_tokenizer
 
 
 class Text(NamedTuple):
@@ -35,7 +41,6 @@ class TextReader:
     params: transformer.Params
     ids: Int[Array, " N"]  # all spellings, one after another
     offsets: Int[Array, " V+1"]  # where each token's begins; V tokens of the members, or entries of their union
-    prompts: Text | None = None  # of the batch at hand
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     before: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # the ids around a text
     after: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -64,3 +69,47 @@ class TextReader:
         types = jnp.zeros_like(ids) if self.config.token_types > 1 else None
         hidden = transformer.forward(self.config, self.params, ids, mask, types_bt=types)[0]
         return jnp.take_along_axis(hidden, start[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+
+
+def make_reader(encoder: Encoder, pieces: Sequence[bytes | None], vocab: int) -> TextReader:
+    """What lets a policy read the text through an encoder.
+
+    Args:
+      pieces: the bytes that each token, or entry, stands for.
+      vocab: V; rows of a head beyond `pieces` stand for no token.
+
+    Raises:
+      InputError: an encoder whose tokens stand for no bytes (WordPiece).
+    """
+    tokenizer = require_tokenizer(encoder.tokenizer, encoder.path or encoder.name)
+    ids, offsets = vocabularies.spell_texts(pieces, tokenizer, encoder.name)
+    missing = max(vocab + 1 - len(offsets), 0)
+    offsets = np.concatenate([offsets, np.full(missing, offsets[-1])])
+    probe = tokenizer("a", add_special_tokens=True)["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    n = next(i for i in range(len(probe)) if probe[i : i + len(inner)] == inner)
+    return TextReader(
+        params=encoder.params,
+        ids=jnp.asarray(ids),
+        offsets=jnp.asarray(offsets),
+        config=encoder.config,
+        before=tuple(probe[:n]),
+        after=tuple(probe[n + len(inner) :]),
+    )
+
+
+def read_prompts(prompts: Sequence[str], encoder: Encoder, reader: TextReader, tokens: int) -> Text:
+    """Prompts in the encoder's ids: of each the last, at most `tokens` with those around them.
+
+    Raises:
+      InputError: so few tokens that none of them is text.
+    """
+    c = min(tokens, encoder.config.context) - len(reader.before) - len(reader.after)
+    if c < 1:
+        raise InputError(f"{encoder.name} would read {tokens} tokens, and none of them is text")
+    rows = require_tokenizer(encoder.tokenizer, encoder.name)(list(prompts), add_special_tokens=False)["input_ids"]
+    ids = np.zeros((len(rows), c), np.int32)
+    for b, row in enumerate(rows):
+        if row:
+            ids[b, -min(len(row), c) :] = row[-c:]
+    return Text(ids, np.array([min(len(row), c) for row in rows], np.int32))  # type: ignore[arg-type]

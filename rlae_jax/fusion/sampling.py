@@ -5,14 +5,15 @@ its batch: argmax_v(log p_v / temperature + g_v) with g_v ~ Gumbel(0, 1) is a dr
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.errors import InputError
+
+DEFAULT_SPAN_LENGTH = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,29 @@ class SamplingOptions:
     scores: bool = False
     """Also tell the log-probabilities of what was chosen, together and of each member."""
 
+    def check(self) -> None:
+        """Raises an `InputError` for a number outside its range."""
+        if (self.span_length is not None and self.span_length < 1) or self.max_new_tokens < 1:
+            raise InputError(
+                f"span_length and max_new_tokens must be at least 1, not {self.span_length} and {self.max_new_tokens}"
+            )
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(f"min_new_tokens must be between 0 and max_new_tokens, not {self.min_new_tokens}")
+        if self.member_tokens is not None and self.member_tokens < 1:
+            raise InputError(f"member_tokens must be at least 1, not {self.member_tokens}")
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise InputError(f"temperature must be at least 0 and finite (0 is greedy), not {self.temperature}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be at least 0 (0 is no limit), not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be in [0, 1] (0 is no limit), not {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(
+                f"repetition_penalty must be positive and finite (1 is none), not {self.repetition_penalty}"
+            )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -71,50 +95,33 @@ class Sampling:
     penalised: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def create(
-        cls,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-    ) -> "Sampling":
-        """Temperature 0 is greedy. The order is penalty, temperature, top-k, top-p, min-p, as in transformers.
+    def create(cls, options: SamplingOptions | None = None) -> "Sampling":
+        """The order is penalty, temperature, top-k, top-p, min-p, as in transformers.
 
         Raises:
           InputError: a number outside its range.
         """
-        if not temperature >= 0 or temperature == float("inf"):
-            raise InputError(f"temperature must be at least 0 and finite (0 is greedy), not {temperature}")
-        if top_k < 0:
-            raise InputError(f"top_k must be at least 0 (0 is no limit), not {top_k}")
-        if not 0 < top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], not {top_p}")
-        if not 0 <= min_p <= 1:
-            raise InputError(f"min_p must be in [0, 1] (0 is no limit), not {min_p}")
-        if not 0 < repetition_penalty < float("inf"):
-            raise InputError(f"repetition_penalty must be positive and finite (1 is none), not {repetition_penalty}")
-        penalised = repetition_penalty != 1
-        if temperature == 0:  # what is cut off never holds the maximum
-            temperature, top_k, top_p, min_p, greedy = 1.0, 0, 1.0, 0.0, True
-        else:
-            greedy = False
+        options = SamplingOptions() if options is None else options
+        options.check()
+        greedy = options.temperature == 0
+        if greedy:  # what is cut off never holds the maximum
+            options = dataclasses.replace(options, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         return cls(
-            float(temperature),
-            float(top_p),
+            float(options.temperature),
+            float(options.top_p),
             greedy=greedy,
-            top_k=top_k,
-            nucleus=top_p < 1,
-            min_p=float(min_p),
-            repetition_penalty=float(repetition_penalty),
-            has_floor=min_p > 0,
-            penalised=penalised,
+            top_k=options.top_k,
+            nucleus=options.top_p < 1,
+            min_p=float(options.min_p),
+            repetition_penalty=float(options.repetition_penalty),
+            has_floor=options.min_p > 0,
+            penalised=options.repetition_penalty != 1,
         )
 
-    def penalise(self, log_probs_bv: Float[Array, "B V"], seen_bv: Any) -> Float[Array, "B V"]:
+    def penalise(self, log_probs_bv: Float[Array, "B V"], seen_bv: Bool[Array, "B V"] | None) -> Float[Array, "B V"]:
         """log p times `repetition_penalty` where a token stands in the prompt or the answer (Keskar et al., 2019, on
         log-probabilities, since the members' logits share no scale)."""
-        if not self.penalised:
+        if seen_bv is None or not self.penalised:
             return log_probs_bv
         return jnp.where(seen_bv, log_probs_bv * self.repetition_penalty, log_probs_bv)
 

@@ -19,6 +19,7 @@ An encoder-decoder's prompt goes through the encoder once. Its cache also holds,
 of the encoder's states, which no step changes; its own slots begin with the decoder's start token.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -570,3 +571,35 @@ def extend_cache(cache: Cache, slots: int) -> Cache:
     grow = slots - cache.slots
     pad = ((0, 0), (0, 0), (0, 0), (0, grow))
     return cache._replace(layers=jax.tree.map(lambda array: jnp.pad(array, pad), cache.layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    params: Params
+    adapters: Adapters | None = None
+
+    @classmethod
+    def bind(cls, config, params, batch):
+        from rlae_jax.models import lora
+
+        return cls(config, *lora.unpack(params, batch))
+
+    def forward(self, *args, **kw):
+        return forward(self.config, self.params, *args, adapters=self.adapters, **kw)
+
+    def read_prompt(self, ids, mask):
+        return read_prompt(self.config, self.params, ids, mask, self.adapters)
+
+    def decode_step(self, *args):
+        return decode_step(self.config, self.params, *args, self.adapters)
+
+    def decode_chunk(self, ids, pos, count, cache, behind, slot, packing=None):
+        return decode_chunk(self.config, self.params, ids, pos, count, cache, behind, slot, self.adapters, packing)
+
+    def logits(self, hidden):
+        return output_head(self.config, self.params, hidden, self.adapters)
+
+    def target_log_probs(self, hidden, targets, **kw):
+        return target_log_probs(self.config, self.params, hidden, targets, self.adapters, **kw)

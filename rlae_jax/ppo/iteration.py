@@ -19,8 +19,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.config import PPOConfig
-from rlae_jax.fusion.decode import DecodeSpec, answers, row_keys
+from rlae_jax.fusion.decode import decode_batch
 from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
+from rlae_jax.fusion.prompts import Prompts, row_keys
+from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
 from rlae_jax.schedules import learning_rate
@@ -37,19 +39,19 @@ class LearnerState(NamedTuple):
 class Rollout(NamedTuple):
     """One batch of answers and the decisions behind them, the samples of a prompt one after another."""
 
-    observation: Observation  # leaves [P, B, ...]
-    action: Float[Array, "P B A"]
-    weights: Float[Array, "P B K"]
-    log_prob: Float[Array, "P B *N"]  # of each agent, where several act
-    value: Float[Array, "P B"]
-    mask: Bool[Array, "P B"]  # True where a decision was really taken
+    observation: Observation  # leaves [B, P, ...]
+    action: Float[Array, "B P A"]
+    weights: Float[Array, "B P K"]
+    log_prob: Float[Array, "B P *N"]  # of each agent, where several act
+    value: Float[Array, "B P"]
+    mask: Bool[Array, "B P"]  # True where a decision was really taken
     tokens: Int[Array, "B N"]
     steps: Int[Array, " B"]
     ended: Bool[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
-class SideBySide:
+class AgentsInBlocks:
     """E agents as one policy: rows come in E blocks, and block e is agent e's. Parameters have a leading E axis."""
 
     policy: Policy
@@ -73,13 +75,13 @@ class SideBySide:
         both = jax.vmap(self.policy.apply)(params, blocks)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
 
-    def of_rows(self, params: Any, start: Array | int, n: int, total: int) -> tuple["SideBySide", Any]:
+    def slice_rows(self, params: Any, start: Array | int, n: int, total: int) -> tuple["AgentsInBlocks", Any]:
         """The agent whose rows they are."""
         if n * self.agents > total:
             raise ValueError(f"{n} of {total} rows belong to more than one of {self.agents} agents")
         agent = start * self.agents // total
-        of_one = functools.partial(jax.lax.dynamic_index_in_dim, index=agent, keepdims=True)
-        return SideBySide(self.policy, 1), jax.tree.map(of_one, params)
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=agent, keepdims=True)
+        return AgentsInBlocks(self.policy, 1), jax.tree.map(take, params)
 
 
 class _Samples(NamedTuple):
@@ -95,13 +97,11 @@ class _Samples(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Prompts and reference tokens of one iteration."""
+    """Prompts, whose keys come with the iteration, and their reference tokens."""
 
-    ids: Any  # Int[B, T]; with different tokenizers K of them, as `decode` takes them
-    mask: Any
+    prompts: Prompts
     references: Int[Array | np.ndarray, "B R"]
     reference_lengths: Int[Array | np.ndarray, " B"]
-    text: Any = ()  # a `Text`, the prompts for policies that read it
 
 
 def make_policy(config: PPOConfig) -> Policy:
@@ -136,25 +136,25 @@ def init_learners(seeds: Int[Array | np.ndarray, " E"], policy: Policy, dims: Di
 def rollout(
     params: tuple[Any, ...],
     policy_params: Any,
-    batch: Batch,
-    key: Key[Array, ""] | Key[Array, " B"],
+    prompts: Prompts,
     spec: DecodeSpec,
     samples: int = 1,
 ) -> Rollout:
     """Decodes a batch with weights drawn from the policy, recording every decision; `samples` answers to each prompt,
     which share its prefill."""
-    state = answers(params, batch.ids, batch.mask, policy_params, key, spec, samples=samples)
-    spans = state.trajectory
+    answers = decode_batch(params, prompts, policy_params, spec, samples)
+    spans = answers.trajectory
+    assert spans.observation is not None
     return Rollout(
         observation=spans.observation,
         action=spans.action,
         weights=spans.weights,
         log_prob=spans.log_prob,
         value=spans.value,
-        mask=state.span_mask(),
-        tokens=state.tokens,
-        steps=state.steps,
-        ended=state.ended,
+        mask=answers.span_mask(),
+        tokens=answers.tokens,
+        steps=answers.steps,
+        ended=answers.ended,
     )
 
 
@@ -180,7 +180,7 @@ def shaped_reward(
 ) -> Float[Array, " B"]:
     """score - member_cost (mean number of members in use - 1) - length_cost steps / max_new_tokens."""
     in_use = jnp.sum(experience.weights > 0.05, axis=-1)
-    further = jnp.sum(jnp.where(experience.mask, in_use - 1, 0), axis=0) / jnp.maximum(experience.mask.sum(axis=0), 1)
+    further = jnp.sum(jnp.where(experience.mask, in_use - 1, 0), axis=1) / jnp.maximum(experience.mask.sum(axis=1), 1)
     return score - config.member_cost * further - config.length_cost * experience.steps / spec.max_new_tokens
 
 
@@ -193,18 +193,12 @@ def learn(
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
     """`config.epochs` passes of clipped updates over one rollout; every decision is one sample."""
-    mask = experience.mask
+    # Time first from here on, as the recursion of the advantages wants it.
+    decisions = experience.observation, experience.action, experience.log_prob, experience.value, experience.mask
+    observation, action, log_prob, value, mask = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), decisions)
     rewards = terminal_rewards(shaped_reward(score, experience, spec, config), mask)
-    advantages, targets = masked_gae(rewards, experience.value, mask, config.discount, config.gae_lambda)
-    samples = _Samples(
-        experience.observation,
-        experience.action,
-        experience.log_prob,
-        experience.value,
-        mask,
-        normalise(advantages, mask),
-        targets,
-    )
+    advantages, targets = masked_gae(rewards, value, mask, config.discount, config.gae_lambda)
+    samples = _Samples(observation, action, log_prob, value, mask, normalise(advantages, mask), targets)
     p, b = mask.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(p * b, *leaf.shape[2:]), samples)
     optimiser = make_optimiser(config)
@@ -271,7 +265,7 @@ def learn(
         "clip_fraction": losses.clip_fraction,
         "updates": jnp.sum(~stopped),
         "learning_rate": rate,
-        "value": masked_mean(experience.value, mask),
+        "value": masked_mean(value, mask),
         "steps": jnp.mean(experience.steps.astype(jnp.float32)),
         "spans": jnp.mean(jnp.sum(mask, axis=0).astype(jnp.float32)),
         "ended": jnp.mean(experience.ended.astype(jnp.float32)),
@@ -298,10 +292,8 @@ def _rollout_all(
     """All agents' rollouts, in E blocks of rows."""
     rows = len(batch.references) // len(seeds)
     keys = jax.vmap(lambda seed: row_keys(iteration_keys(seed, iteration)[0], rows))(seeds)
-    spec = dataclasses.replace(spec, policy=SideBySide(spec.policy, len(seeds)))
-    if spec.reader is not None:
-        spec = dataclasses.replace(spec, reader=dataclasses.replace(spec.reader, prompts=batch.text))
-    return rollout(params, policy_params, batch, keys.reshape(-1), spec, config.samples)
+    spec = dataclasses.replace(spec, policy=AgentsInBlocks(spec.policy, len(seeds)))
+    return rollout(params, policy_params, batch.prompts._replace(keys=keys.reshape(-1)), spec, config.samples)
 
 
 def _learn_all(
@@ -309,12 +301,7 @@ def _learn_all(
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Every agent's updates from its own block."""
     e = len(seeds)
-    per_row = experience._asdict()
-    in_time = {name: per_row.pop(name) for name in ("observation", "action", "weights", "log_prob", "value", "mask")}
-    blocks = Rollout(
-        **jax.tree.map(lambda leaf: jnp.swapaxes(leaf.reshape(len(leaf), e, -1, *leaf.shape[2:]), 0, 1), in_time),
-        **jax.tree.map(lambda leaf: leaf.reshape(e, -1, *leaf.shape[1:]), per_row),
-    )
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(e, -1, *leaf.shape[1:]), experience)
     keys = jax.vmap(lambda seed, iteration: iteration_keys(seed, iteration)[1])(seeds, states.iteration)
     update = functools.partial(learn, spec=spec, config=config)
     return jax.vmap(update)(states, blocks, score.reshape(e, -1), keys)

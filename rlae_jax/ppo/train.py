@@ -25,11 +25,13 @@ from jaxtyping import Array, Float, Int
 from rlae_jax import files
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted
-from rlae_jax.fusion.decode import DecodeSpec, DecodeState
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
-from rlae_jax.fusion.reading import TextReader
+from rlae_jax.fusion.prompts import Row
+from rlae_jax.fusion.reading import Text, read_prompts
+from rlae_jax.fusion.spec import DecodeSpec
+from rlae_jax.fusion.state import Answers
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.runs.checkpoints import Checkpoints
@@ -106,46 +108,46 @@ def require_written(task: Task) -> None:
         )
 
 
-_Reading = tuple[Encoder, TextReader]  # of an agent that reads the text
-
-
 @dataclasses.dataclass(frozen=True)
-class _Prompts:
+class _Split:
     """A split, tokenised once."""
 
     examples: Examples
-    ensemble: Ensemble
-    ids: list[Any]  # rows as `Ensemble.encode` gives them
+    rows: list[Row]  # as `Ensemble.encode` gives them
     references: list[list[int]]  # empty lists where the reward is computed from text
-    text: Any  # a `Text`, where the policy reads it
+    text: Text | None  # the prompts as the agent's encoder reads them
 
-    def batch(self, rows: Sequence[int] | np.ndarray) -> ppo.Batch:
-        prompts = [self.ids[i] for i in rows]
-        references = [self.references[i] for i in rows]
-        ids, mask = self.ensemble.pad(prompts)
+    def batch(self, ensemble: Ensemble, places: Sequence[int] | np.ndarray, spec: DecodeSpec) -> ppo.Batch:
+        """Some of its examples, for one iteration."""
+        references = [self.references[i] for i in places]
         lengths = np.array([len(reference) for reference in references], np.int32)
         padded = np.zeros((len(references), max(int(lengths.max()), 1)), np.int32)
         for b, reference in enumerate(references):
             padded[b, : len(reference)] = reference
-        return ppo.Batch(ids, mask, padded, lengths, jax.tree.map(lambda leaf: leaf[np.asarray(rows)], self.text))
+        rows = [self.rows[i] for i in places]
+        return ppo.Batch(ensemble.prompts(rows, spec, batch=len(rows), text=self.read_text(places)), padded, lengths)
+
+    def read_text(self, places: Any) -> Text | None:
+        """What the agent's encoder reads of some of them."""
+        return jax.tree.map(lambda leaf: leaf[np.asarray(places)], self.text)
 
 
-def _prepare(
-    ensemble: Ensemble, task: Task, split: str, limit: int | None, config: PPOConfig, reading: _Reading | None
-) -> _Prompts:
+def _tokenise(
+    ensemble: Ensemble, task: Task, split: str, limit: int | None, config: PPOConfig, encoder: Encoder | None
+) -> _Split:
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)
-    ids = ensemble.encode(examples.prompts, chat=task.chat)
+    rows = ensemble.encode(examples.prompts, chat=task.chat)
     assert config.max_new_tokens is not None
-    ensemble.check_lengths(ensemble.lengths(ids), config.max_new_tokens)
-    references: list[list[int]] = [[] for _ in ids]
+    ensemble.check_lengths(ensemble.lengths(rows), config.max_new_tokens)
+    references: list[list[int]] = [[] for _ in rows]
     if rewards_tokens(ensemble, task):
         references = ensemble.tokenizer(list(examples.references), add_special_tokens=False)["input_ids"]
-    text: Any = ()
-    if reading is not None:
-        text = ensemble.read_prompts(examples.prompts, *reading, config.agent.text_tokens)
-    return _Prompts(examples, ensemble, ids, references, text)
+    text = None
+    if encoder is not None:
+        text = read_prompts(examples.prompts, encoder, ensemble.reader(encoder), config.agent.text_tokens)
+    return _Split(examples, rows, references, text)
 
 
 def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
@@ -220,10 +222,7 @@ def train_seeds(
         raise InputError(
             f"{out} has done {done} iterations already; to go on give more than that, not {config.iterations}"
         )
-    reading: _Reading | None = None
-    if config.agent.encoder is not None:
-        encoder = load_encoder(config.agent.encoder)
-        reading = encoder, ensemble.reader(encoder)
+    encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
     spec = ensemble.spec(
         policy=ppo.make_policy(config),
         span_length=span_length,
@@ -231,11 +230,11 @@ def train_seeds(
         temperature=config.temperature,
         sample_weights=True,
         record=True,
-        reader=reading and reading[1],
+        reader=None if encoder is None else ensemble.reader(encoder),
     )
     dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
-    prompts = _prepare(ensemble, task, "train", None, config, reading)
-    dev = _prepare(ensemble, task, "dev", config.eval_prompts, config, reading)
+    train_split = _tokenise(ensemble, task, "train", None, config, encoder)
+    dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
     load_sinks(log_to)  # told before anything is written
     claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
     if ensemble.union is not None:
@@ -255,8 +254,10 @@ def train_seeds(
         with RewardPool(task.reward) as pool, stop_requests() as stop_requested:
             for iteration in range(first, config.iterations):
                 started = time.perf_counter()
-                rows = np.concatenate([epoch_rows(len(prompts.ids), config.prompts, int(s), iteration) for s in seeds])
-                learner, metrics = _iterate(ensemble, task, pool, prompts, rows, state.learner, seeds, spec, static)
+                rows = np.concatenate(
+                    [epoch_rows(len(train_split.rows), config.prompts, int(s), iteration) for s in seeds]
+                )
+                learner, metrics = _iterate(ensemble, task, pool, train_split, rows, state.learner, seeds, spec, static)
                 state = state._replace(learner=learner)
                 values = _values(jax.device_get(metrics))
                 values["seconds"] = time.perf_counter() - started
@@ -267,7 +268,7 @@ def train_seeds(
                 scored = stop or late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
                     now = [_nth(state.learner.params, e) for e in range(config.seeds)]
-                    scores = [np.mean(_dev_scores(ensemble, task, pool, dev, agent, spec)) for agent in now]
+                    scores = [np.mean(_dev_scores(ensemble, task, pool, dev_split, agent, spec)) for agent in now]
                     values |= _values({"dev": np.array(scores, np.float32)})
                     state = _keep_best(state, np.array(scores, np.float32))
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
@@ -284,7 +285,7 @@ def train_seeds(
         log.close()
         checkpoints.close()
     agents = [_nth(state.best, e) for e in range(config.seeds)]
-    return [_bound(config, params, dims, reading and reading[0]) for params in agents]
+    return [_bound(config, params, dims, encoder) for params in agents]
 
 
 def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) -> BoundPolicy:
@@ -320,22 +321,22 @@ def _iterate(
     ensemble: Ensemble,
     task: Task,
     pool: RewardPool,
-    prompts: "_Prompts",
+    split: _Split,
     rows: Int[np.ndarray, " E*B"],
     learner: ppo.LearnerState,
     seeds: Int[np.ndarray, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[ppo.LearnerState, dict[str, Array]]:
-    batch = prompts.batch(rows)
+    batch = split.batch(ensemble, rows, spec)
     if rewards_tokens(ensemble, task):
         return ppo.iterate(learner, ensemble.params, batch, seeds, spec, config)
     iteration = learner.iteration[0]
     experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
     answered = np.repeat(rows, config.samples)
-    texts = _texts(ensemble, task, [prompts.ids[i] for i in answered], experience)
+    texts = _texts(ensemble, task, [split.rows[i] for i in answered], experience)
     asked, references = (
-        [column[i] for i in answered] for column in (prompts.examples.prompts, prompts.examples.references)
+        [column[i] for i in answered] for column in (split.examples.prompts, split.examples.references)
     )
     scores = pool.submit(asked, texts, references).result()
     return ppo.learn_from_text(learner, experience, scores, seeds, spec, config)
@@ -369,7 +370,7 @@ def _abstract(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
 
-def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Any], experience: ppo.Rollout | DecodeState) -> list[str]:
+def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Row], experience: ppo.Rollout | Answers) -> list[str]:
     """The answers, up to the first of the task's stop strings. A rollout goes on behind one; what the agent decides
     there has no effect on the reward."""
     tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
@@ -381,19 +382,17 @@ def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Any], experience: p
 
 
 def _dev_scores(
-    ensemble: Ensemble, task: Task, pool: RewardPool, dev: _Prompts, policy_params: Any, spec: DecodeSpec
+    ensemble: Ensemble, task: Task, pool: RewardPool, dev: _Split, policy_params: Any, spec: DecodeSpec
 ) -> Float[np.ndarray, " B"]:
     """Rewards on dev of greedy answers under the policy's modes. Scoring goes on while the next rows are decoded."""
     options: dict[str, Any] = {"span_length": spec.span_length, "max_new_tokens": spec.max_new_tokens}
     greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, **options)
     pending = []
-    for start in range(0, len(dev.ids), _EVALUATION_ROWS):
+    for start in range(0, len(dev.rows), _EVALUATION_ROWS):
         part = slice(start, start + _EVALUATION_ROWS)
-        if spec.reader is not None:
-            text = jax.tree.map(lambda leaf, part=part: leaf[part], dev.text)
-            greedy = dataclasses.replace(greedy, reader=dataclasses.replace(spec.reader, prompts=text))
-        state = ensemble.run(dev.ids[part], policy_params, 0, greedy)
-        texts = _texts(ensemble, task, dev.ids[part], state)
+        text = dev.read_text(np.arange(len(dev.rows))[part])
+        answers = ensemble.run(dev.rows[part], policy_params, 0, greedy, text=text)
+        texts = _texts(ensemble, task, dev.rows[part], answers)
         pending.append(pool.submit(dev.examples.prompts[part], texts, dev.examples.references[part]))
     return np.concatenate([scores.result() for scores in pending])
 

@@ -1,0 +1,284 @@
+"""Between texts and rows of ids, on the host: one codec for members with one tokenizer, one for a union vocabulary.
+
+`make_codec` chooses. Both have the same few functions, so that `Ensemble` does not know which it has. A row is a
+prompt's ids, or with different tokenizers a tuple of each member's; a chosen token is an id, or an entry of the union.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.fusion import union as vocabularies
+from rlae_jax.fusion.prompts import Row
+from rlae_jax.fusion.spec import Spelling, UnionTables
+from rlae_jax.models import LM
+
+
+class Codec(Protocol):
+    """See the module's text."""
+
+    @property
+    def members(self) -> tuple[LM, ...]: ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        ...
+
+    @property
+    def member_ends(self) -> tuple[tuple[int, ...], ...]:
+        """Each member's own ids that end a text."""
+        ...
+
+    @property
+    def union(self) -> vocabularies.UnionVocabulary | None:
+        """The union vocabulary; None with one tokenizer."""
+        ...
+
+    @property
+    def vocab(self) -> int:
+        """V: how many tokens, or entries, there are."""
+        ...
+
+    @property
+    def tables(self) -> UnionTables:
+        """What the compiled loop reads of the vocabulary, where members take in the text at their own pace."""
+        ...
+
+    def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
+        """Each prompt's ids."""
+        ...
+
+    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row's tokens, as they continue its prompt."""
+        ...
+
+    def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Each row's tokens as ids of the first member."""
+        ...
+
+    def from_first_member_ids(self, ids: Sequence[int]) -> list[int]:
+        """Tokens that are the first member's ids."""
+        ...
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        """The number of tokens of each prompt, of the member that needs most."""
+        ...
+
+    def check_ids(self, rows: Sequence[Row]) -> None:
+        """Raises an `InputError` for ids that some member's embedding does not have: a lookup would clamp them."""
+        ...
+
+    def room(self, steps: int) -> int:
+        """The tokens that each member gets room for by default in so many steps."""
+        ...
+
+    def pieces(self) -> Sequence[bytes | None]:
+        """The bytes that each token stands for; None for special ones."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenCodec:
+    """Of members that read and write the same ids."""
+
+    members: tuple[LM, ...]
+    end_ids: tuple[int, ...]
+
+    @property
+    def member_ends(self) -> tuple[tuple[int, ...], ...]:
+        return (self.end_ids,) * len(self.members)
+
+    @property
+    def union(self) -> None:
+        return None
+
+    @property
+    def vocab(self) -> int:
+        return min(lm.config.usable_vocab for lm in self.members)
+
+    @functools.cached_property
+    def tables(self) -> UnionTables:
+        ids = jnp.arange(self.vocab, dtype=jnp.int32)
+        spelling = Spelling(ids, ids, ids, ids, jnp.arange(self.vocab + 1, dtype=jnp.int32))
+        return UnionTables((spelling,) * len(self.members), jnp.zeros((8, self.vocab), jnp.int8))
+
+    def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
+        return list(_encode(self.members[0], prompts, chat))
+
+    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
+        # An answer continues its prompt; an encoder-decoder's is a text of its own.
+        before = prompts if self.members[0].config.encoder is None else [()] * len(tokens)
+        return decode_texts(self.members[0].require_tokenizer(), before, tokens)
+
+    def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [list(row) for row in tokens]
+
+    def from_first_member_ids(self, ids: Sequence[int]) -> list[int]:
+        return list(ids)
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        return [len(row) for row in rows]
+
+    def check_ids(self, rows: Sequence[Row]) -> None:
+        vocab = min(lm.config.vocab for lm in self.members)
+        outside = [
+            ("ids", f"prompt {b} has {i}")
+            for b, row in enumerate(rows)
+            if min(row) < 0 or max(row) >= vocab
+            for i in row
+            if not 0 <= i < vocab
+        ]
+        if outside:
+            raise grouped_error("prompts with ids outside the vocabulary", outside, f"ids from 0 to {vocab} - 1 exist")
+
+    def room(self, steps: int) -> int:
+        return steps
+
+    def pieces(self) -> Sequence[bytes | None]:
+        return vocabularies.token_bytes(self.members[0].require_tokenizer(), self.members[0].name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnionCodec:
+    """Of members with different tokenizers."""
+
+    members: tuple[LM, ...]
+    member_ends: tuple[tuple[int, ...], ...]
+    union: vocabularies.UnionVocabulary
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(self.union.ends).tolist())
+
+    @property
+    def vocab(self) -> int:
+        return self.union.size
+
+    @functools.cached_property
+    def tables(self) -> UnionTables:
+        union = self.union
+        spellings = tuple(
+            Spelling(
+                partner=jnp.asarray(union.partner[k]),
+                first=jnp.asarray(union.first(k)),
+                own=jnp.asarray(union.own[k]),
+                ids=jnp.asarray(union.spell_ids[k]),
+                offsets=jnp.asarray(union.spell_offsets[k]),
+            )
+            for k in range(union.members)
+        )
+        return UnionTables(spellings, jnp.asarray(np.where(union.choosable, union.utf8, -1).astype(np.int8)))
+
+    def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
+        return list(zip(*(_encode(lm, prompts, chat) for lm in self.members), strict=True))
+
+    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
+        del prompts
+        # The last character may have been cut; all others are whole.
+        return [b"".join(map(self.union.entry_bytes, row)).decode("utf-8", errors="ignore") for row in tokens]
+
+    def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        ids, offsets = self.union.spell_ids[0], self.union.spell_offsets[0]
+        return [[i for e in row for i in ids[offsets[e] : offsets[e + 1]].tolist()] for row in tokens]
+
+    def from_first_member_ids(self, ids: Sequence[int]) -> list[int]:
+        return [int(self.union.own[0][i]) for i in ids]
+
+    def lengths(self, rows: Sequence[Row]) -> list[int]:
+        return [max(map(len, row)) for row in rows]
+
+    def check_ids(self, rows: Sequence[Row]) -> None:
+        del rows  # they are always the tokenizers' own
+
+    @functools.cached_property
+    def _tokens_per_entry(self) -> int:
+        """What 90% of the entries take at most, at least 2."""
+        kept = self.union.choosable
+        return max(2, *(int(np.quantile(self.union.lengths(k)[kept], 0.9)) for k in range(len(self.members))))
+
+    def room(self, steps: int) -> int:
+        return self._tokens_per_entry * steps + 8
+
+    def pieces(self) -> Sequence[bytes | None]:
+        return [self.union.entry_bytes(e) for e in range(self.union.size)]
+
+
+def make_codec(members: Sequence[LM], end_ids: Any = None) -> Codec:
+    """The codec of some members.
+
+    Args:
+      end_ids: ids that end a text; by default every member's own. With different tokenizers one list per member.
+
+    Raises:
+      InputError: members that cannot write one text; end ids outside the vocabulary, or not one list per member.
+    """
+    if same_tokenizer(members):
+        ids = [i for lm in members for i in lm.config.end_ids] if end_ids is None else end_ids
+        codec = TokenCodec(tuple(members), tuple(sorted(set(ids))))
+        outside = [i for i in codec.end_ids if not 0 <= i < codec.vocab]
+        if outside and end_ids is not None:
+            raise InputError(f"end_ids {outside} lie outside the vocabulary of {codec.vocab}")
+        return codec
+    names = [lm.name for lm in members]
+    for lm in members:
+        if lm.config.encoder is not None:
+            raise InputError(f"{lm.name} is an encoder-decoder: it needs members with its own tokenizer")
+    ends = [lm.config.end_ids for lm in members] if end_ids is None else end_ids
+    if len(ends) != len(names) or any(isinstance(ids, int | np.integer) for ids in ends):
+        raise InputError(f"end_ids of members with different tokenizers must be {len(names)} lists, one per member")
+    union = vocabularies.load_or_build([lm.tokenizer for lm in members], names, ends)
+    return UnionCodec(tuple(members), tuple(tuple(ids) for ids in ends), union)
+
+
+def same_tokenizer(members: Sequence[LM]) -> bool:
+    """Whether all members read and write the same ids.
+
+    Raises:
+      InputError: members that cannot be told: some or all without a tokenizer, and vocabularies that differ.
+    """
+    first = members[0]
+    same = True
+    for other in members[1:]:
+        if (first.tokenizer is None) != (other.tokenizer is None):
+            raise InputError(f"{first.name} and {other.name}: one has a tokenizer and the other has none")
+        if first.tokenizer is not None:
+            same = same and first.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        elif first.config.vocab != other.config.vocab:
+            raise InputError(
+                f"{first.name} and {other.name} have no tokenizers and differ in vocabulary "
+                f"({first.config.vocab} and {other.config.vocab}): without tokenizers their ids must be the same"
+            )
+    return same
+
+
+def _encode(lm: LM, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+    """One member's ids of prompts; see `Ensemble.encode`."""
+    tokenizer = lm.require_tokenizer()
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(f"{lm.name} has no chat template; use chat=False")
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [
+            tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=True)["input_ids"]
+            for m in messages
+        ]
+    else:
+        ids = tokenizer(list(prompts))["input_ids"]
+    empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
+    if empty:
+        raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
+    return ids
+
+
+def decode_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
+    """What each row's tokens add to its prompt: decoding ids alone would lose a leading space."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.batch_decode([list(prompt) for prompt in prompts], **options)
+    whole = tokenizer.batch_decode([[*p, *t] for p, t in zip(prompts, tokens, strict=True)], **options)
+    return [text[len(prefix) :] for prefix, text in zip(before, whole, strict=True)]

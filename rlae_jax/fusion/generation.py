@@ -1,0 +1,95 @@
+"""What `Ensemble.generate` returns, and how it is read off answers: ids into text, cuts at stop strings."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from rlae_jax.errors import InputError
+from rlae_jax.fusion.codec import Codec
+from rlae_jax.fusion.programs import Job
+from rlae_jax.fusion.prompts import Row
+from rlae_jax.fusion.state import Answers, DecodeState
+
+
+@dataclasses.dataclass(eq=False)
+class Continuation:
+    """What goes on from where an answer ended; going on uses its state up."""
+
+    job: Job
+    state: DecodeState
+    used: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `Ensemble.generate` returns, one entry per prompt."""
+
+    decoded: list[str] | None  # None without a tokenizer; read `texts`
+    tokens: list[list[int]]  # the first member's ids, end token excluded
+    weights: Float[np.ndarray, "B P K"]  # used in each span; NaN after a row's end
+    finish_reasons: list[str]  # "stop" | "length"
+    steps: list[int]  # fused steps, the one that chose the end token included
+    # With `scores=True`, the chosen tokens' log-probabilities under the fused distribution and under each member (of a
+    # token that a member lacks, through the first token of its spelling, -inf if there is none); NaN after a row's end.
+    scores: Float[np.ndarray, "B T"] | None = None
+    member_scores: Float[np.ndarray, "B T K"] | None = None
+    # With `keep=True`, for `Ensemble.extend`.
+    continuation: Continuation | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def texts(self) -> list[str]:
+        """Each prompt's answer: prompt + text is what decoding the whole sequence gives.
+
+        Raises:
+          InputError: the members have no tokenizer.
+        """
+        if self.decoded is None:
+            raise InputError("the members have no tokenizer, so there are no texts; read tokens")
+        return self.decoded
+
+
+def read_answers(codec: Codec, job: Job, answers: Answers) -> Generation:
+    """Answers on the host as a user reads them."""
+    rows = [row for row in job.rows for _ in range(job.samples)]
+    lengths = answers.steps - answers.ended
+    chosen = [tokens[:n].tolist() for tokens, n in zip(answers.tokens, lengths, strict=True)]
+    reasons = ["stop" if ended else "length" for ended in answers.ended]
+    texts = None
+    if codec.members[0].tokenizer is not None:
+        texts = codec.decode(rows, chosen)
+        for b, text in enumerate(texts):
+            if cuts := [text.index(stop) for stop in job.stop if stop in text]:
+                texts[b], reasons[b] = text[: min(cuts)], "stop"
+                chosen[b] = _fewest_tokens(codec, rows[b], chosen[b], texts[b])
+    scores = member_scores = None
+    if answers.scores is not None:
+        written = np.arange(job.spec.max_new_tokens) < answers.steps[:, None]
+        scores = np.where(written, answers.scores.fused, np.nan)
+        member_scores = np.where(written[..., None], answers.scores.members, np.nan)
+    return Generation(
+        decoded=texts,
+        tokens=codec.first_member_ids(chosen),
+        weights=np.where(answers.span_mask()[..., None], answers.trajectory.weights, np.nan),
+        finish_reasons=reasons,
+        steps=answers.steps.tolist(),
+        scores=scores,
+        member_scores=member_scores,
+    )
+
+
+def _fewest_tokens(codec: Codec, prompt: Row, tokens: list[int], text: str) -> list[int]:
+    """The fewest tokens whose text holds `text`."""
+    for n in range(len(tokens)):
+        if codec.decode([prompt], [tokens[:n]])[0].startswith(text):
+            return tokens[:n]
+    return tokens
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of a text that further tokens cannot change: without the bytes of an unfinished character and without
+    what may be the beginning of a stop string."""
+    text = text.rstrip("\ufffd")
+    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+    return text[: len(text) - held]

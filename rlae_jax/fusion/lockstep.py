@@ -1,0 +1,124 @@
+"""Members with one tokenizer: every chosen token is one token for each of them, all rows write the same slot of a
+cache, and a step is one forward."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from rlae_jax.fusion.members import ForwardPass, Prediction, aligned, prompt_cache
+from rlae_jax.fusion.prompts import Prompts
+from rlae_jax.fusion.spec import DecodeSpec
+from rlae_jax.models import transformer
+
+
+class RowSubsets(NamedTuple):
+    """What the members of a shared base run, where no member has a say in all rows: R rows each."""
+
+    rows: Int[Array | np.ndarray, " M*R"]  # which of the batch's B rows each of them is
+    # Where each member's rows of the batch are among them; anywhere for those in which it has no say.
+    places: Int[Array | np.ndarray, " M*B"]
+
+
+class Lockstep(NamedTuple):
+    """See the module's text, and `members.Members` for what the functions are for."""
+
+    pending: Int[Array, " B"]  # the token that each row feeds next
+    lengths: Int[Array, " B"]  # tokens fed so far, which is the pending token's position
+    starts: Int[Array, " B"]  # first slot in use: rows are padded on the left
+    caches: tuple[transformer.Cache, ...]  # of a shared base M batches of rows, one after another
+    subsets: RowSubsets | None = None  # None: every member runs every row
+
+    @classmethod
+    def start(cls, passes: tuple[ForwardPass, ...], prompts: Prompts, spec: DecodeSpec) -> "Lockstep":
+        """Runs the members over all but the last token of each prompt, an encoder over all of it."""
+        ids, real = aligned(prompts.ids[0], prompts.mask[0])
+        t = ids.shape[1]
+        caches = []
+        for run in passes:
+            # An encoder reads the whole prompt, and its decoder starts from a token of its own.
+            is_encoder = run.model.config.encoder is not None
+            read = slice(None) if is_encoder else slice(-1)
+            cache = prompt_cache(run, ids[:, read], real[:, read])
+            caches.append(transformer.extend_cache(cache, (1 if is_encoder else t) + spec.max_new_tokens))
+        counts = jnp.sum(real, axis=1, dtype=jnp.int32)
+        return cls(ids[:, -1], counts - 1, t - counts, tuple(caches))
+
+    def rows(self, members: int) -> int:
+        return len(self.pending) if self.subsets is None else len(self.subsets.rows) // members
+
+    def read(
+        self,
+        passes: tuple[ForwardPass, ...],
+        step: Int[Array, ""],
+        needed: Bool[Array, " B"],
+        weights: Float[Array, "B K"],
+        spec: DecodeSpec,
+    ) -> tuple["Lockstep", Prediction]:
+        del needed, weights  # one forward for all
+        caches, hidden, log_probs = [], [], []
+        for run, cache in zip(passes, self.caches, strict=True):
+            config = run.model.config
+            pending, position, starts = self.pending, self.lengths, self.starts
+            if config.encoder is not None:  # its slots hold no prompt, and it starts from a token of its own
+                pending = jnp.where(step == 0, config.start_id or 0, pending)
+                position, starts = jnp.full_like(position, step), jnp.zeros_like(starts)
+            slot = cache.slots - spec.max_new_tokens - 1 + step
+            indices = jnp.arange(cache.slots)
+            visible = (indices >= starts[:, None]) & (indices <= slot)
+            pending, position, visible = (self._of_members(run, array) for array in (pending, position, visible))
+            h, cache = run.model.decode_step(pending, position, cache, slot, visible)
+            caches.append(cache)
+            hidden += self._by_member(run, h)
+            log_probs += self._by_member(run, run.log_probs(h, spec.vocab))
+        state = self._replace(lengths=self.lengths + 1, caches=tuple(caches))
+        return state, Prediction(tuple(hidden), tuple(log_probs), tuple(log_probs))
+
+    def _of_members(self, run: ForwardPass, array: Array) -> Array:
+        """From the batch's rows to those that the members run."""
+        return run.tile(array) if self.subsets is None else array[self.subsets.rows]
+
+    def _by_member(self, run: ForwardPass, array: Array) -> list[Array]:
+        """From the rows that the members run to each member's batch, in which rows without its say are filling."""
+        return jnp.split(array if self.subsets is None else array[self.subsets.places], run.members)
+
+    def allowed(self, log_probs: Float[Array, "B V"], spec: DecodeSpec) -> Float[Array, "B V"]:
+        del spec
+        return log_probs
+
+    def through_first_token(self, prediction: Prediction, spec: DecodeSpec) -> None:
+        del prediction, spec
+
+    def stuck(self, scores: Float[Array, "B V"], token: Int[Array, " B"], forced: bool, spec: DecodeSpec) -> Array:
+        del scores, forced, spec
+        return jnp.zeros(token.shape, bool)
+
+    def append(self, token: Int[Array, " B"], rows: Bool[Array, " B"], spec: DecodeSpec) -> "Lockstep":
+        del rows, spec
+        return self._replace(pending=token)
+
+    def token_log_probs(self, prediction: Prediction, token: Int[Array, " B"], spec: DecodeSpec) -> Float[Array, "B K"]:
+        del spec
+        return jnp.stack([jnp.take_along_axis(p, token[:, None], axis=1)[:, 0] for p in prediction.log_probs], axis=1)
+
+    def observed(self, token_log_probs: Float[Array, "B K"]) -> Float[Array, "B K"]:
+        return token_log_probs
+
+    def repeat(self, batch: int, times: int) -> "Lockstep":
+        def repeat(leaf: Array) -> Array:
+            split = leaf.reshape(-1, batch, *leaf.shape[1:])  # one batch of rows per member of a shared base
+            return jnp.repeat(split, times, axis=1).reshape(-1, *leaf.shape[1:])
+
+        return Lockstep(
+            pending=repeat(self.pending),
+            lengths=repeat(self.lengths),
+            starts=repeat(self.starts),
+            caches=tuple(cache._replace(layers=jax.tree.map(repeat, cache.layers)) for cache in self.caches),
+        )
+
+    def lengthen(self, old: DecodeSpec, longer: DecodeSpec) -> "Lockstep":
+        steps = longer.max_new_tokens - old.max_new_tokens
+        caches = tuple(transformer.extend_cache(cache, cache.slots + steps) for cache in self.caches)
+        return self._replace(caches=caches)

@@ -1,0 +1,119 @@
+"""The compiled programs of an ensemble, and the host's loop around the one that stops in between.
+
+In: a checked call (`Job`). Out: `Answers` on the host, without the filling of its bucket. A call that needs to look at
+what was written (stop strings, streaming) runs the loop a number of steps at a time, with the state donated between.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion.prompts import Prompts, Row
+from rlae_jax.fusion.spec import DecodeSpec
+from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A checked call: what is decoded, and how. Arrays have the batch's bucket of rows; `rows` has the real ones."""
+
+    rows: list[Row]
+    prompts: Prompts
+    policy_params: Any
+    spec: DecodeSpec
+    params: tuple[Any, ...]
+    samples: int  # answers per row, which share its prefill
+    stop: tuple[str, ...]
+
+    @property
+    def answers(self) -> int:
+        """How many answers are wanted."""
+        return len(self.rows) * self.samples
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def decode_batch(params: Any, prompts: Prompts, policy_params: Any, spec: DecodeSpec, samples: int) -> Answers:
+    """From prompts to answers."""
+    return decoding.decode_batch(params, prompts, policy_params, spec, samples)
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def prefill(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int) -> DecodeState:
+    """The state before the first token."""
+    state = decoding.prefill(params, prompts, spec)
+    return state if samples == 1 else repeat_rows(state, samples)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def decode_until(
+    params: Any, state: DecodeState, policy_params: Any, spec: DecodeSpec, until: Int[Array, ""]
+) -> DecodeState:
+    """The state at a later step."""
+    return decoding.decode_spans(params, state, policy_params, spec, until)
+
+
+@jax.jit
+def lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, longer: DecodeSpec) -> DecodeState:
+    """Room for more steps, for the rows that wrote up to the last step and did not stop there."""
+    # The next token's place is the step's: only rows that wrote up to here go on.
+    whole = (state.steps == state.clock) & (state.steps > 0)
+
+    def grow(by: int) -> Callable[[Array], Array]:
+        return lambda leaf: jnp.pad(leaf, [(0, by) if axis == 1 else (0, 0) for axis in range(leaf.ndim)])
+
+    steps = longer.max_new_tokens - old.max_new_tokens
+    trajectory = jax.tree.map(grow(longer.spans - old.spans), state.trajectory)
+    return state._replace(
+        members=state.members.lengthen(old, longer),
+        rows=state.rows._replace(limits=jnp.full_like(state.rows.limits, longer.max_new_tokens)),
+        done=stopped | ~whole,
+        tokens=grow(steps)(state.tokens),
+        decisions=state.decisions._replace(trajectory=trajectory),
+        scores=jax.tree.map(grow(steps), state.scores),
+    )
+
+
+def on_host(answers: Answers, rows: int) -> Answers:
+    """Answers as host arrays, without what fills their bucket."""
+    return jax.tree.map(lambda leaf: leaf[:rows], jax.device_get(answers))
+
+
+def run(job: Job) -> Answers:
+    """Everything in one program."""
+    return on_host(decode_batch(job.params, job.prompts, job.policy_params, job.spec, job.samples), job.answers)
+
+
+def run_in_chunks(
+    job: Job,
+    steps: int,
+    stopped: Callable[[Answers], Bool[np.ndarray, " B"]] | None,
+    start: DecodeState | None = None,
+) -> Iterator[tuple[Answers, DecodeState]]:
+    """Decodes `steps` steps at a time and yields what is written after each, and the state on the device, which the
+    next one uses up.
+
+    Args:
+      stopped: tells which rows end with what they have written; None if none does.
+      start: the state to go on from; by default that of the prompts.
+    """
+    state = prefill(job.params, job.prompts, job.spec, job.samples) if start is None else start
+    until = 0 if start is None else int(state.step)
+    while True:
+        until += steps
+        state = decode_until(job.params, state, job.policy_params, job.spec, np.int32(until))
+        answers = on_host(answers_of(state), job.answers)
+        if stopped is not None:
+            ends = np.zeros(len(state.done), bool)
+            ends[: job.answers] = stopped(answers)
+            state = state._replace(done=state.done | ends)
+            answers = answers._replace(done=answers.done | ends[: job.answers])
+        yield answers, state
+        if np.all(answers.done):
+            return
