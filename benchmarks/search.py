@@ -98,7 +98,7 @@ def run_case(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     fused = Fused(lm, adapters, mode="hidden")
 
     def ours() -> np.ndarray:
-        answers = fused.over(prompts, max_new_tokens=case.new_tokens, ignore_eos=True)
+        answers = fused.prepare(prompts, max_new_tokens=case.new_tokens, ignore_eos=True)
         return np.asarray(answers.decode(points).tokens)
 
     print("comparing what all sides write", flush=True)

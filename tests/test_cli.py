@@ -189,7 +189,7 @@ class TestGenerate:
         assert [line[7:] for line in answers] == found.texts
         for b, line in enumerate(scores):
             steps = found.steps[b]
-            alpha, beta = found.attribution[b, :steps].mean(axis=0)
+            alpha, beta = found.member_scores[b, :steps].mean(axis=0)
             mean = found.scores[b, :steps].mean()
             assert line == f"  mean log-probability: {mean:.3f} (alpha {alpha:.3f}, beta {beta:.3f})"
 

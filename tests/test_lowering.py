@@ -9,6 +9,7 @@ import rlae_jax as rj
 from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.policy import Confidence, Dims, Draw, Fixed
+from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from tests.fusion.test_union import byte_level, sentencepiece
@@ -55,8 +56,9 @@ def test_prefill_and_decode(ensemble, policy, fusion, options):
     exported = assert_lowers(lambda *args: rj.decode(*args, spec).tokens, params, ids, mask, policy_params, key)
     assert exported.out_avals[0].shape == (4, 6)
 
-    state = jax.eval_shape(lambda *args: prefill(*args, spec), params, ids, mask, key)
-    assert_lowers(lambda *args: prefill(*args, spec).caches, params, ids, mask, key)
+    prompts = prompts_from_arrays(ids, mask, 6, key)
+    state = jax.eval_shape(lambda *args: prefill(*args, spec), params, prompts)
+    assert_lowers(lambda *args: prefill(*args, spec).caches, params, prompts)
     assert_lowers(lambda *args: decode_spans(*args, spec).tokens, params, state, policy_params)
 
 
@@ -99,8 +101,9 @@ def lower_mixed(ensemble, policy, options):
     params, key, weights = ensemble.params, jax.random.key(0), jnp.full((4, 2), 0.5)
     whole = assert_lowers(lambda *args: rj.decode(*args).tokens, params, ids, mask, weights, key, spec)
     assert whole.out_avals[0].shape == (4, 6)
-    state = jax.eval_shape(prefill, params, ids, mask, key, spec)
-    assert_lowers(lambda *args: prefill(*args).caches, params, ids, mask, key, spec)
+    prompts = prompts_from_arrays(ids, mask, 6, key)
+    state = jax.eval_shape(prefill, params, prompts, spec)
+    assert_lowers(lambda *args: prefill(*args).caches, params, prompts, spec)
     assert_lowers(lambda *args: decode_spans(*args).tokens, params, state, weights, spec, jnp.int32(3))
 
 
@@ -120,7 +123,7 @@ def test_ppo_programs(ensemble):
     params, ids, mask, _ = inputs(ensemble)
     seed, iteration = jnp.zeros(2, jnp.uint32), jnp.int32(0)  # two agents of two prompts
     state = ppo.init_learners(seed, agent, spec.dims, config)
-    batch = ppo.Batch(ids, mask, jnp.ones((4, 3), jnp.int32), jnp.full(4, 3))
+    batch = ppo.Batch(prompts_from_arrays(ids, mask, 4), jnp.ones((4, 3), jnp.int32), jnp.full(4, 3))
     assert_lowers(lambda *args: ppo.iterate(*args, spec, config), state, params, batch, seed)
 
     def roll(*args):

@@ -29,7 +29,7 @@ from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, Hidden, linear
 from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, slice_rows
-from rlae_jax.fusion.prompts import Prompts, row_keys
+from rlae_jax.fusion.prompts import Prompts, prompts_from_arrays
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.sampling import choose_token
 from rlae_jax.fusion.spec import DecodeSpec
@@ -363,15 +363,7 @@ def decode(
       key: row b draws from fold_in(key, b), or from key[b] if there is a batch of keys.
       active: rows that are False write nothing.
     """
-    ids, mask = ((x,) if spec.union is None else tuple(x) for x in (prompt_ids, prompt_mask))
-    b = ids[0].shape[0]
-    prompts = Prompts(
-        ids=tuple(map(jnp.asarray, ids)),
-        mask=tuple(map(jnp.asarray, mask)),
-        keys=row_keys(key, b),
-        active=jnp.ones((b,), bool) if active is None else active,
-        limits=jnp.full((b,), spec.max_new_tokens, jnp.int32),
-    )
+    prompts = prompts_from_arrays(prompt_ids, prompt_mask, spec.max_new_tokens, key, active)
     return decode_spans(params, prefill(params, prompts, spec), policy_params, spec)
 
 

@@ -128,6 +128,27 @@ def make_prompts(
     return prompts._replace(keys=keys_of_seeds(fill_rows(seeds, batch) if seeds.ndim else seeds, batch))
 
 
+def prompts_from_arrays(
+    ids: Any, mask: Any, max_new_tokens: int, key: Any = None, active: Bool[Array, " B"] | None = None
+) -> Prompts:
+    """Arrays of ids as a batch, traced or not.
+
+    Args:
+      ids, mask: [B, T], or a tuple of each member's.
+      key: row b draws from fold_in(key, b), or from key[b]; None where keys are drawn later.
+      active: rows that are False write nothing.
+    """
+    each, masks = ((x,) if not isinstance(x, tuple | list) else tuple(x) for x in (ids, mask))
+    b = each[0].shape[0]
+    return Prompts(
+        ids=tuple(map(jnp.asarray, each)),
+        mask=tuple(map(jnp.asarray, masks)),
+        keys=None if key is None else row_keys(key, b),
+        active=jnp.ones((b,), bool) if active is None else active,
+        limits=jnp.full((b,), max_new_tokens, jnp.int32),
+    )
+
+
 def check_seeds(seed: Any, batch: int) -> Int[np.ndarray, ""] | Int[np.ndarray, " B"]:
     """The seed, or the seeds of rows, as unsigned integers.
 

@@ -11,7 +11,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.emorl import fine_tune, losses
 from rlae_jax.emorl.fine_tune import EMORLConfig
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.models import LoraConfig, lora
 from tests.adapters import add_by_hand
 from tests.data import hf
@@ -56,7 +56,11 @@ def spec_of(lm, config):
 def prompts():
     rng = np.random.default_rng(0)
     ids, mask = pad_rows([rng.integers(0, 23, rng.integers(2, 8)).tolist() for _ in range(M * B)], 8)
-    return ids.reshape(M, B, -1), mask.reshape(M, B, -1)
+    return prompts_from_arrays(ids, mask, N)
+
+
+def block_of(prompts, m):
+    return jax.tree.map(lambda leaf: leaf[m * B : (m + 1) * B], prompts)
 
 
 def merged(lm, state, m, config):
@@ -68,17 +72,16 @@ def merged(lm, state, m, config):
 def sampled(lm, prompts):
     config = settings()
     state = fresh(lm, config)
-    return state, fine_tune.sample(lm.params, state, *prompts, SEEDS, spec_of(lm, config), config)
+    return state, fine_tune.sample(lm.params, state, prompts, SEEDS, spec_of(lm, config), config)
 
 
 def test_samples_do_not_depend_on_what_else_is_in_the_stack(lm, prompts, sampled):
     config = settings()
     state, written = sampled
     spec = spec_of(lm, config)
-    ids, mask = prompts
     for m in range(M):
         one = fine_tune.sample(
-            lm.params, fine_tune.take(state, m), ids[m : m + 1], mask[m : m + 1], SEEDS[m : m + 1], spec, config
+            lm.params, fine_tune.take(state, m), block_of(prompts, m), SEEDS[m : m + 1], spec, config
         )
         block = slice(m * B * K, (m + 1) * B * K)
         np.testing.assert_array_equal(one.tokens, np.asarray(written.tokens)[block])
@@ -91,7 +94,7 @@ def test_log_probabilities_are_those_of_a_merged_model(lm, prompts, sampled):
     """One row at a time and without padding; the end token counts."""
     config = settings()
     state, written = sampled
-    ids, mask = (np.asarray(x).reshape(M * B, -1) for x in prompts)
+    ids, mask = np.asarray(prompts.ids[0]), np.asarray(prompts.mask[0])
     adapters = lora.use_in_blocks(fine_tune._stack(state.factors, config, M))
     found = fine_tune.read(lm.config, lm.params, adapters, ids, mask, written.tokens)
     base = fine_tune.read(lm.config, lm.params, None, ids, mask, written.tokens)
@@ -113,17 +116,14 @@ def test_log_probabilities_are_those_of_a_merged_model(lm, prompts, sampled):
 def test_a_step_of_the_stack_is_each_adapters_own(lm, prompts, sampled, algorithm):
     # Adam divides by its gradients' size, so that rounding is a share of the step: a small one.
     config = settings(algorithm=algorithm, epochs=1 if algorithm == "scst" else 2, learning_rate=4e-4)
-    ids, mask = prompts
     _, written = sampled
     rewards = jnp.asarray(np.random.default_rng(1).random((M, B * K)), jnp.float32)
-    together, told = fine_tune.update(
-        lm.params, fresh(lm, config), ids, mask, written, rewards, SEEDS, lm.config, config
-    )
+    together, told = fine_tune.update(lm.params, fresh(lm, config), prompts, written, rewards, SEEDS, lm.config, config)
     for m in range(M):
         one = slice(m, m + 1)
         own = jax.tree.map(lambda leaf, m=m: leaf.reshape(M, B * K, *leaf.shape[1:])[m], written)
         alone, told_alone = fine_tune.update(
-            *(lm.params, fine_tune.take(fresh(lm, config), m), ids[one], mask[one], own, rewards[one], SEEDS[one]),
+            *(lm.params, fine_tune.take(fresh(lm, config), m), block_of(prompts, m), own, rewards[one], SEEDS[one]),
             *(lm.config, config),
         )
         before, own_of_stack = fine_tune.take(fresh(lm, config), m), fine_tune.take(together, m)
@@ -152,7 +152,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(lm, prompts, sampled
     for parts in (1, 2, 4):
         config = settings(algorithm=algorithm, accumulate=parts, learning_rate=1e-4)
         found.append(
-            fine_tune.update(lm.params, fresh(lm, config), *prompts, written, rewards, SEEDS, lm.config, config)
+            fine_tune.update(lm.params, fresh(lm, config), prompts, written, rewards, SEEDS, lm.config, config)
         )
     for state, told in found[1:]:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), state.factors, found[0][0].factors)
@@ -166,7 +166,7 @@ def test_an_adapter_that_changes_nothing_has_no_kl_and_a_changed_one_is_pulled_b
     rewards = jnp.zeros((M, B * K))
     zero = fine_tune.join([fine_tune.begin(lm.config, config, int(seed)) for seed in SEEDS])
     step = lambda state: fine_tune.update(  # noqa: E731
-        lm.params, state, *prompts, written, rewards, SEEDS, lm.config, config
+        lm.params, state, prompts, written, rewards, SEEDS, lm.config, config
     )
     _, told = step(zero)
     np.testing.assert_allclose(told["kl"], 0, atol=1e-12)  # the square of a rounding, at most
@@ -207,17 +207,15 @@ def test_each_adapter_learns_its_own_objective(make_lm, prompts, algorithm):
     seeds = SEEDS[:2]
     state = fine_tune.join([fine_tune.begin(lm.config, config, int(seed)) for seed in seeds])
     spec = spec_of(lm, config)
-    ids, mask = (x[:2] for x in prompts)
+    prompts = jax.tree.map(lambda leaf: leaf[: 2 * B], prompts)
     history = []
     for _ in range(25):
-        written = fine_tune.sample(lm.params, state, ids, mask, seeds, spec, config)
+        written = fine_tune.sample(lm.params, state, prompts, seeds, spec, config)
         tokens, real = np.asarray(written.tokens), np.asarray(written.mask)
         share = (((tokens < 10) & real).sum(axis=1) / real.sum(axis=1)).reshape(2, -1)
         rewards = np.stack([share[0], 1 - share[1]]).astype(np.float32)
         history.append(rewards.mean(axis=1))
-        state, _ = fine_tune.update(
-            lm.params, state, ids, mask, written, jnp.asarray(rewards), seeds, lm.config, config
-        )
+        state, _ = fine_tune.update(lm.params, state, prompts, written, jnp.asarray(rewards), seeds, lm.config, config)
     first, last = np.mean(history[:3], axis=0), np.mean(history[-3:], axis=0)
     assert np.all(last > first + 0.15), (first, last)
 

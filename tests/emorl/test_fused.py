@@ -7,8 +7,8 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.emorl import fused as fused_module
-from rlae_jax.emorl.fused import MODES, Fused, _granules
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.emorl.fused import MODES, Fused, _batch_size
+from rlae_jax.fusion.prompts import pad_rows
 from tests.adapters import EVERY_LAYER, add_by_hand, random_adapter
 
 N = 7
@@ -39,7 +39,7 @@ def fused(request, lm, trio):
 
 @pytest.fixture(scope="module")
 def decoded(fused):
-    points = fused.over(ROWS, max_new_tokens=N)
+    points = fused.prepare(ROWS, max_new_tokens=N)
     return points, points.decode(POINTS)
 
 
@@ -82,14 +82,14 @@ def test_little_memory_gives_the_same_answers(lm, fused, decoded):
     of_a_point = whole.memory / whole.at_once  # a little more, at most
     shares = {1: 0.0, 2: 2.5} if lm.config.encoder is None else {1: 0.0}
     for at_once, share in shares.items():
-        points = fused.over(ROWS, max_new_tokens=N, memory=int(share * of_a_point))
+        points = fused.prepare(ROWS, max_new_tokens=N, memory=int(share * of_a_point))
         assert points.at_once == at_once
         assert_same(points.decode(POINTS), answers)
 
 
 def test_prompts_do_not_depend_on_their_batch(fused, decoded):
     _, answers = decoded
-    own = fused.over([ROWS[2], [7, 7], ROWS[1]], max_new_tokens=N).decode(POINTS)
+    own = fused.prepare([ROWS[2], [7, 7], ROWS[1]], max_new_tokens=N).decode(POINTS)
     for n in range(len(POINTS)):
         tokens = tokens_of(answers, n)
         assert tokens_of(own, n)[::2] == [tokens[2], tokens[1]]
@@ -97,7 +97,7 @@ def test_prompts_do_not_depend_on_their_batch(fused, decoded):
 
 def test_samples(lm, trio, fused):
     """They are those of the ensemble with this seed, and what else is asked for does not matter."""
-    points = fused.over(ROWS, max_new_tokens=N, **SAMPLED)
+    points = fused.prepare(ROWS, max_new_tokens=N, **SAMPLED)
     both = points.decode(POINTS[[0, 1, 0]])
     assert both.tokens.shape == (3, 2 * len(ROWS), N)
     # Sampling does not know what a model is: it is compared for one kind of model.
@@ -111,7 +111,7 @@ def test_samples(lm, trio, fused):
     assert tokens_of(other, 2) == tokens_of(both, 0)
     samples = tokens_of(both, 0)
     assert [a != b for a, b in zip(samples[::2], samples[1::2], strict=True)].count(True) >= 2
-    seeded = fused.over(ROWS, max_new_tokens=N, **SAMPLED | {"seed": 6}).decode(POINTS[[0, 1, 0]])
+    seeded = fused.prepare(ROWS, max_new_tokens=N, **SAMPLED | {"seed": 6}).decode(POINTS[[0, 1, 0]])
     assert tokens_of(seeded, 0) != samples
 
 
@@ -119,12 +119,12 @@ def test_of_what_weights_only_the_direction_counts(fused, decoded):
     points, answers = decoded
     halved = points.decode(0.5 * POINTS)
     if fused.mode == "params":
-        assert not fused.rays()
+        assert not fused.scale_invariant()
         assert not np.array_equal(halved.tokens, answers.tokens)
     else:
-        assert fused.rays()
+        assert fused.scale_invariant()
         assert_same(halved, answers)
-    assert fused.rays(temperature=1.0) == (fused.mode in ("probs", "loglinear"))
+    assert fused.scale_invariant(temperature=1.0) == (fused.mode in ("probs", "loglinear"))
 
 
 def test_no_weight_at_all(lm, fused, decoded):
@@ -155,7 +155,7 @@ def test_all_weight_on_one_adapter(lm, trio, fused, decoded):
 def test_of_two_adapters(make_lm, mode):
     lm = make_lm(0, layers=1, sharpness=3.0, end_ids=(6, 18))
     pair = [random_adapter(lm, m, rank=2, alpha=1.5, targets=TARGETS) for m in range(2)]
-    answers = Fused(lm, pair, mode).over(ROWS, max_new_tokens=N).decode([[1.0, 0.0], [0.0, 1.0]])
+    answers = Fused(lm, pair, mode).prepare(ROWS, max_new_tokens=N).decode([[1.0, 0.0], [0.0, 1.0]])
     for n in range(2):
         out = rj.Ensemble([lm.with_adapters(pair[n : n + 1])]).generate(
             prompt_ids=IDS, prompt_mask=MASK, max_new_tokens=N
@@ -165,9 +165,9 @@ def test_of_two_adapters(make_lm, mode):
 
 def test_sizes_of_batches():
     for n in range(1, 200):
-        assert n <= _granules(n) <= max(n, 9 * n // 8)
-        assert _granules(_granules(n)) == _granules(n)
-    assert len({_granules(n) for n in range(1, 1025)}) < 70
+        assert n <= _batch_size(n) <= max(n, 9 * n // 8)
+        assert _batch_size(_batch_size(n)) == _batch_size(n)
+    assert len({_batch_size(n) for n in range(1, 1025)}) < 70
 
 
 def test_texts(make_lm, make_tokenizer):
@@ -175,7 +175,7 @@ def test_texts(make_lm, make_tokenizer):
     tokenizer = make_tokenizer("abcdefgh")
     lm = make_lm(1, layers=1, vocab=9, end_ids=(8,), tokenizer=tokenizer)
     fused = Fused(lm, [random_adapter(lm, m, rank=2) for m in range(2)], "hidden")
-    points = fused.over(fused.ensemble.encode(["abc", "d"]), max_new_tokens=4, temperature=1.5, samples=2)
+    points = fused.prepare(fused.ensemble.encode(["abc", "d"]), max_new_tokens=4, temperature=1.5, samples=2)
     answers = points.decode([[0.3, 0.6], [1.0, 0.1], [0.0, 0.0]])
     texts = points.texts(answers)
     assert texts == [["".join("abcdefgh"[i] for i in row) for row in tokens_of(answers, n)] for n in range(3)]
@@ -214,19 +214,19 @@ class TestBadInput:
         ],
     )
     def test_points(self, tiny, pair, raises_input_error, points, parts):
-        ready = Fused(tiny, pair).over(ROWS, max_new_tokens=2)
+        ready = Fused(tiny, pair).prepare(ROWS, max_new_tokens=2)
         raises_input_error(lambda: ready.decode(points), *parts)
 
     def test_prompts_that_do_not_fit(self, tiny, pair, raises_input_error):
         fused = Fused(tiny, pair)
-        raises_input_error(lambda: fused.over([[1] * 510], max_new_tokens=9), "512")
+        raises_input_error(lambda: fused.prepare([[1] * 510], max_new_tokens=9), "512")
 
 
 def test_programs_are_shared_between_points(make_lm):
     lm = make_lm(0, layers=1)
-    points = Fused(lm, [random_adapter(lm, m, rank=2) for m in range(2)]).over(ROWS, max_new_tokens=3)
+    points = Fused(lm, [random_adapter(lm, m, rank=2) for m in range(2)]).prepare(ROWS, max_new_tokens=3)
     rng = np.random.default_rng(0)
     points.decode(rng.random((17, 2)))
-    before = fused_module._answer._cache_size(), fused_module._start._cache_size()
+    before = fused_module._answer._cache_size(), fused_module._prefill._cache_size()
     points.decode(rng.random((18, 2)))  # 17 were filled up to 18
-    assert (fused_module._answer._cache_size(), fused_module._start._cache_size()) == before
+    assert (fused_module._answer._cache_size(), fused_module._prefill._cache_size()) == before

@@ -16,10 +16,10 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.fusion import decode as decoding
-from rlae_jax.fusion import ensemble as ensemble_module
-from rlae_jax.fusion import feed
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion import members, programs
 from rlae_jax.fusion.policy import Confidence, Dims
+from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
+from rlae_jax.models import transformer
 from tests.adapters import EVERY_LAYER, add_by_hand, random_adapter
 from tests.fusion.policies import Reader
 
@@ -207,9 +207,9 @@ class TestRowsOfOneModel:
 
     def test_choices_share_a_program(self, stacked):
         write(stacked, adapters=self.CHOICE)
-        before = ensemble_module._decode._cache_size()
+        before = programs.decode_batch._cache_size()
         outs = [write(stacked, adapters=choice) for choice in ([0] * B, np.full((B, 3), 0.2), self.CHOICE[::-1])]
-        assert ensemble_module._decode._cache_size() == before
+        assert programs.decode_batch._cache_size() == before
         assert len({str(out.tokens) for out in outs}) == 3
 
     def test_sums_of_adapters_and_rows_alone(self, lm, trio, stacked):
@@ -250,9 +250,9 @@ class TestRowsOfOneModel:
         ids=str,
     )
     def test_bad_choices(self, stacked, raises_input_error, choice, parts):
-        before = ensemble_module._decode._cache_size()
+        before = programs.decode_batch._cache_size()
         raises_input_error(lambda: write(stacked, adapters=choice), *parts)
-        assert ensemble_module._decode._cache_size() == before
+        assert programs.decode_batch._cache_size() == before
 
     def test_nothing_to_choose_from(self, lm, raises_input_error):
         raises_input_error(lambda: write(rj.Ensemble([lm]), adapters=[0] * B), "no member has adapters")
@@ -273,18 +273,18 @@ class TestPrograms:
         spec = ensemble.spec(max_new_tokens=2)
         ids, mask = batch_of(6)
         read: list[tuple[int, ...]] = []
-        original = feed.transformer.read_prompt
+        original = transformer.Model.read_prompt
 
-        def spy(config, params, ids, *rest):
+        def spy(model, ids, *rest):
             read.append(ids.shape)
-            return original(config, params, ids, *rest)
+            return original(model, ids, *rest)
 
-        monkeypatch.setattr(feed.transformer, "read_prompt", spy)
+        monkeypatch.setattr(transformer.Model, "read_prompt", spy)
         caches = []
         for tokens in (2048, 14):
-            monkeypatch.setattr(feed, "_PREFILL_TOKENS", tokens)
-            run = jax.jit(lambda *args: decoding.prefill(*args, jax.random.key(0), spec).caches)
-            caches.append(run(params, ids, mask))
+            monkeypatch.setattr(members, "_PREFILL_TOKENS", tokens)
+            run = jax.jit(lambda *args: decoding.prefill(*args, spec).caches)
+            caches.append(run(params, prompts_from_arrays(ids, mask, 2, jax.random.key(0))))
         rows = 6 * len(ensemble.members)
         assert read == [(rows, 7), (2, 7)]
         real = np.asarray(mask)[:, None, None, :7] * np.ones((len(ensemble.members), 1, 1, 1, 1))

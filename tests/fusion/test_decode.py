@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.fusion.decode import decode_spans, prefill, row_keys
-from rlae_jax.fusion.ensemble import pad_rows
-from rlae_jax.fusion.feed import left_align_padding
+from rlae_jax.fusion.decode import decode_spans, prefill
+from rlae_jax.fusion.members import left_align_padding
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
+from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays, row_keys
 from tests.fusion import reference
 from tests.fusion.policies import Reader
 
@@ -113,8 +113,8 @@ def test_the_loop_equals_the_reference(pair, expected_rows, fusion, name):
     if OPTIONS[name].get("scores"):  # of the fused distribution itself, whatever was penalised or forbidden
         for b, row in enumerate(rows):
             n = len(row.tokens)
-            np.testing.assert_allclose(np.asarray(state.scores)[b, :n], row.scores, rtol=0, atol=1e-4)
-            np.testing.assert_allclose(np.asarray(state.attribution)[b, :n], row.attribution, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(np.asarray(state.scores.fused)[b, :n], row.scores, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(np.asarray(state.scores.members)[b, :n], row.attribution, rtol=0, atol=1e-4)
 
 
 def test_the_options_are_told_apart(expected_rows):
@@ -152,19 +152,19 @@ def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_wei
     assert written(state) == [row.tokens for row in rows]
     trajectory = jax.device_get(state.trajectory)
     mask = np.asarray(state.span_mask())
-    assert mask.shape == (4, len(PROMPTS))
+    assert mask.shape == (len(PROMPTS), 4)
     for b, row in enumerate(rows):
-        assert mask[:, b].sum() == len(row.weights) == -(-len(row.tokens) // span_length)
+        assert mask[b].sum() == len(row.weights) == -(-len(row.tokens) // span_length)
         for span, weights in enumerate(row.weights):
-            np.testing.assert_allclose(trajectory.weights[span, b], weights, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(trajectory.weights[b, span], weights, rtol=0, atol=1e-4)
             seen = trajectory.observation
-            np.testing.assert_allclose(seen.stats[span, b], row.stats[span], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(seen.stats[b, span], row.stats[span], rtol=0, atol=1e-4)
             for hidden, expected in zip(seen.hidden, row.hidden[span], strict=True):
-                np.testing.assert_allclose(hidden[span, b], expected, rtol=0, atol=1e-4)
-            assert seen.span[span, b] == span
+                np.testing.assert_allclose(hidden[b, span], expected, rtol=0, atol=1e-4)
+            assert seen.span[b, span] == span
             logits = policy.logits(params, span, row.hidden[span], row.stats[span])
-            np.testing.assert_allclose(trajectory.value[span, b], logits.sum(), rtol=0, atol=1e-3)
-            np.testing.assert_allclose(trajectory.log_prob[span, b], weights @ logits, rtol=0, atol=1e-3)
+            np.testing.assert_allclose(trajectory.value[b, span], logits.sum(), rtol=0, atol=1e-3)
+            np.testing.assert_allclose(trajectory.log_prob[b, span], weights @ logits, rtol=0, atol=1e-3)
     assert np.ptp(trajectory.weights[mask][:, 0]) > 0.2  # weights really differ between rows and spans
 
 
@@ -333,7 +333,8 @@ def test_the_loop_copies_no_cache(make_lm, policy):
     params = ensemble.params
     ids, mask = np.ones((8, 512), np.int32), np.ones((8, 512), np.int32)
     policy_params = policy.init(jax.random.key(0), Dims(ensemble.widths, spec.spans))
-    state = jax.eval_shape(lambda: prefill(params, ids, mask, jax.random.key(0), spec))
+    prompts = prompts_from_arrays(ids, mask, 256, jax.random.key(0))
+    state = jax.eval_shape(lambda: prefill(params, prompts, spec))
     compiled = jax.jit(decode_spans, donate_argnums=1).lower(params, state, policy_params, spec).compile()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.caches))
     memory = compiled.memory_analysis()

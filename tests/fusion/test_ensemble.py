@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.fusion import ensemble as ensemble_module
-from rlae_jax.fusion.ensemble import bucket, decode_texts, normalise_weights, pad_rows
+from rlae_jax.fusion import programs
+from rlae_jax.fusion.codec import decode_texts
 from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed
+from rlae_jax.fusion.prompts import bucket, pad_rows
+from rlae_jax.fusion.weights import normalise_weights
 from tests.fusion.policies import Reader
 
 V = 23
@@ -242,7 +244,7 @@ class TestWeights:
 
 class TestCompilation:
     def test_what_changes_from_call_to_call_does_not_compile_anew(self, pair):
-        count = ensemble_module._decode._cache_size
+        count = programs.decode_batch._cache_size
         generate_ids(pair, PROMPTS, **SAMPLED)
         before = count()
         generate_ids(pair, [[5] * 16, [2, 2], [1], [3], [4]], **SAMPLED)  # 16 is the smallest bucket
@@ -279,7 +281,7 @@ class TestBadInput:
         def decode(*args, **kwargs):
             raise AssertionError("decoding began before the input was checked")
 
-        monkeypatch.setattr(ensemble_module, "_decode", decode)
+        monkeypatch.setattr(programs, "decode_batch", decode)
 
     def test_no_members(self, raises_input_error):
         raises_input_error(lambda: rj.Ensemble([]), "at least one member")

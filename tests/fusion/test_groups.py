@@ -8,8 +8,8 @@ import rlae_jax as rj
 from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.evaluate import Replay
 from rlae_jax.fusion import decode as decoding
-from rlae_jax.fusion.ensemble import pad_rows
-from rlae_jax.fusion.policy import BoundPolicy, Dims
+from rlae_jax.fusion.policy import BoundPolicy, Dims, slice_rows
+from rlae_jax.fusion.prompts import Prompts, pad_rows, prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from tests.fusion.test_union import byte_level
@@ -35,7 +35,7 @@ def both(monkeypatch):
         asked = []
         results = []
         for groups in (1, 4):
-            monkeypatch.setattr(decoding, "_groups", lambda *args, groups=groups: asked.append(groups) or groups)
+            monkeypatch.setattr(decoding, "_row_groups", lambda *args, groups=groups: asked.append(groups) or groups)
             jax.clear_caches()
             results.append(call())
         assert set(asked) == {1, 4}
@@ -87,8 +87,8 @@ def test_weights_limits_and_scores_belong_to_rows(both, pair, prompts):
     assert one.tokens == other.tokens
     assert one.finish_reasons == other.finish_reasons
     assert_same(
-        (one.weights, one.scores, one.attribution, one.steps),
-        (other.weights, other.scores, other.attribution, other.steps),
+        (one.weights, one.scores, one.member_scores, one.steps),
+        (other.weights, other.scores, other.member_scores, other.steps),
     )
 
 
@@ -112,11 +112,11 @@ def test_rollouts_of_agents_side_by_side(both, pair, prompts, agents):
     config = PPOConfig(prompts=ROWS // agents, samples=2, agent=AGENT.config, seeds=agents)
     spec = pair.spec(policy=AGENT, span_length=L, max_new_tokens=N, temperature=1.0, sample_weights=True, record=True)
     seeds = np.arange(agents, dtype=np.uint32)
-    batch = ppo.Batch(*prompts, np.zeros((ROWS, 1), np.int32), np.ones(ROWS, np.int32))
+    batch = ppo.Batch(prompts_from_arrays(*prompts, N), np.zeros((ROWS, 1), np.int32), np.ones(ROWS, np.int32))
     state = ppo.init_learners(seeds, AGENT, spec.dims, config)
     one, other = both(lambda: ppo.rollout_for_text(state.params, pair.params, batch, seeds, np.int32(0), spec, config))
     mask = np.asarray(one.mask)
-    assert mask.shape == (spec.spans, 2 * ROWS)
+    assert mask.shape == (2 * ROWS, spec.spans)
     assert_same((one.tokens, one.steps, one.ended, one.mask), (other.tokens, other.steps, other.ended, other.mask))
     recorded = [(r.observation, r.action, r.weights, r.log_prob, r.value) for r in (one, other)]
     taken = [jax.tree.map(lambda leaf: np.asarray(leaf)[mask], part) for part in recorded]
@@ -144,12 +144,12 @@ def test_different_tokenizers(both, make_lm):
 
 class TestHowMany:
     def groups(self, pair, rows, params=None, samples=1, agents=1):
-        policy = AGENT if agents == 1 else ppo.SideBySide(AGENT, agents)
+        policy = AGENT if agents == 1 else ppo.AgentsInBlocks(AGENT, agents)
         spec = pair.spec(policy=policy, max_new_tokens=32)
         shape = jax.ShapeDtypeStruct((rows, 32), np.int32)
-        keys = jax.ShapeDtypeStruct((rows,), np.uint32)
-        batch = decoding._Rows(shape, shape, keys, None, None, None, ())
-        return decoding._groups(pair.params if params is None else params, batch, spec, samples)
+        flag = jax.ShapeDtypeStruct((rows,), bool)
+        batch = Prompts((shape,), (shape,), None, flag, flag)
+        return decoding._row_groups(pair.params if params is None else params, batch, spec, samples)
 
     def test_as_many_as_bring_keys_and_values_into_the_cache(self, pair, monkeypatch):
         weights = sum(leaf.size * 4 for leaf in jax.tree.leaves(pair.params))
@@ -175,11 +175,11 @@ class TestHowMany:
 
 def test_a_policy_says_which_of_its_parameters_are_of_which_rows():
     params = {"a": np.arange(6.0).reshape(3, 2)}
-    policy, own = decoding.of_rows(ppo.SideBySide(AGENT, 3), params, 8, 4, 12)
-    assert policy == ppo.SideBySide(AGENT, 1)
+    policy, own = slice_rows(ppo.AgentsInBlocks(AGENT, 3), params, 8, 4, 12)
+    assert policy == ppo.AgentsInBlocks(AGENT, 1)
     np.testing.assert_array_equal(own["a"], [[4, 5]])
     with pytest.raises(ValueError, match="more than one"):
-        decoding.of_rows(ppo.SideBySide(AGENT, 3), params, 0, 6, 12)
-    assert decoding.of_rows(AGENT, params, 0, 4, 12) == (AGENT, params)
+        slice_rows(ppo.AgentsInBlocks(AGENT, 3), params, 0, 6, 12)
+    assert slice_rows(AGENT, params, 0, 4, 12) == (AGENT, params)
     weights = np.arange(8.0).reshape(4, 2)
-    np.testing.assert_array_equal(decoding.of_rows(rj.fusion.policy.Fixed(), weights, 1, 2, 4)[1], weights[1:3])
+    np.testing.assert_array_equal(slice_rows(rj.fusion.policy.Fixed(), weights, 1, 2, 4)[1], weights[1:3])

@@ -113,7 +113,7 @@ def test_the_compiled_loop_equals_the_reference(pair, mixed, weights, name):
     for b, row in enumerate(rows):
         n = len(row.entries)
         np.testing.assert_allclose(out.scores[b, :n], row.scores, rtol=0, atol=1e-3)
-        np.testing.assert_allclose(out.attribution[b, :n], row.attribution, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(out.member_scores[b, :n], row.attribution, rtol=0, atol=1e-3)
         assert np.all(np.isnan(out.scores[b, n:]))
 
 
@@ -257,11 +257,13 @@ def test_no_cache_is_copied_inside_the_loop(pair):
     import jax.numpy as jnp
 
     from rlae_jax.fusion.decode import decode_spans, prefill
+    from rlae_jax.fusion.prompts import prompts_from_arrays
 
     ensemble = rj.Ensemble(pair)
     spec = ensemble.spec(max_new_tokens=256)
     ids = tuple(np.ones((8, 256), np.int32) for _ in pair)
-    state = jax.eval_shape(lambda: prefill(ensemble.params, ids, ids, jax.random.key(0), spec))
+    prompts = prompts_from_arrays(ids, ids, 256, jax.random.key(0))
+    state = jax.eval_shape(lambda: prefill(ensemble.params, prompts, spec))
     weights = jnp.full((8, 2), 0.5)
     compiled = jax.jit(decode_spans, donate_argnums=1).lower(ensemble.params, state, weights, spec).compile()
     cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.caches))

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.fusion import ensemble as ensemble_module
-from rlae_jax.fusion import feed
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion import programs
+from rlae_jax.fusion.prompts import pad_rows
+from rlae_jax.fusion.state import answers_of
+from rlae_jax.models import transformer
 from tests.adapters import EVERY_LAYER, random_adapter
 from tests.fusion import reference
 
@@ -68,7 +69,7 @@ def assert_same(one, other):
     assert one.finish_reasons == other.finish_reasons
     assert one.decoded == other.decoded
     np.testing.assert_array_equal(one.weights, other.weights)
-    for name in ("scores", "attribution"):
+    for name in ("scores", "member_scores"):
         ours, expected = getattr(one, name), getattr(other, name)
         assert (ours is None) == (expected is None)
         if ours is not None:
@@ -94,18 +95,18 @@ class TestScoresAndLimits:
             for b, prompt in enumerate(PROMPTS)
         ]
         assert out.scores.shape == (B, N)
-        assert out.attribution.shape == (B, N, 2)
+        assert out.member_scores.shape == (B, N, 2)
         for b, row in enumerate(rows):
             n = len(row.tokens)
             assert out.steps[b] == n <= limits[b]
             assert out.tokens[b] == (row.tokens[:-1] if row.ended else row.tokens)
             assert out.finish_reasons[b] == ("stop" if row.ended else "length")
             np.testing.assert_allclose(out.scores[b, :n], row.scores, rtol=0, atol=1e-4)
-            np.testing.assert_allclose(out.attribution[b, :n], row.attribution, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(out.member_scores[b, :n], row.attribution, rtol=0, atol=1e-4)
             assert np.isnan(out.scores[b, n:]).all()
-            assert np.isnan(out.attribution[b, n:]).all()
+            assert np.isnan(out.member_scores[b, n:]).all()
             # The fused probability is the weighted mean of the members'.
-            mean = np.exp(out.attribution[b, :n]) @ weights[b]
+            mean = np.exp(out.member_scores[b, :n]) @ weights[b]
             np.testing.assert_allclose(np.exp(out.scores[b, :n]), mean, rtol=1e-4)
             spans = -(-n // 2)
             np.testing.assert_allclose(out.weights[b, :spans], np.tile(weights[b], (spans, 1)), rtol=1e-6)
@@ -113,7 +114,7 @@ class TestScoresAndLimits:
         assert {len(row.tokens) == limit for row, limit in zip(rows, limits, strict=True)} >= {True}
 
     def test_limits_are_data_and_only_cut(self, pair, weights):
-        count = ensemble_module._decode._cache_size
+        count = programs.decode_batch._cache_size
         whole = write(pair, weights=weights, max_new_tokens=[N] * B, **SAMPLED)
         before = count()
         for limits in ([1, 9, 4, 2], [9, 2, 3, 1]):
@@ -126,7 +127,7 @@ class TestScoresAndLimits:
     def test_scores_are_absent_unless_asked_for(self, counter):
         out = counter.generate(["a"], max_new_tokens=5)
         assert out.scores is None
-        assert out.attribution is None
+        assert out.member_scores is None
 
 
 def explicit(ensemble, params, rows, policy_params, samples, **options):
@@ -135,7 +136,7 @@ def explicit(ensemble, params, rows, policy_params, samples, **options):
     keys = [jax.random.fold_in(jax.random.fold_in(key, b), i) for b in range(len(rows)) for i in range(samples)]
     spec = ensemble.spec(max_new_tokens=N, temperature=options.pop("temperature"), **options)
     ids, mask = (np.repeat(array, samples, axis=0) for array in pad_rows(rows, 16))
-    state = jax.device_get(decode(params, ids, mask, policy_params, jnp.stack(keys), spec)._replace(row_keys=()))
+    state = jax.device_get(answers_of(decode(params, ids, mask, policy_params, jnp.stack(keys), spec)))
     chosen = zip(state.tokens, state.steps, state.ended, strict=True)
     return [tokens[: n - ended].tolist() for tokens, n, ended in chosen]
 
@@ -185,16 +186,16 @@ class TestSamples:
     def test_they_share_one_prefill(self, pair, weights, monkeypatch):
         """The members read as many prompts as there are rows."""
         read = []
-        original = feed.transformer.read_prompt
+        original = transformer.Model.read_prompt
 
-        def spy(config, params, ids, *rest):
+        def spy(model, ids, *rest):
             read.append(ids.shape[0])
-            return original(config, params, ids, *rest)
+            return original(model, ids, *rest)
 
-        monkeypatch.setattr(feed.transformer, "read_prompt", spy)
+        monkeypatch.setattr(transformer.Model, "read_prompt", spy)
         spec = pair.spec(max_new_tokens=2)
-        params, ids, mask, _, seed, spec, active = pair._arguments(PROMPTS, weights, 0, spec, None, 5)
-        state = jax.eval_shape(lambda: ensemble_module._begin(params, ids, mask, seed, spec, active, 5))
+        prompts = pair.prompts(PROMPTS, spec, seed=0)
+        state = jax.eval_shape(lambda: programs.prefill(pair.params, prompts, spec, 5))
         assert read == [B, B]
         assert state.tokens.shape[0] == 5 * B
 
@@ -332,8 +333,8 @@ class TestBadInput:
         def decode(*args, **kwargs):
             raise AssertionError("decoding began before the input was checked")
 
-        for name in ("_decode", "_start", "_advance"):
-            monkeypatch.setattr(ensemble_module, name, decode)
+        for name in ("decode_batch", "prefill", "decode_until"):
+            monkeypatch.setattr(programs, name, decode)
 
     @pytest.mark.parametrize(
         ("options", "parts"),

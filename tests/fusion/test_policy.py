@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 import rlae_jax as rj
-from rlae_jax.fusion.ensemble import pad_rows
 from rlae_jax.fusion.policy import BoundPolicy, Consistency, Dims, Draw, Gate, Observation, OneHot, Perplexity
+from rlae_jax.fusion.prompts import pad_rows
 from tests.fusion import reference
 from tests.fusion.reference import log_softmax
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig
 from rlae_jax.fusion.policy import BoundPolicy
+from rlae_jax.fusion.reading import read_prompts
 from rlae_jax.fusion.union import spell_texts, token_bytes
 from rlae_jax.models import Encoder, ModelConfig
 from rlae_jax.models.transformer import init_params
@@ -68,11 +69,11 @@ def test_the_encoder_in_the_loop_equals_one_without_a_buffer(kind, request, enco
     policy = PPOAgent(AgentConfig(reads=("text", "span"), encoder="small", projection=4, ffn_width=8))
     reader = ensemble.reader(encoder)
     assert len(reader.before) == len(reader.after) == 1
-    reader = dataclasses.replace(reader, prompts=ensemble.read_prompts(PROMPTS, encoder, reader, TOKENS))
+    text = read_prompts(PROMPTS, encoder, reader, TOKENS)
     options = {"span_length": L, "max_new_tokens": N, "temperature": 1.0, "ignore_eos": True}
     spec = ensemble.spec(policy=policy, record=True, sample_weights=True, reader=reader, **options)
     params = policy.init(jax.random.key(0), spec.dims)
-    state = ensemble.run(ensemble.encode(PROMPTS), params, 3, spec)
+    state = ensemble.run(ensemble.encode(PROMPTS), params, 3, spec, text=text)
     lost, differ, total = 0, 0, 0
     for b, prompt in enumerate(PROMPTS):
         ids = encoder.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -81,7 +82,7 @@ def test_the_encoder_in_the_loop_equals_one_without_a_buffer(kind, request, enco
             lost += len(ids) > room
             read = [*reader.before, *ids[-room:], *reader.after]
             expected = encoder.hidden(np.array([read]))[0, 0]
-            found = state.trajectory.observation.text[p, b]
+            found = state.trajectory.observation.text[b, p]
             np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
             for entry in state.tokens[b, p * L : (p + 1) * L].tolist():
                 ids = ids + spelled(ensemble, encoder, entry)

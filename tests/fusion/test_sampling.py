@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from rlae_jax.fusion.operators import get_operator
-from rlae_jax.fusion.sampling import Sampling, argmax, choose_token, truncate
+from rlae_jax.fusion.sampling import Sampling, SamplingOptions, argmax, choose_token, truncate
 from tests.fusion import reference
 
 # One shape, so that every example runs the same compiled program.
@@ -21,6 +21,11 @@ FEW = settings(max_examples=60)
 
 jitted_argmax = jax.jit(argmax)
 jitted_truncate = jax.jit(truncate)
+
+
+def sampling_of(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return Sampling.create(SamplingOptions(**options, repetition_penalty=repetition_penalty))
 
 
 @FEW
@@ -36,7 +41,7 @@ def test_argmax_stays_in_range_where_nothing_equals_the_maximum():
 @FEW
 @given(DISTINCT, st.sampled_from([1, 2, 5, 8, 9, 20]))
 def test_top_k_keeps_the_k_largest(scores, k):
-    kept = np.isfinite(jitted_truncate(scores, Sampling.create(1.0, top_k=k)))
+    kept = np.isfinite(jitted_truncate(scores, sampling_of(1.0, top_k=k)))
     for row, keep in zip(scores, kept, strict=True):
         assert set(np.flatnonzero(keep)) == set(np.argsort(-row)[:k])
 
@@ -44,7 +49,7 @@ def test_top_k_keeps_the_k_largest(scores, k):
 @FEW
 @given(WITH_TIES)
 def test_top_k_keeps_ties_with_the_kth(scores):
-    kept = np.isfinite(jitted_truncate(scores, Sampling.create(1.0, top_k=3)))
+    kept = np.isfinite(jitted_truncate(scores, sampling_of(1.0, top_k=3)))
     for row, keep in zip(scores, kept, strict=True):
         threshold = np.sort(row)[-3]
         np.testing.assert_array_equal(keep, (row >= threshold) & np.isfinite(row))
@@ -53,7 +58,7 @@ def test_top_k_keeps_ties_with_the_kth(scores):
 @FEW
 @given(DISTINCT, st.floats(0.01, 0.999))
 def test_top_p_keeps_the_fewest_likeliest_that_reach_p(scores, p):
-    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, top_p=p)))
+    out = np.asarray(jitted_truncate(scores, sampling_of(1.0, top_p=p)))
     for row, after in zip(scores, out, strict=True):
         probs = np.exp(reference.log_softmax(row.astype(np.float64)))
         order = np.argsort(-probs)
@@ -69,7 +74,7 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_p(scores, p):
 @FEW
 @given(DISTINCT, st.sampled_from([2, 4, 6]), st.floats(0.1, 0.95))
 def test_top_k_comes_before_top_p(scores, k, p):
-    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, top_k=k, top_p=p)))
+    out = np.asarray(jitted_truncate(scores, sampling_of(1.0, top_k=k, top_p=p)))
     for row, after in zip(scores, out, strict=True):
         probs = np.exp(reference.log_softmax(np.sort(row.astype(np.float64))[::-1][:k]))
         if np.abs(np.cumsum(probs) - p).min() > 1e-5:  # on the very edge rounding decides
@@ -79,7 +84,7 @@ def test_top_k_comes_before_top_p(scores, k, p):
 @FEW
 @given(DISTINCT, st.floats(0.001, 1.0))
 def test_min_p_keeps_what_is_likely_enough(scores, p):
-    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, min_p=p)))
+    out = np.asarray(jitted_truncate(scores, sampling_of(1.0, min_p=p)))
     for row, after in zip(scores, out, strict=True):
         ratio = np.exp(row.astype(np.float64) - row.max())
         clear = np.abs(ratio - p) > 1e-5  # on the very edge rounding decides
@@ -91,7 +96,7 @@ def test_min_p_keeps_what_is_likely_enough(scores, p):
 @FEW
 @given(DISTINCT, st.sampled_from([0, 3, 6]), st.floats(0.3, 0.95), st.floats(0.01, 0.9))
 def test_min_p_comes_last(scores, k, top_p, min_p):
-    out = np.asarray(jitted_truncate(scores, Sampling.create(1.0, top_k=k, top_p=top_p, min_p=min_p)))
+    out = np.asarray(jitted_truncate(scores, sampling_of(1.0, top_k=k, top_p=top_p, min_p=min_p)))
     for row, after in zip(scores, out, strict=True):
         descending = np.sort(row.astype(np.float64))[::-1]
         probs = np.exp(reference.log_softmax(descending[: k or None]))
@@ -104,16 +109,16 @@ def test_the_penalty_multiplies_what_was_seen():
     log_probs = jnp.asarray(reference.log_softmax(np.random.default_rng(0).normal(size=7)), jnp.float32)[None]
     seen = np.array([[True, False, False, True, False, True, False]])
     for factor in (0.5, 1.3):
-        out = Sampling.create(repetition_penalty=factor).penalise(log_probs, jnp.asarray(seen))
+        out = sampling_of(repetition_penalty=factor).penalise(log_probs, jnp.asarray(seen))
         np.testing.assert_allclose(out, np.where(seen, log_probs * factor, log_probs), rtol=1e-6)
         assert np.all((np.asarray(out) < np.asarray(log_probs))[seen] == (factor > 1))
-    assert Sampling.create(repetition_penalty=1.0).penalise(log_probs, ()) is log_probs
+    assert sampling_of(repetition_penalty=1.0).penalise(log_probs, None) is log_probs
 
 
 def test_no_limits_change_nothing():
     scores = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
-    np.testing.assert_array_equal(truncate(scores, Sampling.create(1.0)), scores)
-    np.testing.assert_array_equal(truncate(scores, Sampling.create(1.0, top_k=9, top_p=1.0)), scores)
+    np.testing.assert_array_equal(truncate(scores, sampling_of(1.0)), scores)
+    np.testing.assert_array_equal(truncate(scores, sampling_of(1.0, top_k=9, top_p=1.0)), scores)
 
 
 def draws(fused, sampling, n, seed=0):
@@ -144,7 +149,7 @@ def test_frequencies_match_the_fused_distribution(fusion, temperature, top_k, to
     n = 4000
     members = tuple(jnp.asarray(log_p, jnp.float32)[None] for log_p in log_probs)
     ours = get_operator(fusion, 2)(members, jnp.asarray(weights, jnp.float32)[None])
-    counts = np.bincount(draws(ours, Sampling.create(temperature, top_k, top_p, min_p), n), minlength=8)
+    counts = np.bincount(draws(ours, sampling_of(temperature, top_k, top_p, min_p), n), minlength=8)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     assert possible.sum() > 1
@@ -156,7 +161,7 @@ def test_a_draw_depends_on_the_rows_key_and_the_step_alone():
     rng = np.random.default_rng(1)
     fused = jnp.asarray(rng.normal(size=(5, 30)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 5)
-    sampling = Sampling.create(2.0)
+    sampling = sampling_of(2.0)
     whole = [np.asarray(choose_token(fused, keys, jnp.int32(step), sampling)) for step in range(8)]
     for b in range(5):
         row = fused[b : b + 1], keys[b : b + 1]
@@ -166,8 +171,8 @@ def test_a_draw_depends_on_the_rows_key_and_the_step_alone():
 
 
 def test_greedy_ignores_the_limits():
-    greedy = Sampling.create(0.0, top_k=3, top_p=0.2, min_p=0.5)
-    assert greedy == Sampling.create()
+    greedy = sampling_of(0.0, top_k=3, top_p=0.2, min_p=0.5)
+    assert greedy == sampling_of()
     fused = jnp.asarray([[0.0, 2.0, 1.0]])
     assert int(choose_token(fused, jax.random.split(jax.random.key(0), 1), jnp.int32(0), greedy)[0]) == 1
 
@@ -194,4 +199,4 @@ def test_greedy_ignores_the_limits():
     ids=str,
 )
 def test_unusable_options(raises_input_error, options, parts):
-    raises_input_error(lambda: Sampling.create(**options), *parts)
+    raises_input_error(lambda: sampling_of(**options), *parts)

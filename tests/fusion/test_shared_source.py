@@ -8,8 +8,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.emorl import fused as fused_module
 from rlae_jax.emorl.fused import Fused
-from rlae_jax.fusion import decode as decoding
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion.prompts import pad_rows, row_keys
 from tests.adapters import random_adapter
 
 ROWS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
@@ -34,7 +33,7 @@ def test_samples_of_an_encoder_decoder(t5, adapters, shared, samples):
     ids, mask = pad_rows(ROWS, 8)
     weights = jnp.full((1, len(ensemble.members)), 1 / len(ensemble.members))
     run = jax.jit(rj.decode)
-    keys = decoding.row_keys(jax.random.key(3), len(ROWS))
+    keys = row_keys(jax.random.key(3), len(ROWS))
     out = ensemble.generate(
         prompt_ids=ids, prompt_mask=mask, samples=samples, temperature=1.2, seed=3, max_new_tokens=N
     )
@@ -59,11 +58,11 @@ class TestPoints:
     @pytest.fixture(scope="class")
     def points(self, t5, adapters):
         """Long prompts and short answers: nearly all that is kept is what the encoder read."""
-        return Fused(t5, adapters).over([[5] * 128] * 2, max_new_tokens=2)
+        return Fused(t5, adapters).prepare([[5] * 128] * 2, max_new_tokens=2)
 
     def test_the_state_grows_by_what_is_written(self, points):
         def kept(n):
-            state = jax.eval_shape(lambda state: fused_module._many(state, points.spec, n, 1), points._read)
+            state = jax.eval_shape(lambda state: fused_module._for_points(state, points.spec, n, 1), points._read)
             return [cache.source for cache in state.caches], nbytes([cache.layers for cache in state.caches])
 
         one, few = kept(1), kept(5)
@@ -83,9 +82,9 @@ class TestPoints:
         assert (bytes_of(12) - bytes_of(4)) / 8 < 0.5 * source
 
     def test_as_many_fit_as_what_they_write_leaves_room_for(self, t5, adapters, points):
-        written = nbytes(points._read.feed) - nbytes([(c.source, c.source_mask) for c in points._read.caches])
+        written = nbytes(points._read.members) - nbytes([(c.source, c.source_mask) for c in points._read.caches])
         for mode, at_once in (("hidden", 4), ("params", 1)):
-            given = Fused(t5, adapters, mode).over([[5] * 128] * 2, max_new_tokens=2, memory=4 * written)
+            given = Fused(t5, adapters, mode).prepare([[5] * 128] * 2, max_new_tokens=2, memory=4 * written)
             assert given.at_once == at_once
 
 
@@ -93,7 +92,7 @@ class TestRuns:
     @pytest.mark.parametrize("samples", [1, 2])
     def test_every_row_with_weight_is_run(self, samples):
         prompts, points = 2, np.array([[1, 0, 0], [0, 1, 0], [1, 0, 1], [0, 0, 1], [1, 0, 0]], np.float32)
-        runs = fused_module._runs(points, prompts, samples)
+        runs = fused_module._row_subsets(points, prompts, samples)
         rows, batch = runs.rows.reshape(3, -1), prompts * len(points) * samples
         assert rows.shape[1] == 4 * prompts * samples  # three of five points, in steps of two
         of_rows = np.tile(np.repeat(points, samples, axis=0), (prompts, 1))
@@ -106,12 +105,12 @@ class TestRuns:
             assert np.array_equal(rows[m] // (batch // prompts), np.arange(rows.shape[1]) // (rows.shape[1] // prompts))
 
     def test_none_where_it_saves_nothing(self):
-        assert fused_module._runs(np.ones((4, 2), np.float32), 2, 1) is None
-        assert fused_module._runs(np.array([[1, 0], [1, 1], [1, 0]], np.float32), 2, 1) is None
-        assert fused_module._runs(np.array([[1.0, 0.0]]), 2, 1) is None
+        assert fused_module._row_subsets(np.ones((4, 2), np.float32), 2, 1) is None
+        assert fused_module._row_subsets(np.array([[1, 0], [1, 1], [1, 0]], np.float32), 2, 1) is None
+        assert fused_module._row_subsets(np.array([[1.0, 0.0]]), 2, 1) is None
 
     def test_few_programs(self):
         rng = np.random.default_rng(0)
         points = [rng.random((20, 3)) * (rng.random((20, 3)) < share) for share in np.linspace(0.05, 1, 50)]
-        runs = [fused_module._runs(p, 1, 1) for p in points]
+        runs = [fused_module._row_subsets(p, 1, 1) for p in points]
         assert {None if run is None else len(run.rows) // 3 for run in runs} <= {5, 10, 15, None}

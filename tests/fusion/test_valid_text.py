@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion.prompts import pad_rows
+from rlae_jax.fusion.state import answers_of
 from rlae_jax.fusion.union import token_bytes
 from rlae_jax.models.lm import read_tokenizer
 from tests.fusion.test_union import byte_level, sentencepiece
@@ -150,8 +151,6 @@ def test_a_row_depends_neither_on_the_batch_nor_on_padding(make_lm):
     assert masks[0][:, 0].all()
     weights = np.full((len(rows), 2), 0.5, np.float32)
     keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
-    right = jax.jit(lambda *args: rj.decode(*args)._replace(row_keys=()))(
-        ensemble.params, ids, masks, weights, keys, spec
-    )
+    right = jax.jit(lambda *args: answers_of(rj.decode(*args)))(ensemble.params, ids, masks, weights, keys, spec)
     np.testing.assert_array_equal(right.tokens, state.tokens)
     np.testing.assert_array_equal(right.steps, state.steps)

@@ -11,8 +11,8 @@ from scipy import integrate, stats
 
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig, MAPPOConfig, PPOConfig
-from rlae_jax.fusion.ensemble import pad_rows
 from rlae_jax.fusion.policy import Policy
+from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.dirichlet import Dirichlet
@@ -178,7 +178,9 @@ def pair(make_lm):
 def make_batch(seeds=1):
     rng = np.random.default_rng(0)
     ids, mask = pad_rows([rng.integers(0, 23, rng.integers(2, 9)).tolist() for _ in range(seeds * B)], 8)
-    return ppo.Batch(ids, mask, np.zeros((seeds * B, 1), np.int32), np.ones(seeds * B, np.int32))
+    return ppo.Batch(
+        prompts_from_arrays(ids, mask, N), np.zeros((seeds * B, 1), np.int32), np.ones(seeds * B, np.int32)
+    )
 
 
 def make_spec(pair, agent, **options):
@@ -215,7 +217,7 @@ def test_seeds_side_by_side_learn_what_each_learns_alone(pair, config):
         alone = ppo.init_learners(one, spec.policy, spec.dims, config)
         mine = ppo.rollout_for_text(alone.params, pair.params, block(batch, e), one, iteration, spec, config)
         np.testing.assert_array_equal(mine.tokens, experience.tokens[e * B : (e + 1) * B])
-        np.testing.assert_allclose(mine.action, experience.action[:, e * B : (e + 1) * B], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mine.action, experience.action[e * B : (e + 1) * B], rtol=1e-4, atol=1e-5)
         state, own = ppo.learn_from_text(alone, mine, scores[e * B : (e + 1) * B], one, spec, config)
         for ours, expected in zip(jax.tree.leaves(states.params), jax.tree.leaves(state.params), strict=True):
             np.testing.assert_allclose(ours[e], expected[0], rtol=0, atol=1e-5)
@@ -231,26 +233,26 @@ def test_an_agent_that_chooses_lengths_holds_its_weights_that_long(pair, agent):
     assert spec.spans == N
     params = policy.init(jax.random.key(0), spec.dims)
     batch = make_batch()
-    state = rj.decode(pair.params, batch.ids, batch.mask, params, jax.random.key(1), spec)
+    state = rj.decode(pair.params, batch.prompts.ids[0], batch.prompts.mask[0], params, jax.random.key(1), spec)
     spans = state.trajectory
     distribution, value = jax.vmap(lambda observation: policy.apply(params, observation))(spans.observation)
     log_prob = jax.vmap(lambda d, action: d.log_prob(action))(distribution, spans.action)
     held = set()
     for b in range(B):
-        taken = int(state.decisions[b])
-        first = np.cumsum([0] + [int(n) for n in spans.length[:taken, b]])
-        held |= {int(n) for n in spans.length[:taken, b]}
+        taken = int(state.decisions.taken[b])
+        first = np.cumsum([0] + [int(n) for n in spans.length[b, :taken]])
+        held |= {int(n) for n in spans.length[b, :taken]}
         assert first[-2] < int(state.steps[b]) <= first[-1] or first[-1] >= N
-        np.testing.assert_array_equal(spans.observation.span[:taken, b], np.arange(taken))
-        np.testing.assert_allclose(spans.log_prob[:taken, b], log_prob[:taken, b], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(spans.value[:taken, b], value[:taken, b], rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(spans.observation.span[b, :taken], np.arange(taken))
+        np.testing.assert_allclose(spans.log_prob[b, :taken], log_prob[b, :taken], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(spans.value[b, :taken], value[b, :taken], rtol=1e-4, atol=1e-6)
         for p in range(taken):
-            used = np.asarray(spans.weights[p, b])
+            used = np.asarray(spans.weights[b, p])
             for step in range(first[p], min(first[p + 1], int(state.steps[b]))):
-                mixed = np.log(np.sum(used * np.exp(np.asarray(state.attribution[b, step], np.float64))))
-                assert float(state.scores[b, step]) == pytest.approx(mixed, abs=1e-4)
+                mixed = np.log(np.sum(used * np.exp(np.asarray(state.scores.members[b, step], np.float64))))
+                assert float(state.scores.fused[b, step]) == pytest.approx(mixed, abs=1e-4)
     assert held == set(lengths)
-    np.testing.assert_array_equal(np.asarray(state.span_mask()).sum(axis=0), state.decisions)
+    np.testing.assert_array_equal(np.asarray(state.span_mask()).sum(axis=1), state.decisions.taken)
 
 
 @pytest.mark.slow
@@ -300,7 +302,7 @@ class TestLearning:
         config = PPOConfig(member_cost=0.1, length_cost=0.2)
         shaped = ppo.shaped_reward(jnp.asarray(scores), rollout, spec, config)
         for b in range(B):
-            used = [int(np.sum(rollout.weights[p, b] > 0.05)) - 1 for p in np.flatnonzero(rollout.mask[:, b])]
+            used = [int(np.sum(rollout.weights[b, p] > 0.05)) - 1 for p in np.flatnonzero(rollout.mask[b])]
             expected = scores[b] - 0.1 * np.mean(used) - 0.2 * int(rollout.steps[b]) / N
             assert float(shaped[b]) == pytest.approx(expected, abs=1e-6)
 
@@ -311,8 +313,10 @@ class TestLearning:
         learner = ppo.init_learners(seeds, spec.policy, spec.dims, config)
         rollout = ppo.rollout_for_text(learner.params, pair.params, make_batch(), seeds, np.int32(0), spec, config)
         assert rollout.tokens.shape == (3 * B, N)
-        first = rollout.observation.hidden[0][0].reshape(B, 3, -1)
+        first = rollout.observation.hidden[0][:, 0].reshape(B, 3, -1)
         np.testing.assert_allclose(first[:, 0], first[:, 2], atol=1e-5)  # one prompt
-        assert np.all(np.any(np.asarray(rollout.action[0]).reshape(B, 3, -1)[:, 0] != rollout.action[0][2::3], axis=1))
+        assert np.all(
+            np.any(np.asarray(rollout.action[:, 0]).reshape(B, 3, -1)[:, 0] != rollout.action[2::3, 0], axis=1)
+        )
         batch = make_batch()._replace(references=np.asarray(rollout.tokens[::3, :1]))
         assert jax.jit(ppo.exact_tokens)(rollout, batch).shape == (3 * B,)

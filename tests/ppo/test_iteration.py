@@ -7,8 +7,9 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig, PPOConfig
-from rlae_jax.fusion.ensemble import decode_texts, pad_rows
+from rlae_jax.fusion.codec import decode_texts
 from rlae_jax.fusion.policy import Dims, Observation
+from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks.rewards import exact_match
@@ -48,7 +49,7 @@ def make_batch(prompts, references=None):
     padded = np.zeros((B, max(map(len, references)) or 1), np.int32)
     for b, row in enumerate(references):
         padded[b, : len(row)] = row
-    return ppo.Batch(*prompts, padded, np.array([len(row) for row in references], np.int32))
+    return ppo.Batch(prompts_from_arrays(*prompts, N), padded, np.array([len(row) for row in references], np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,15 @@ class TestRollout:
     def test_shapes(self, experience, pair, spec):
         p = spec.spans
         assert p == 5
-        assert [h.shape for h in experience.observation.hidden] == [(p, B, width) for width in pair.widths]
-        assert experience.observation.stats.shape == (p, B, 2, 4)
-        assert experience.action.shape == (p, B, 2)
-        assert {x.shape for x in (experience.log_prob, experience.value, experience.mask)} == {(p, B)}
+        assert [h.shape for h in experience.observation.hidden] == [(B, p, width) for width in pair.widths]
+        assert experience.observation.stats.shape == (B, p, 2, 4)
+        assert experience.action.shape == (B, p, 2)
+        assert {x.shape for x in (experience.log_prob, experience.value, experience.mask)} == {(B, p)}
         assert experience.tokens.shape == (B, N)
 
     def test_the_mask_marks_the_decisions_that_were_taken(self, experience):
         steps = np.asarray(experience.steps)
-        np.testing.assert_array_equal(experience.mask, np.arange(5)[:, None] * 2 < steps[None])
+        np.testing.assert_array_equal(experience.mask, np.arange(5)[None] * 2 < steps[:, None])
         assert len(set(steps.tolist())) >= 3  # rows of several lengths, or this module proves little
         assert 0 < np.mean(np.asarray(experience.ended)) < 1 or np.all(experience.ended)
 
@@ -97,9 +98,9 @@ class TestRollout:
                 *(fresh().params, pair.params, make_batch(prompts)),
                 *(np.array([seed], np.uint32), np.int32(iteration), spec, CONFIG),
             )
-            return np.asarray(again.action[0])
+            return np.asarray(again.action[:, 0])
 
-        first = np.asarray(experience.action[0])
+        first = np.asarray(experience.action[:, 0])
         np.testing.assert_array_equal(weights(5, 0), first)
         assert np.all(weights(6, 0) != first)
         assert np.all(weights(5, 1) != first)
@@ -119,7 +120,7 @@ class TestExactTokens:
         experience = ppo.Rollout(*[None] * 6, *map(jnp.asarray, (tokens, steps, ended)))
         width = max(map(len, references))
         padded = np.array([[*row, *[0] * (width - len(row))] for row in references], np.int32)
-        batch = ppo.Batch(None, None, padded, np.array([len(row) for row in references]))
+        batch = ppo.Batch(None, padded, np.array([len(row) for row in references]))
         return ppo.exact_tokens(experience, batch).tolist()
 
     def test_by_hand(self):
@@ -220,12 +221,12 @@ def test_ppo_solves_two_arms_that_the_hidden_state_tells_apart():
         weights = distribution.sample(jax.random.split(row_key, rows))
         score = jnp.take_along_axis(weights, arm[:, None], axis=1)[:, 0]
         experience = ppo.Rollout(
-            jax.tree.map(lambda leaf: leaf[None], observation),
-            weights[None],
-            weights[None],
-            distribution.log_prob(weights)[None],
-            value[None],
-            jnp.ones((1, rows), bool),
+            jax.tree.map(lambda leaf: leaf[:, None], observation),
+            weights[:, None],
+            weights[:, None],
+            distribution.log_prob(weights)[:, None],
+            value[:, None],
+            jnp.ones((rows, 1), bool),
             jnp.zeros((rows, 1), jnp.int32),
             jnp.ones(rows, jnp.int32),
             jnp.ones(rows, bool),
