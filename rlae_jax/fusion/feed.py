@@ -16,6 +16,7 @@ cache, since a cache that passes through a branch is copied; each row's keys and
 length. A member whose prediction is not needed is not run: it catches up later.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -65,10 +66,12 @@ class FeedSpec(Protocol):
 class Model(NamedTuple):
     """One forward pass of the loop: a member, or all members over one base."""
 
-    config: ModelConfig
-    params: transformer.Params
-    adapters: lora.Adapters | None
+    bound: transformer.Model
     members: int  # whose rows it runs, one batch after another
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.bound.config
 
     def tile(self, array: Array) -> Array:
         """An array of rows, once per member."""
@@ -76,12 +79,11 @@ class Model(NamedTuple):
 
     def log_probs(self, hidden: Float[Array, "R D"], vocab: int) -> Float[Array, "R V"]:
         """The members' log-probabilities of their first `vocab` tokens, from states of the rows that they run."""
-        logits = transformer.output_head(self.config, self.params, hidden, self.adapters)[:, :vocab]
-        return jax.nn.log_softmax(logits, axis=-1)
+        return jax.nn.log_softmax(self.bound.logits(hidden)[:, :vocab], axis=-1)
 
     def base_logits(self, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
         """What the head without adapters predicts from states of one batch, up to each row's normaliser."""
-        return transformer.output_head(self.config, self.params, hidden)[:, :vocab]
+        return dataclasses.replace(self.bound, adapters=None).logits(hidden)[:, :vocab]
 
 
 def models_of(params: tuple[MemberParams, ...], spec: FeedSpec, batch: int) -> tuple[Model, ...]:
@@ -93,7 +95,7 @@ def models_of(params: tuple[MemberParams, ...], spec: FeedSpec, batch: int) -> t
             p = p._replace(weights=jnp.repeat(jnp.eye(members), batch, axis=0))  # member k's rows use adapter k
         elif isinstance(p, lora.Adapted) and 1 < len(p.weights) < batch:  # several samples of each row
             p = p._replace(weights=jnp.repeat(p.weights, batch // len(p.weights), axis=0))
-        models.append(Model(config, *lora.unpack(p, members * batch), members))
+        models.append(Model(transformer.Model.bind(config, p, members * batch), members))
     return tuple(models)
 
 
@@ -113,13 +115,14 @@ def _aligned(ids_bt: Array | np.ndarray, mask_bt: Array | np.ndarray) -> tuple[A
 
 def _prompt_cache(model: Model, ids: Array, real: Array) -> transformer.Cache:
     """What decoding keeps of whole prompts."""
-    rows = () if model.adapters is None else model.adapters.rows
+    adapters = model.bound.adapters
+    rows = () if adapters is None else adapters.rows
     inputs = (model.tile(ids), model.tile(real), rows)
 
     def read(group: Any) -> transformer.Cache:
         ids, real, rows = group
-        adapters = None if model.adapters is None else model.adapters._replace(rows=rows)
-        return transformer.read_prompt(model.config, model.params, ids, real, adapters)
+        of_group = None if adapters is None else adapters._replace(rows=rows)
+        return dataclasses.replace(model.bound, adapters=of_group).read_prompt(ids, real)
 
     b, t = inputs[0].shape
     size = max(_PREFILL_TOKENS // t, 1)
@@ -134,8 +137,8 @@ def prompt_log_probs(model: Model, prompt_ids: Array | np.ndarray, prompt_mask: 
     """The log-probability of each prompt after its first token, Float[B, members]."""
     ids, real = _aligned(prompt_ids, prompt_mask)
     ids, real = model.tile(ids), model.tile(real)
-    hidden = transformer.forward(model.config, model.params, ids, real, model.adapters)[0]
-    log_probs = transformer.target_log_probs(model.config, model.params, hidden[:, :-1], ids[:, 1:], model.adapters)
+    hidden = model.bound.forward(ids, real)[0]
+    log_probs = model.bound.target_log_probs(hidden[:, :-1], ids[:, 1:])
     total = jnp.sum(jnp.where(real[:, :-1], log_probs, 0.0), axis=1)
     return total.reshape(model.members, -1).T
 
@@ -201,9 +204,7 @@ class Lockstep(NamedTuple):
             indices = jnp.arange(cache.slots)
             visible = (indices >= starts[:, None]) & (indices <= slot)
             pending, position, visible = (self._of_members(model, array) for array in (pending, position, visible))
-            h, cache = transformer.decode_step(
-                model.config, model.params, pending, position, cache, slot, visible, model.adapters
-            )
+            h, cache = model.bound.decode_step(pending, position, cache, slot, visible)
             caches.append(cache)
             hidden.append(h)
         return self._replace(lengths=self.lengths + 1, caches=tuple(caches)), tuple(hidden)
@@ -262,7 +263,7 @@ class Ragged(NamedTuple):
             behind = (slots >= state.starts[:, None]) & (slots < slot[:, None])
 
             def forward(further: int) -> tuple[Array, Array, Any]:
-                adapters = model.adapters
+                adapters = model.bound.adapters
                 if b == 1:
                     count = jnp.minimum(pending, 1 + further)
                     row, place, packing = jnp.zeros((1, 1), jnp.int32), jnp.arange(1 + further)[None], None
@@ -288,10 +289,8 @@ class Ragged(NamedTuple):
                         adapters = adapters._replace(rows=adapters.rows[row[:, 0]])
                 at = state.fed[row] + place
                 ids = state.text[row, jnp.minimum(at, state.text.shape[1] - 1)]
-                hidden, new = transformer.decode_chunk(
-                    *(model.config, model.params, ids, state.lengths[row] + at, count, state.cache, behind, slot),
-                    adapters,
-                    packing,
+                hidden, new = dataclasses.replace(model.bound, adapters=adapters).decode_chunk(
+                    ids, state.lengths[row] + at, count, state.cache, behind, slot, packing
                 )
                 pad = ((0, 0), (0, 0), (0, 0), (0, WIDEST - width))
                 return count, hidden, jax.tree.map(lambda array: jnp.pad(array, pad), new)

@@ -221,8 +221,8 @@ class Attention(nnx.Module):
         n, g, h = config.heads, config.kv_heads, config.head_width
         self.q, self.k, self.v, self.o = projections(config, rngs, cross)
         widths = {"head": (h, h), "all": (n * h, g * h)}.get(config.query_key_norm or "")
-        self.q_norm = RMSNorm(widths[0], config) if widths else None
-        self.k_norm = RMSNorm(widths[1], config) if widths else None
+        self.q_norm = RMSNorm(widths[0], config, "head_norm") if widths else None
+        self.k_norm = RMSNorm(widths[1], config, "head_norm") if widths else None
         self.config = config
         self.scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
         if config.scale_by_depth:

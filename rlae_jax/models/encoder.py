@@ -147,15 +147,13 @@ def _inputs(ids: Any, mask: Any, token_types: Any) -> tuple[Array, Array, Array 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
-    params, adapters = lora.unpack(params, len(ids))
-    return transformer.forward(config, params, ids, mask, adapters, types_bt=types)[0]
+    return transformer.Model.bind(config, params, len(ids)).forward(ids, mask, types_bt=types)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
     hidden = _hidden(config, params, ids, mask, types)
-    params, adapters = lora.unpack(params, len(ids))
-    return transformer.scoring_head(config, params, hidden, mask, adapters)
+    return transformer.Model.bind(config, params, len(ids)).scores(hidden, mask)
 
 
 def load_encoder(name: str | os.PathLike[str], dtype: str = "float32", *, precision: str | None = "highest") -> Encoder:

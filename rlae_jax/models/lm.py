@@ -193,28 +193,24 @@ def save(lm: LM, directory: str | os.PathLike[str]) -> None:
     lm.save(directory)
 
 
-def _states(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> tuple[Array, Any, Any]:
-    """Last hidden states, and the plain parameters and adapters that they came from."""
-    params, adapters = lora.unpack(params, len(ids))
-    return transformer.forward(config, params, ids, mask, adapters, decoder_ids=decoder_ids)[0], params, adapters
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    return _states(config, params, ids, mask, decoder_ids)[0]
+    model = transformer.Model.bind(config, params, len(ids))
+    return model.forward(ids, mask, decoder_ids=decoder_ids)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    hidden, params, adapters = _states(config, params, ids, mask, decoder_ids)
-    return transformer.output_head(config, params, hidden, adapters)
+    model = transformer.Model.bind(config, params, len(ids))
+    return model.logits(model.forward(ids, mask, decoder_ids=decoder_ids)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    hidden, params, adapters = _states(config, params, ids, mask, decoder_ids)
+    model = transformer.Model.bind(config, params, len(ids))
+    hidden, _ = model.forward(ids, mask, decoder_ids=decoder_ids)
     text = ids if decoder_ids is None else decoder_ids
-    return transformer.target_log_probs(config, params, hidden[:, :-1], text[:, 1:], adapters)
+    return model.target_log_probs(hidden[:, :-1], text[:, 1:])
 
 
 def load(

@@ -273,13 +273,13 @@ class TestPrograms:
         spec = ensemble.spec(max_new_tokens=2)
         ids, mask = batch_of(6)
         read: list[tuple[int, ...]] = []
-        original = feed.transformer.read_prompt
+        original = feed.transformer.Model.read_prompt
 
-        def spy(config, params, ids, *rest):
+        def spy(model, ids, *rest):
             read.append(ids.shape)
-            return original(config, params, ids, *rest)
+            return original(model, ids, *rest)
 
-        monkeypatch.setattr(feed.transformer, "read_prompt", spy)
+        monkeypatch.setattr(feed.transformer.Model, "read_prompt", spy)
         caches = []
         for tokens in (2048, 14):
             monkeypatch.setattr(feed, "_PREFILL_TOKENS", tokens)

@@ -185,13 +185,13 @@ class TestSamples:
     def test_they_share_one_prefill(self, pair, weights, monkeypatch):
         """The members read as many prompts as there are rows."""
         read = []
-        original = feed.transformer.read_prompt
+        original = feed.transformer.Model.read_prompt
 
-        def spy(config, params, ids, *rest):
+        def spy(model, ids, *rest):
             read.append(ids.shape[0])
-            return original(config, params, ids, *rest)
+            return original(model, ids, *rest)
 
-        monkeypatch.setattr(feed.transformer, "read_prompt", spy)
+        monkeypatch.setattr(feed.transformer.Model, "read_prompt", spy)
         spec = pair.spec(max_new_tokens=2)
         params, ids, mask, _, seed, spec, active = pair._arguments(PROMPTS, weights, 0, spec, None, 5)
         state = jax.eval_shape(lambda: ensemble_module._begin(params, ids, mask, seed, spec, active, 5))

@@ -58,16 +58,16 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
     mask = (jnp.arange(total) >= starts[:, None]).astype(int)
     whole = np.asarray(lm.hidden(ids, mask))
 
-    forward = jax.jit(transformer.forward, static_argnums=0)
-    hidden, keys_values = forward(lm.config, lm.params, ids[:, :t], mask[:, :t])
+    model = transformer.Model(lm.config, lm.params)
+    hidden, keys_values = jax.jit(transformer.Model.forward)(model, ids[:, :t], mask[:, :t])
     real = np.asarray(mask[:, :t]).astype(bool)
     np.testing.assert_allclose(np.asarray(hidden)[real], whole[:, :t][real], rtol=0, atol=1e-5)
     cache = transformer.extend_cache(keys_values, total + 3)
-    step = jax.jit(transformer.decode_step, static_argnums=0)
+    step = jax.jit(transformer.Model.decode_step)
     slots = jnp.arange(total + 3)
     for slot in range(t, total):
         visible = (slots >= starts[:, None]) & (slots <= slot)
-        hidden, cache = step(lm.config, lm.params, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
+        hidden, cache = step(model, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
         np.testing.assert_allclose(hidden, whole[:, slot], rtol=0, atol=1e-5)
 
 
@@ -90,9 +90,10 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
     starts = np.array([0, 2, 1])
     mask = (np.arange(total) >= starts[:, None]).astype(int)
     whole = np.asarray(lm.hidden(ids, mask))
-    cache = jax.jit(transformer.forward, static_argnums=0)(lm.config, lm.params, ids[:, :t], mask[:, :t])[1]
+    model = transformer.Model(lm.config, lm.params)
+    cache = jax.jit(transformer.Model.forward)(model, ids[:, :t], mask[:, :t])[1]
     cache = transformer.extend_cache(cache, total + w)
-    chunk = jax.jit(transformer.decode_chunk, static_argnums=0)
+    chunk = jax.jit(transformer.Model.decode_chunk)
     write = jax.jit(transformer.write_chunk)
     slots, filled = np.arange(total + w), np.full(batch, t)
     while np.any(filled < total):
@@ -102,7 +103,7 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
         chosen = np.where(np.arange(w) < count[:, None], chosen, 7)
         behind = (slots >= starts[:, None]) & (slots < filled[:, None])
         positions = filled[:, None] - starts[:, None] + np.arange(w)
-        hidden, new = chunk(lm.config, lm.params, chosen, positions, count, cache, behind, filled)
+        hidden, new = chunk(model, chosen, positions, count, cache, behind, filled)
         cache = write(cache, new, filled)
         filled = filled + count
         for b in np.flatnonzero(count):
@@ -188,7 +189,7 @@ class TestTargetLogProbs:
         return lm, hidden, jnp.asarray(rng.integers(0, lm.config.vocab, (3, 7)))
 
     def plain(self, lm, params, hidden, targets):
-        log_probs = jax.nn.log_softmax(transformer.output_head(lm.config, params, hidden))
+        log_probs = jax.nn.log_softmax(transformer.Model(lm.config, params).logits(hidden))
         return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
 
     # All positions at once, one at a time, and three at a time with a rest.
@@ -197,7 +198,7 @@ class TestTargetLogProbs:
         lm, hidden, targets = case
 
         def chunked(params, hidden):
-            return transformer.target_log_probs(lm.config, params, hidden, targets, alive=alive)
+            return transformer.Model(lm.config, params).target_log_probs(hidden, targets, alive=alive)
 
         expected = self.plain(lm, lm.params, hidden, targets)
         np.testing.assert_allclose(chunked(lm.params, hidden), expected, rtol=0, atol=1e-5)
@@ -216,7 +217,7 @@ class TestTargetLogProbs:
 
         def memory(alive):
             def loss(params, hidden):
-                return jnp.sum(transformer.target_log_probs(lm.config, params, hidden, targets, alive=alive))
+                return jnp.sum(transformer.Model(lm.config, params).target_log_probs(hidden, targets, alive=alive))
 
             compiled = jax.jit(jax.grad(loss, argnums=1)).lower(lm.params, hidden).compile()
             return compiled.memory_analysis().temp_size_in_bytes
@@ -241,7 +242,8 @@ def test_rematerialisation_keeps_values_and_gradients_and_fewer_residuals(make_l
 
     def run(remat):
         def loss(params):
-            return jnp.mean(transformer.forward(lm.config, params, ids, jnp.ones_like(ids), remat=remat)[0] ** 2)
+            model = transformer.Model(lm.config, params)
+            return jnp.mean(model.forward(ids, jnp.ones_like(ids), remat=remat)[0] ** 2)
 
         value, pull = jax.vjp(loss, lm.params)
         return value, pull(jnp.ones(()))[0], sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
