@@ -83,7 +83,9 @@ def _run_steps(
     source: Source | None,
     keys: Array,
 ) -> tuple[transformer.Params, optax.OptState, Float[Array, ""]]:
-    def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
+    def step(
+        carry: tuple[transformer.Params, optax.OptState], key: Array
+    ) -> tuple[tuple[transformer.Params, optax.OptState], Array]:
         params, optimiser_state = carry
         rows = jax.random.randint(key, (train.batch,), 0, ids.shape[0])
         loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config, remat=train.remat))(

@@ -437,7 +437,7 @@ class Model:
         transformer: Transformer = nnx.merge(declared.graph, self.params)
         if self.adapters is not None:
             for path in self.adapters.a:
-                layer = functools.reduce(_child, path.split("."), transformer)
+                layer = _module_at(transformer, path)
                 layer.delta = low_rank_delta(self.adapters, path, declared.linears[path].einsum, self.config.precision)
         return transformer
 
@@ -547,8 +547,10 @@ class Model:
         return jnp.moveaxis(log_probs, 0, 1).reshape(b, groups * c)[:, :t]
 
 
-def _child(module: Any, name: str) -> Any:
-    return module[int(name)] if name.isdigit() else getattr(module, name)
+def _module_at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = module[int(name)] if name.isdigit() else getattr(module, name)
+    return module
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
@@ -563,21 +565,28 @@ def _write_row_by_row(
             row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
             return lax.dynamic_update_slice(cached, row, (b, 0, 0, slot_b[b]))
 
-        return jax.tree.map(one, layers, new)
+        written: tuple[LayerCache, ...] = jax.tree.map(one, layers, new)
+        return written
 
     rows = len(slot_b)
     if rows > _UNROLLED_ROWS:
-        return lax.fori_loop(0, rows, write, layers)
-    for b in range(rows):
-        layers = write(b, layers)
+        layers = lax.fori_loop(0, rows, write, layers)
+    else:
+        for b in range(rows):
+            layers = write(b, layers)
     return layers
 
 
 def _write_at_once(
     layers: tuple[LayerCache, ...], new: tuple[LayerCache, ...], slot_b: Array
 ) -> tuple[LayerCache, ...]:
-    one = jax.vmap(lambda cached, values, slot: lax.dynamic_update_slice(cached, values, (0, 0, slot)))
-    return jax.tree.map(lambda cached, values: one(cached, values, slot_b), layers, new)
+    def one(cached: Array, values: Array, slot: Array) -> Array:
+        return lax.dynamic_update_slice(cached, values, (0, 0, slot))
+
+    written: tuple[LayerCache, ...] = jax.tree.map(
+        lambda cached, values: jax.vmap(one)(cached, values, slot_b), layers, new
+    )
+    return written
 
 
 def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, " B"]) -> Cache:

@@ -43,7 +43,7 @@ class Family:
     head_decides_tie: bool = False  # the head is tied if and only if the checkpoint has none
     # The fields of config.json of a model that was made here; None where none is written in this family's layout.
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
-    # Of encoders: the architectures that have a head for whole texts, and its `TextHead.kind`. Others are plain encoders.
+    # Of encoders: the architectures with a head for whole texts, and its `TextHead.kind`. Others are plain encoders.
     heads: Heads = dataclasses.field(default_factory=dict)
 
     def architecture(self, config: ModelConfig) -> str:
