@@ -408,7 +408,8 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
         for leaf, part in zip(tensor.paths, tensor.split(stored_array), strict=True):
             placed = jax.device_put(np.ascontiguousarray(part, dtype=DTYPES[config.dtype]))
             # Waiting for each tensor keeps one host copy alive at a time instead of the whole checkpoint.
-            _put(params, leaf, placed.block_until_ready())
+            placed = jax.block_until_ready(placed)  # type: ignore[no-untyped-call,unused-ignore]  # jax gives no types
+            _put(params, leaf, placed)
     return params
 
 

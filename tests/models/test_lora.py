@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +164,7 @@ class TestAgainstPeft:
             raw[pattern] = {re.sub(r"^(\^?)model\\?\.", r"\1", key): value for key, value in raw[pattern].items()}
         (tmp_path / "bare" / "adapter_config.json").write_text(json.dumps(raw))
         bare, whole = (rj.load_adapter(path, lm) for path in (tmp_path / "bare", ADAPTERS / "llama_patterns"))
-        jax.tree.map(np.testing.assert_array_equal, bare.params, whole.params)
+        chex.assert_trees_all_equal(bare.params, whole.params)
 
     @pytest.mark.parametrize("family", FUSED)
     def test_fused_modules_with_factors_of_their_own(self, family_lm, tmp_path, family):
@@ -183,7 +184,7 @@ class TestAgainstPeft:
         assert raw["fan_in_fan_out"] == (family == "gpt2")
         again = rj.load_adapter(tmp_path / "saved", lm)
         assert again.params.keys() == adapter.params.keys()
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), again.params, adapter.params)
+        chex.assert_trees_all_close(again.params, adapter.params, rtol=1e-6)
 
     def test_a_fresh_adapter_survives_saving(self, family_lm, tmp_path):
         """B is zero everywhere: nothing tells whose ranks are whose, and none may be dropped."""
@@ -202,7 +203,7 @@ class TestAgainstPeft:
         tensors["base_model.model.model.embed_tokens.weight"] = np.asarray(lm.params["embedding"])
         save_file(tensors, file)
         kept, plain = (rj.load_adapter(path, lm) for path in (tmp_path / "kept", ADAPTERS / "llama_head"))
-        jax.tree.map(np.testing.assert_array_equal, kept.params, plain.params)
+        chex.assert_trees_all_equal(kept.params, plain.params)
         half = rj.load(base("llama_head"), dtype="bfloat16")
         assert rj.load_adapter(tmp_path / "kept", half).params.keys() == plain.params.keys()
         for name in ("model.embed_tokens", "lm_head.base_layer"):
@@ -227,7 +228,7 @@ class TestAgainstPeft:
         older = {key.replace("lm_head", "embed_out"): x for key, x in tensors.items()}
         save_file(older, tmp_path / "old" / "adapter_model.safetensors")
         for name in ("new", "old"):
-            jax.tree.map(np.testing.assert_array_equal, rj.load_adapter(tmp_path / name, lm).params, adapter.params)
+            chex.assert_trees_all_equal(rj.load_adapter(tmp_path / name, lm).params, adapter.params)
 
     def test_a_hub_adapter_has_the_name_of_its_repository(self, llama, monkeypatch):
         monkeypatch.setattr(lm_module.hub, "resolve", lambda name: ADAPTERS / "llama_qv")

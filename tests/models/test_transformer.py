@@ -3,8 +3,10 @@
 That it computes what transformers computes is tested in test_families.py.
 """
 
+import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,9 +160,7 @@ def test_init_params_fill_the_abstract_tree_and_depend_on_the_key(make_lm):
     config = make_lm(0, layers=1).config
     abstract = transformer.abstract_params(config)
     params, other = (transformer.init_params(config, jax.random.key(seed)) for seed in (0, 1))
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), abstract
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract)
     kernel = np.asarray(params["layers"][0]["attention"]["q"]["kernel"])
     assert abs(kernel.std() * config.width**0.5 - 1) < 0.2
     assert np.abs(kernel - np.asarray(other["layers"][0]["attention"]["q"]["kernel"])).max() > 0.1
@@ -174,7 +174,7 @@ def test_gradients_are_finite_with_padding(make_lm):
         return jnp.sum(jnp.where(mask[..., None] > 0, lm.apply(params, ids, mask), 0.0) ** 2)
 
     grads = jax.jit(jax.grad(loss))(lm.params)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite(grads)
     assert float(jnp.abs(grads["layers"][0]["attention"]["q"]["kernel"]).max()) > 0
 
 
@@ -207,7 +207,7 @@ class TestTargetLogProbs:
             jax.grad(lambda *args, f=f: jnp.sum(weights * f(*args)), argnums=(0, 1))(lm.params, hidden)
             for f in (chunked, lambda params, hidden: self.plain(lm, params, hidden, targets))
         )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), actual, plain)
+        chex.assert_trees_all_close(actual, plain, rtol=0, atol=1e-4)
 
     def test_neither_values_nor_gradients_hold_all_logits(self, make_lm):
         lm = make_lm(0, vocab=4096, layers=1)
@@ -250,7 +250,7 @@ def test_rematerialisation_keeps_values_and_gradients_and_fewer_residuals(make_l
 
     (value, gradients, kept), (again, gradients_again, recomputed) = run(remat=False), run(remat=True)
     np.testing.assert_allclose(again, value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradients_again, gradients)
+    chex.assert_trees_all_close(gradients_again, gradients, rtol=0, atol=1e-5)
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
     assert recomputed - parameters < 0.3 * (kept - parameters)
 
@@ -273,6 +273,24 @@ def test_an_encoder_decoder_needs_decoder_ids_and_others_none(make_lm, stored_ch
     ids = np.ones((1, 3), int)
     raises_input_error(lambda: load(stored_checkpoint("tied", "t5")).logits(ids), "decoder_ids", "give")
     raises_input_error(lambda: make_lm(0).hidden(ids, None, ids), "decoder_ids", "do not give")
+
+
+@pytest.mark.parametrize("call", ["logits", "hidden", "log_probs", "apply"])
+def test_ids_and_masks_of_the_wrong_shape_are_told(make_lm, raises_input_error, call):
+    lm = make_lm(0)
+    ids = jnp.ones((2, 3), jnp.int32)
+    run = functools.partial(lm.apply, lm.params) if call == "apply" else getattr(lm, call)
+    for wrong in (ids[0], ids[None], jnp.ones((2, 3)), ids[:0]):
+        raises_input_error(lambda wrong=wrong: run(wrong, None), lm.name, "ids must be", "[B, T]", str(wrong.dtype))
+    for wrong in (ids[:1], ids[:, :2], ids[0]):
+        raises_input_error(lambda wrong=wrong: run(ids, wrong), lm.name, "mask", "[2, 3]", str(list(wrong.shape)))
+
+
+def test_decoder_ids_of_the_wrong_shape_are_told(stored_checkpoint, raises_input_error):
+    lm = load(stored_checkpoint("tied", "t5"))
+    ids = np.ones((2, 3), int)
+    raises_input_error(lambda: lm.hidden(ids, None, ids[0]), "decoder_ids must be", "[3]")
+    raises_input_error(lambda: lm.hidden(ids, None, np.ones((3, 2), int)), "3 rows of decoder_ids", "2 rows")
 
 
 class TestPretraining:
@@ -326,4 +344,4 @@ class TestPretraining:
         assert last < told[1][1] < told[0][1] < first
         assert last < 0.5 * first
         assert loss(params, jax.tree.map(lambda leaf: leaf[::-1], source)) > 1.5 * last  # it is the source that tells
-        jax.tree.map(np.testing.assert_array_equal, lm.params, before)  # where it starts is left as it is
+        chex.assert_trees_all_equal(lm.params, before)  # where it starts is left as it is

@@ -2,7 +2,7 @@
 
 A family is data. `read` turns the fields of a checkpoint's config.json, over the `defaults` of what it may leave out,
 into those of a `ModelConfig`; `modules` is the table of names. To add one, write a file like `llama.py`, add it to the
-list in `__init__.py`, and give it cases in `tests/data/hf.py`. transformers' own configuration classes would fill in
+list in `__init__.py`, and give it cases in `tests/data/hf/`. transformers' own configuration classes would fill in
 the defaults too, but where torch is installed their import takes seconds and more memory than reading a model may.
 """
 
