@@ -66,7 +66,7 @@ def test_memory(mixed: list[LM], tmp_path: Path) -> None:
     read = 0
     for lm in mixed:
         ids = jnp.ones((3, 10), jnp.int32)
-        kept = transformer.read_prompt(lm.config, lm.params, ids, jnp.ones_like(ids))
+        kept = transformer.Model(lm.config, lm.params).read_prompt(ids, jnp.ones_like(ids))
         arrays = jax.tree.leaves((lm.params, kept.layers))
         read += sum(np.asarray(leaf).nbytes for leaf in arrays)
         layers = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(kept.layers))

@@ -195,16 +195,17 @@ def read(
 ) -> _Read:
     """The log-probability of every written token, and the state that predicts it. Each prompt is that of R / B texts,
     one after another."""
+    bound = transformer.Model(model, base, adapters)
     if model.encoder is None:
         ids, mask = (jnp.repeat(x, len(tokens) // len(x), axis=0) for x in (ids, mask))
         real = jnp.concatenate([mask, jnp.ones_like(tokens[:, 1:], mask.dtype)], axis=1)
         text = jnp.concatenate([ids, tokens[:, :-1]], axis=1)
-        hidden = transformer.forward(model, base, text, real, adapters)[0][:, ids.shape[1] - 1 :]
+        hidden = bound.forward(text, real)[0][:, ids.shape[1] - 1 :]
     else:
         start = jnp.full_like(tokens[:, :1], model.start_id or 0)
         decoder_ids = jnp.concatenate([start, tokens[:, :-1]], axis=1)
-        hidden = transformer.forward(model, base, ids, mask, adapters, decoder_ids=decoder_ids)[0]
-    return _Read(transformer.target_log_probs(model, base, hidden, tokens, adapters), hidden)
+        hidden = bound.forward(ids, mask, decoder_ids=decoder_ids)[0]
+    return _Read(bound.target_log_probs(hidden, tokens), hidden)
 
 
 class _Before(NamedTuple):
@@ -294,7 +295,7 @@ def update(
         of_base = jax.lax.stop_gradient(read(model, base, None, part.ids, part.real, part.tokens).log_probs)
         if config.algorithm == "scst":  # which looks at nothing else
             return _Before(of_base, of_base, jnp.zeros_like(of_base))
-        used = lora.use_in_blocks(_stack(state.factors, config, m))
+        used = lora.for_blocks(_stack(state.factors, config, m))
         old = read(model, base, used, part.ids, part.real, part.tokens)
         return jax.lax.stop_gradient(_Before(of_base, old.log_probs, values_of(old.hidden, state.value)))
 
@@ -303,7 +304,7 @@ def update(
         own = jax.vmap(lambda key, rows: jax.vmap(lambda row: jax.random.fold_in(key, row))(rows))(
             key, blocks(part.rows)
         )
-        used = lora.use_in_blocks(_stack(factors, config, m), dropout=config.lora.dropout, key=own.reshape(-1))
+        used = lora.for_blocks(_stack(factors, config, m), dropout=config.lora.dropout, key=own.reshape(-1))
         new = read(model, base, used, part.ids, part.real, part.tokens)
         given = (new.log_probs, values_of(new.hidden, value), before, part.mask, part.rewards)
         totals, metrics = jax.vmap(functools.partial(_loss_of_block, config=config))(*jax.tree.map(blocks, given))

@@ -225,8 +225,9 @@ def _run_steps(
     def loss_of(params: transformer.Params, batch: _Rows, key: Array) -> Float[Array, ""]:
         ids, mask, types = (part.reshape(-1, part.shape[-1]) for part in batch[:3])
         hide = jax.random.bernoulli(key, HIDDEN_WORDS, ids.shape) & (ids >= len(SPECIAL))
-        hidden, _ = transformer.forward(config, params, jnp.where(hide, _UNKNOWN, ids), mask, types_bt=types)
-        scores = transformer.scoring_head(config, params, hidden, mask)[:, 0]
+        model = transformer.Model(config, params)
+        hidden, _ = model.forward(jnp.where(hide, _UNKNOWN, ids), mask, types_bt=types)
+        scores = model.scores(hidden, mask)[:, 0]
         return ranking_loss(scores.reshape(batch.grades.shape), batch.grades)
 
     def step(carry: tuple, key: Array) -> tuple[tuple, Array]:

@@ -67,7 +67,7 @@ class TextReader:
         ids = ids.at[jnp.arange(b)[:, None], columns].set(jnp.array(self.before, jnp.int32))
         mask = jnp.arange(ids.shape[1]) >= start[:, None]
         types = jnp.zeros_like(ids) if self.config.token_types > 1 else None
-        hidden = transformer.forward(self.config, self.params, ids, mask, types_bt=types)[0]
+        hidden = transformer.Model(self.config, self.params).forward(ids, mask, types_bt=types)[0]
         return jnp.take_along_axis(hidden, start[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
 

@@ -21,7 +21,7 @@ from rlae_jax.models.rope import frequencies
 
 LayerCache = tuple[Float[Array, "B G H S"], Float[Array, "B G H S"]]
 Angles = dict[Rope, Float[Array, "B T half"]]  # of each rope that the model uses, at the tokens' positions
-LOWEST = float(jnp.finfo(jnp.float32).min)
+LOWEST = float(np.finfo(np.float32).min)
 _SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one
 
 
@@ -87,7 +87,7 @@ def attend_cached(
         return jnp.einsum("bgms,bghs->bgmh", weights, v, precision=precision)
 
     on_cpu = per_head if p == 1 or q_bgmh.shape[2] <= _SINGLE_QUERIES else together
-    out_bgmh = lax.platform_dependent(weights_bgms, v_bghs, cpu=on_cpu, default=together)
+    out_bgmh: Array = lax.platform_dependent(weights_bgms, v_bghs, cpu=on_cpu, default=together)
     return out_bgmh.reshape(b, g, p, n // g, h).swapaxes(1, 2).reshape(r, n, h)
 
 
@@ -221,8 +221,8 @@ class Attention(nnx.Module):
         n, g, h = config.heads, config.kv_heads, config.head_width
         self.q, self.k, self.v, self.o = projections(config, rngs, cross)
         widths = {"head": (h, h), "all": (n * h, g * h)}.get(config.query_key_norm or "")
-        self.q_norm = RMSNorm(widths[0], config) if widths else None
-        self.k_norm = RMSNorm(widths[1], config) if widths else None
+        self.q_norm = RMSNorm(widths[0], config, "head_norm") if widths else None
+        self.k_norm = RMSNorm(widths[1], config, "head_norm") if widths else None
         self.config = config
         self.scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
         if config.scale_by_depth:

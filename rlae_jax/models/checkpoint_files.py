@@ -93,12 +93,13 @@ class StoredTensor:
         if self.kind == "plain":
             return leaves[0]
         parts = [leaf.reshape(shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
+        tensor: np.ndarray
         if self.by_head:
             tensor = np.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
         else:
             tensor = np.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
         if self.kind == "bias":
-            return tensor[0]
+            return tensor.reshape(-1)
         return tensor if self.inputs_first else tensor.T
 
 
@@ -346,7 +347,8 @@ def tensor_dtypes(path: Path) -> dict[str, str]:
 def read_tensor(path: Path, key: str) -> np.ndarray:
     """One tensor. The file is opened for it alone: pages of an open mapping that were read stay resident."""
     try:
-        return open_tensors(path).get_tensor(key)
+        tensor: np.ndarray = open_tensors(path).get_tensor(key)
+        return tensor
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot read {key} ({error})") from error
 
@@ -406,7 +408,8 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
         for leaf, part in zip(tensor.paths, tensor.split(stored_array), strict=True):
             placed = jax.device_put(np.ascontiguousarray(part, dtype=DTYPES[config.dtype]))
             # Waiting for each tensor keeps one host copy alive at a time instead of the whole checkpoint.
-            _put(params, leaf, jax.block_until_ready(placed))
+            placed = jax.block_until_ready(placed)  # type: ignore[no-untyped-call,unused-ignore]  # jax gives no types
+            _put(params, leaf, placed)
     return params
 
 

@@ -53,7 +53,7 @@ class Convolution:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scorer:
+class TextHead:
     """An encoder's head, which scores a whole text: out(act(dense(h))) of its first token's state h."""
 
     kind: HeadKind  # what the checkpoint's names tell apart, and nothing else
@@ -121,7 +121,7 @@ class ModelConfig:
     has_head: bool = True  # False for encoders
     head_scale: float = 1.0  # of the hidden states before the head (T5)
     logit_cap: float | None = None
-    scorer: Scorer | None = None
+    scorer: TextHead | None = None
 
     encoder: "ModelConfig | None" = None
     start_id: int | None = None  # an encoder-decoder's decoder starts from it

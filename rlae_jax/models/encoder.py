@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, lora, transformer
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.lm import open_checkpoint, require_tokenizer
+from rlae_jax.models.lm import check_text, open_checkpoint, require_tokenizer
 
 SMALLEST_WIDTH = 8  # of encoded texts
 
@@ -61,12 +60,13 @@ class Encoder:
           token_types: which segment a token belongs to, for models that know segments; all 0 if left out.
 
         Raises:
-          InputError: the checkpoint has no head; token types for a model without, or more tokens than positions.
+          InputError: the checkpoint has no head; token types for a model without, or more tokens than positions; ids
+            that are no [B, T] of whole numbers, or another shape of the mask or the types.
         """
         if self.config.scorer is None:
             raise InputError(f"{self.path or self.name} is a plain encoder without a head: it has hidden, not logits")
-        self._check(ids, token_types)
-        return _logits(self.config, params, ids, mask, token_types)
+        scores: Array = _logits(self.config, params, *self._inputs(ids, mask, token_types))
+        return scores
 
     def apply_hidden(
         self,
@@ -76,26 +76,33 @@ class Encoder:
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The last layer's states; arguments as in `apply`. What stands in padding means nothing."""
-        self._check(ids, token_types)
-        return _hidden(self.config, params, ids, mask, token_types)
+        hidden: Array = _hidden(self.config, params, *self._inputs(ids, mask, token_types))
+        return hidden
 
     def logits(
         self, ids: Int[Array, "B T"], mask: Array | None = None, token_types: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B labels"]:
         """`apply` with this model's parameters; no mask means no padding."""
-        return self.apply(self.params, *_inputs(ids, mask, token_types))
+        return self.apply(self.params, *self._inputs(ids, mask, token_types))
 
     def hidden(
         self, ids: Int[Array, "B T"], mask: Array | None = None, token_types: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """`apply_hidden` with this model's parameters; no mask means no padding."""
-        return self.apply_hidden(self.params, *_inputs(ids, mask, token_types))
+        return self.apply_hidden(self.params, *self._inputs(ids, mask, token_types))
 
-    def _check(self, ids: Any, token_types: Any) -> None:
-        if token_types is not None and not self.config.token_types:
+    def _inputs(self, ids: Any, mask: Any, token_types: Any) -> tuple[Array, Array, Array | None]:
+        ids, mask = check_text(self.name, ids, mask)
+        if self.config.learned_positions and ids.shape[1] > self.config.context:
+            raise InputError(f"{ids.shape[1]} tokens: {self.name} has {self.config.context} positions")
+        if token_types is None:
+            return ids, mask, None
+        if not self.config.token_types:
             raise InputError(f"{self.path or self.name} knows no token types: leave token_types out")
-        if self.config.learned_positions and np.shape(ids)[1] > self.config.context:
-            raise InputError(f"{np.shape(ids)[1]} tokens: {self.name} has {self.config.context} positions")
+        token_types = jnp.asarray(token_types)
+        if token_types.shape != ids.shape:
+            raise InputError(f"{self.name}: token types {list(token_types.shape)} of ids {list(ids.shape)}")
+        return ids, mask, token_types
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
@@ -139,23 +146,15 @@ class Encoder:
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)
 
 
-def _inputs(ids: Any, mask: Any, token_types: Any) -> tuple[Array, Array, Array | None]:
-    ids = jnp.asarray(ids)
-    mask = jnp.ones_like(ids) if mask is None else jnp.asarray(mask)
-    return ids, mask, None if token_types is None else jnp.asarray(token_types)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
-    params, adapters = lora.unpack(params, len(ids))
-    return transformer.forward(config, params, ids, mask, adapters, types_bt=types)[0]
+    return transformer.Model.bind(config, params, len(ids)).forward(ids, mask, types_bt=types)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
     hidden = _hidden(config, params, ids, mask, types)
-    params, adapters = lora.unpack(params, len(ids))
-    return transformer.scoring_head(config, params, hidden, mask, adapters)
+    return transformer.Model.bind(config, params, len(ids)).scores(hidden, mask)
 
 
 def load_encoder(name: str | os.PathLike[str], dtype: str = "float32", *, precision: str | None = "highest") -> Encoder:

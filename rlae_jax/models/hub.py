@@ -76,7 +76,7 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Pat
 
 def _can_be_hub_id(name: str) -> bool:
     from huggingface_hub.errors import HFValidationError  # local directories need not wait for the import
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,unused-ignore]  # public, but unlisted
 
     try:
         validate_repo_id(name)

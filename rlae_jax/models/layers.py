@@ -61,7 +61,7 @@ class Linear(nnx.Module):
         values = jax.random.normal(rngs.params(), shape) * math.prod(shape[:inputs]) ** -0.5
         self.kernel = nnx.Param(values.astype(config.dtype), axes=tuple(axes))
         self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.dtype), axes=tuple(axes[inputs:])) if bias else None
-        # What an adapter adds to the output, put here while a program is traced (see `lora.attach`).
+        # What an adapter adds to the output, put here while a program is traced (see `lora.low_rank_delta`).
         self.delta: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Array) -> Array:
@@ -75,9 +75,9 @@ class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 whatever the activations are (Zhang and Sennrich,
     2019)."""
 
-    def __init__(self, width: int, config: ModelConfig):
+    def __init__(self, width: int, config: ModelConfig, axis: str = "norm"):
         self.eps, self.offset = config.norm_eps, config.norm_offset
-        self.scale = nnx.Param(jnp.full((width,), 1.0 - self.offset, config.dtype), axes=("embed",))
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - self.offset, config.dtype), axes=(axis,))
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
@@ -93,8 +93,8 @@ class LayerNorm(nnx.Module):
     def __init__(self, width: int, config: ModelConfig):
         self.eps = config.norm_eps
         affine = config.norm_affine
-        self.scale = nnx.Param(jnp.ones((width,), config.dtype), axes=("embed",)) if affine else None
-        self.bias = nnx.Param(jnp.zeros((width,), config.dtype), axes=("embed",)) if affine else None
+        self.scale = nnx.Param(jnp.ones((width,), config.dtype), axes=("norm",)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((width,), config.dtype), axes=("norm",)) if affine else None
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)

@@ -56,8 +56,13 @@ class LM:
           params: like `self.params`, or a `lora.Adapted` with any stack of adapters.
           mask: 1 where there is a token, 0 for padding on either side; positions follow the mask.
           decoder_ids: of an encoder-decoder, whose `ids` go to the encoder; the first is the start token.
+
+        Raises:
+          InputError: ids that are no [B, T] of whole numbers, another shape of the mask, decoder ids missing or in the
+            way.
         """
-        return _logits(self.config, params, ids, mask, decoder_ids)
+        logits: Array = _logits(self.config, params, *self._inputs(ids, mask, decoder_ids))
+        return logits
 
     def logits(
         self,
@@ -68,7 +73,9 @@ class LM:
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T V"]:
         """`apply` with this model's parameters; no mask means no padding, `adapters` as in `adapted`."""
-        return _logits(self.config, self.adapted(adapters, len(ids)), *self._inputs(ids, mask, decoder_ids))
+        inputs = self._inputs(ids, mask, decoder_ids)
+        logits: Array = _logits(self.config, self.adapted(adapters, len(inputs[0])), *inputs)
+        return logits
 
     def hidden(
         self,
@@ -79,7 +86,9 @@ class LM:
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T D"]:
         """Last hidden states after the final norm: what the output head reads."""
-        return _hidden(self.config, self.adapted(adapters, len(ids)), *self._inputs(ids, mask, decoder_ids))
+        inputs = self._inputs(ids, mask, decoder_ids)
+        hidden: Array = _hidden(self.config, self.adapted(adapters, len(inputs[0])), *inputs)
+        return hidden
 
     def log_probs(
         self,
@@ -90,8 +99,9 @@ class LM:
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T-1"]:
         """log p(token t + 1 | tokens up to t) of the text (the decoder's, if there are two), without [B, T, V]."""
-        params = self.adapted(adapters, len(ids))
-        return _log_probs(self.config, params, *self._inputs(ids, mask, decoder_ids))
+        inputs = self._inputs(ids, mask, decoder_ids)
+        log_probs: Array = _log_probs(self.config, self.adapted(adapters, len(inputs[0])), *inputs)
+        return log_probs
 
     def adapted(self, adapters: AdapterChoice, batch: int) -> transformer.Params | lora.Adapted:
         """The parameters with which a batch runs: `params` alone, or with the stack of adapters.
@@ -141,9 +151,13 @@ class LM:
         if (decoder_ids is None) != (self.config.encoder is None):
             needs = "is an encoder-decoder: give" if decoder_ids is None else "is no encoder-decoder: do not give"
             raise InputError(f"{self.name} {needs} decoder_ids")
-        ids = jnp.asarray(ids)
-        mask = jnp.ones_like(ids) if mask is None else jnp.asarray(mask)
-        return ids, mask, None if decoder_ids is None else jnp.asarray(decoder_ids)
+        ids, mask = check_text(self.name, ids, mask)
+        if decoder_ids is None:
+            return ids, mask, None
+        decoder_ids, _ = check_text(self.name, decoder_ids, None, "decoder_ids")
+        if len(decoder_ids) % len(ids):
+            raise InputError(f"{self.name}: {len(decoder_ids)} rows of decoder_ids for {len(ids)} rows of ids")
+        return ids, mask, decoder_ids
 
     def fingerprint(self) -> str:
         """A hash by which a run knows its members again: the configuration and the start of every tensor."""
@@ -188,33 +202,46 @@ class LM:
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)
 
 
+def check_text(model: str, ids: Any, mask: Any, what: str = "ids") -> tuple[Array, Array]:
+    """Token ids [B, T] and their mask as arrays; no mask means no padding.
+
+    Raises:
+      InputError: ids of another rank or no whole numbers, or a mask of another shape.
+    """
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise InputError(
+            f"{model}: {what} must be whole numbers [B, T], a row per text, not {ids.dtype} of shape {list(ids.shape)}"
+        )
+    mask = jnp.ones_like(ids) if mask is None else jnp.asarray(mask)
+    if mask.shape != ids.shape:
+        raise InputError(f"{model}: the mask has the shape {list(mask.shape)}, {what} have {list(ids.shape)}")
+    return ids, mask
+
+
 def save(lm: LM, directory: str | os.PathLike[str]) -> None:
     """`lm.save(directory)`."""
     lm.save(directory)
 
 
-def _states(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> tuple[Array, Any, Any]:
-    """Last hidden states, and the plain parameters and adapters that they came from."""
-    params, adapters = lora.unpack(params, len(ids))
-    return transformer.forward(config, params, ids, mask, adapters, decoder_ids=decoder_ids)[0], params, adapters
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    return _states(config, params, ids, mask, decoder_ids)[0]
+    model = transformer.Model.bind(config, params, len(ids))
+    return model.forward(ids, mask, decoder_ids=decoder_ids)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    hidden, params, adapters = _states(config, params, ids, mask, decoder_ids)
-    return transformer.output_head(config, params, hidden, adapters)
+    model = transformer.Model.bind(config, params, len(ids))
+    return model.logits(model.forward(ids, mask, decoder_ids=decoder_ids)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _log_probs(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
-    hidden, params, adapters = _states(config, params, ids, mask, decoder_ids)
+    model = transformer.Model.bind(config, params, len(ids))
+    hidden, _ = model.forward(ids, mask, decoder_ids=decoder_ids)
     text = ids if decoder_ids is None else decoder_ids
-    return transformer.target_log_probs(config, params, hidden[:, :-1], text[:, 1:], adapters)
+    return model.target_log_probs(hidden[:, :-1], text[:, 1:])
 
 
 def load(

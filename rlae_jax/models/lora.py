@@ -9,7 +9,7 @@ M adapters are stacked on a leading axis and share one pass over the base weight
 which adapter is a matrix Float[B, M]: one-hot rows mix adapters in a batch, any other row is a weighted sum of adapters
 ("parameter aggregation"), and M adapters on the same prompts are a batch that holds each prompt M times.
 
-    stack (storage, training)        use(stack, weights [B, M])           while a program is traced
+    stack (storage, training)        for_rows(stack, weights [B, M])      while a program is traced
     a [M, D, R]  b [M, R, N, H]  ->  a [D, M*R]  b [M*R, N, H]      ->    x A, times rows [B, M*R], times B
 """
 
@@ -104,7 +104,7 @@ class Adapted(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """A stack as a batch uses it: what `forward` and `decode_step` take."""
+    """A stack as a batch uses it: what `transformer.Model` takes."""
 
     # [inputs..., M*R] and [M*R, outputs...]; in blocks of rows [M, inputs..., R] and [M, R, outputs...].
     a: dict[str, Array]
@@ -150,6 +150,17 @@ def init(config: LoraConfig, linears: Mapping[str, Any], key: Key[Array, ""], dt
     return params
 
 
+def logical_axes(factors: Factors, linears: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The names of the factors' axes, as `transformer.logical_axes` gives those of the parameters: the layer's own,
+    "rank", and "adapters" where the factors are those of a stack."""
+    names = {}
+    for path, leaf in factors.items():
+        axes, inputs = linears[path].axes, linears[path].inputs
+        lead = ("adapters",) * (leaf["a"].ndim - inputs - 1)
+        names[path] = {"a": (*lead, *axes[:inputs], "rank"), "b": (*lead, "rank", *axes[inputs:])}
+    return names
+
+
 def _path_key(key: Array, path: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
@@ -184,14 +195,14 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     return Stack(params, jnp.asarray([adapter.config.scale for adapter in adapters], jnp.float32))
 
 
-def use(
+def for_rows(
     stack: Stack,
     weights: Float[Array, "B M"],
     *,
     dropout: float = 0.0,
     key: Key[Array, ""] | Key[Array, " B"] | None = None,
 ) -> Adapters:
-    """The stack as a batch of B rows uses it.
+    """The stack as a batch of B rows uses it, each its own sum of adapters.
 
     Args:
       weights: how much of each adapter each row takes; one-hot rows pick one, zeros leave the base as it is.
@@ -205,19 +216,11 @@ def use(
     return Adapters(a, b, rows, () if key is None or not dropout else (jnp.float32(dropout), key))
 
 
-def use_in_blocks(stack: Stack, *, dropout: float = 0.0, key: Key[Array, " B"] | None = None) -> Adapters:
-    """As `use` for a batch of M blocks of rows, of which block m uses adapter m alone: each row is multiplied with its
-    own adapter's factors only, not with all adapters' side by side."""
+def for_blocks(stack: Stack, *, dropout: float = 0.0, key: Key[Array, " B"] | None = None) -> Adapters:
+    """As `for_rows` for a batch of M blocks of rows, of which block m uses adapter m alone: each row is multiplied with
+    its own adapter's factors only, not with all adapters' side by side."""
     a, b = ({path: leaf[side] for path, leaf in stack.params.items()} for side in ("a", "b"))
     return Adapters(a, b, stack.scales, () if key is None or not dropout else (jnp.float32(dropout), key))
-
-
-def unpack(params: dict[Any, Any] | Adapted, batch: int) -> tuple[dict[Any, Any], Adapters | None]:
-    """The base parameters, and the adapters as a batch uses them if there are any."""
-    if not isinstance(params, Adapted):
-        return params, None
-    weights = jnp.broadcast_to(params.weights, (batch, params.weights.shape[1]))
-    return params.base, use(params.stack, weights)
 
 
 def one_hot(indices: Any, adapters: int) -> Float[Array, "B M"]:
@@ -235,7 +238,7 @@ def factor_einsums(einsum: str) -> tuple[str, str]:
     return f"{activations},{inputs}z->{batch}z", f"{batch}z,z{outputs}->{output}"
 
 
-def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) -> Callable[[Array], Array]:
+def low_rank_delta(adapters: Adapters, path: str, einsum: str, precision: str | None) -> Callable[[Array], Array]:
     """What the adapters add to the output of the linear layer at `path`, as a function of its input [B, T, ...], or
     [B, ...] where one token per row goes into the output head."""
     down, up = factor_einsums(einsum)
@@ -246,9 +249,12 @@ def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) ->
         if adapters.dropout:
             rate, key = adapters.dropout
             if key.ndim:
-                key = key[:: len(key) // len(x)]  # an encoder may read one row for several of its decoder
-                draw = jax.vmap(lambda own: jax.random.bernoulli(_path_key(own, path), 1 - rate, x.shape[1:]))
-                kept = draw(key)
+
+                def draw(own: Array) -> Array:
+                    return jax.random.bernoulli(_path_key(own, path), 1 - rate, x.shape[1:])
+
+                # An encoder may read one row for several of its decoder.
+                kept = jax.vmap(draw)(key[:: len(key) // len(x)])
             else:
                 kept = jax.random.bernoulli(_path_key(key, path), 1 - rate, x.shape)
             x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
@@ -266,7 +272,7 @@ def attach(adapters: Adapters, path: str, einsum: str, precision: str | None) ->
 
 def merge(params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array, " M"]) -> dict[Any, Any]:
     """The base parameters with sum_m weights[m] * scale_m * A_m B_m added to each kernel. Negative weights undo it."""
-    merged = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries, the same arrays
+    merged: dict[Any, Any] = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries, the same arrays
     scaled = jnp.asarray(weights, jnp.float32) * stack.scales
     for path, leaf in stack.params.items():
         layer = merged

@@ -55,12 +55,13 @@ def next_token_loss(
     Args:
       source: for an encoder-decoder, whose sequences begin with its start token.
     """
+    model = transformer.Model(config, params)
     before = ids_bt[:, :-1]
     if source is None:
-        hidden, _ = transformer.forward(config, params, before, jnp.ones_like(before), remat=remat)
+        hidden, _ = model.forward(before, jnp.ones_like(before), remat=remat)
     else:
-        hidden, _ = transformer.forward(config, params, source.ids, source.mask, decoder_ids=before, remat=remat)
-    log_probs = transformer.target_log_probs(config, params, hidden, ids_bt[:, 1:])
+        hidden, _ = model.forward(source.ids, source.mask, decoder_ids=before, remat=remat)
+    log_probs = model.target_log_probs(hidden, ids_bt[:, 1:])
     return -jnp.sum(log_probs * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
 
 
@@ -82,7 +83,9 @@ def _run_steps(
     source: Source | None,
     keys: Array,
 ) -> tuple[transformer.Params, optax.OptState, Float[Array, ""]]:
-    def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
+    def step(
+        carry: tuple[transformer.Params, optax.OptState], key: Array
+    ) -> tuple[tuple[transformer.Params, optax.OptState], Array]:
         params, optimiser_state = carry
         rows = jax.random.randint(key, (train.batch,), 0, ids.shape[0])
         loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config, remat=train.remat))(

@@ -1,13 +1,13 @@
-"""The transformer as Flax NNX modules, and pure functions over (ModelConfig, dict of arrays).
+"""The transformer: `Model`, which is a configuration with arrays, and the Flax NNX modules that it is made of.
 
 In: token ids [B, T] with a mask (1 where there is a token; positions follow the mask) or, while decoding, one token
 per row and the key/value cache. Out: last hidden states [B, T, D] after the final norm (what the output head reads)
 and the keys and values to cache. One class serves decoders, encoders and encoder-decoders of every family; a
 `ModelConfig` says what it is made of.
 
-The modules declare parameters and hold no state: `split` gives the static graph once per configuration, `_merge` puts
-arrays into it while a program is traced, and what runs is a function of plain arrays. Calling a module through
-`nnx.jit` walks its whole graph at every call, which costs more than decoding a token on a small model.
+The modules declare parameters and hold no state: `_split` gives the static graph once per configuration, a method of
+`Model` puts arrays into it while a program is traced, and what runs is a function of plain arrays. Calling a module
+through `nnx.jit` walks its whole graph at every call, which costs more than decoding a token on a small model.
 
 The cache is one pair of arrays per layer, unrolled. Rows are padded on the left, so that all rows write the same slot:
 
@@ -37,10 +37,10 @@ from rlae_jax.models.attention import (
     RelativeBiasTable,
     cache_layout,
 )
-from rlae_jax.models.config import ModelConfig, Scorer
+from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
 from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
-from rlae_jax.models.lora import Adapters, attach
+from rlae_jax.models.lora import Adapted, Adapters, for_rows, low_rank_delta
 from rlae_jax.models.rope import frequencies
 
 Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
@@ -147,7 +147,7 @@ class Layer(nnx.Module):
 class ScoringHead(nnx.Module):
     """out(act(dense(h))) of the state h of each text's first token."""
 
-    def __init__(self, spec: Scorer, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, spec: TextHead, config: ModelConfig, rngs: nnx.Rngs):
         d, labels = config.width, len(spec.labels)
         self.dense = Linear("btd,de->bte", (d, d), ("embed", "embed"), config, rngs, bias=True)
         self.out = Linear("btd,dv->btv", (d, labels), ("embed", "labels"), config, rngs, bias=True)
@@ -303,7 +303,7 @@ class Transformer(nnx.Module):
         slot_b: Int[Array, " B"],
         packing: Packing | None,
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-        """Up to W tokens per row; see `decode_chunk`."""
+        """Up to W tokens per row; see `Model.decode_chunk`."""
         angles = self._angles(positions_bt)
         x = self._embed(self._table, ids_bt, positions_bt)
         new = []
@@ -347,6 +347,7 @@ class Spec(NamedTuple):
 
     einsum: str
     shape: tuple[int, ...]  # of the kernel: inputs, then outputs
+    axes: tuple[str, ...]  # the logical names of the same axes
 
     @property
     def inputs(self) -> int:
@@ -354,40 +355,53 @@ class Spec(NamedTuple):
         return kernel_inputs(self.einsum)
 
 
+class _Declared(NamedTuple):
+    """What the modules of a configuration declare."""
+
+    graph: Any  # nnx's
+    params: Params  # of `jax.ShapeDtypeStruct`s
+    axes: dict[Any, Any]  # of tuples of names
+    linears: dict[str, Spec]
+
+
 @functools.cache
-def _split(config: ModelConfig) -> tuple[Any, Params, dict[str, Spec]]:
+def _declared(config: ModelConfig) -> _Declared:
     abstract = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
+    axes = nnx.to_pure_dict(state, extract_fn=lambda param: param.get_metadata()["axes"])
     linears = {
-        ".".join(map(str, path)): Spec(module.einsum, module.kernel.shape)
+        ".".join(map(str, path)): Spec(module.einsum, module.kernel.shape, module.kernel.get_metadata()["axes"])
         for path, module in nnx.iter_modules(abstract)
         if isinstance(module, Linear)
     }
-    return graph, nnx.to_pure_dict(state), linears
-
-
-def _merge(config: ModelConfig, params: Params, adapters: Adapters | None = None) -> Any:
-    graph, _, linears = _split(config)
-    module = nnx.merge(graph, params)
-    if adapters is not None:
-        for path in adapters.a:
-            target = functools.reduce(_child, path.split("."), module)
-            target.delta = attach(adapters, path, linears[path].einsum, config.precision)
-    return module
-
-
-def _child(module: Any, name: str) -> Any:
-    return module[int(name)] if name.isdigit() else getattr(module, name)
+    return _Declared(graph, nnx.to_pure_dict(state), axes, linears)
 
 
 def abstract_params(config: ModelConfig) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: what a checkpoint has to fill."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _split(config)[1])
+    return _copied(_declared(config).params)
+
+
+def logical_axes(config: ModelConfig) -> dict[Any, Any]:
+    """The tree of `abstract_params` with, for every array, a tuple of its axes' names: what a table of sharding rules
+    is written for.
+
+    vocab, embed (D, or a narrower embedding), heads, kv_heads, head (entries of one head), mlp, labels; norm and
+    head_norm (the scales of norms of activations, and of queries and keys); positions, types, buckets and window (rows
+    of small tables). A map from D to D is ("embed", "embed"): where both axes of an array would go to one mesh axis,
+    the first of them does.
+    """
+    return _copied(_declared(config).axes)
+
+
+def _copied(tree: dict[Any, Any]) -> dict[Any, Any]:
+    """New dictionaries with the same leaves."""
+    return {name: _copied(branch) if isinstance(branch, dict) else branch for name, branch in tree.items()}
 
 
 def linears(config: ModelConfig) -> dict[str, Spec]:
     """Every linear layer by its dotted path, e.g. "layers.0.attention.q"."""
-    return _split(config)[2]
+    return _declared(config).linears
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -396,84 +410,147 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
 
 
-def forward(
-    config: ModelConfig,
-    params: Params,
-    ids_bt: Int[Array, "B T"],
-    mask_bt: Array,
-    adapters: Adapters | None = None,
-    *,
-    decoder_ids: Int[Array, "B T"] | None = None,
-    types_bt: Int[Array, "B T"] | None = None,
-    remat: bool = False,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """Last hidden states [B, T, D] (after the final norm) and every layer's keys and values.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A transformer with its arrays, and the adapters that a batch uses: what runs is a method, traced.
 
-    Args:
-      mask_bt: 1 where there is a token, 0 for padding on either side; positions follow the mask.
-      adapters: LoRA adapters in use, see `lora.use`.
-      decoder_ids: of an encoder-decoder, whose `ids_bt` go to the encoder; the first is the start token. There may be
-        several rows per row of `ids_bt`, one after another, which is then encoded once (adapters must be in blocks).
-      types_bt: segment ids, for encoders that have them.
-      remat: for training, compute each layer's activations again instead of keeping them for its gradient. XLA for CPUs
-        merges the two computations again, so that nothing is saved there.
+    A pytree whose configuration is static: jit a function that takes one, or `jax.jit(Model.forward)` itself.
     """
-    model = _merge(config, params, adapters)
-    if config.encoder is None:
-        return model.sequence(ids_bt, mask_bt, types_bt=types_bt, remat=remat)
-    assert decoder_ids is not None
-    times = len(decoder_ids) // len(ids_bt)
-    states = model.encode(ids_bt, mask_bt, remat=remat)
-    source = jnp.repeat(states, times, axis=0), jnp.repeat(mask_bt.astype(bool), times, axis=0)
-    return model.sequence(decoder_ids, jnp.ones_like(decoder_ids), source=source, remat=remat)
+
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    params: Params
+    adapters: Adapters | None = None  # their rows, or blocks of rows, are the batch's
+
+    @classmethod
+    def bind(cls, config: ModelConfig, params: Params | Adapted, batch: int) -> "Model":
+        """The model that a batch of so many rows runs with, from plain parameters or those with a stack of adapters,
+        whose weights are one row for all or a row for each."""
+        if not isinstance(params, Adapted):
+            return cls(config, params)
+        weights = jnp.broadcast_to(params.weights, (batch, params.weights.shape[1]))
+        return cls(config, params.base, for_rows(params.stack, weights))
+
+    def _modules(self) -> Transformer:
+        """The modules with the arrays in them."""
+        declared = _declared(self.config)
+        transformer: Transformer = nnx.merge(declared.graph, self.params)
+        if self.adapters is not None:
+            for path in self.adapters.a:
+                layer = _module_at(transformer, path)
+                layer.delta = low_rank_delta(self.adapters, path, declared.linears[path].einsum, self.config.precision)
+        return transformer
+
+    def forward(
+        self,
+        ids_bt: Int[Array, "B T"],
+        mask_bt: Array,
+        *,
+        decoder_ids: Int[Array, "B T"] | None = None,
+        types_bt: Int[Array, "B T"] | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Last hidden states [B, T, D] (after the final norm) and every layer's keys and values.
+
+        Args:
+          mask_bt: 1 where there is a token, 0 for padding on either side; positions follow the mask.
+          decoder_ids: of an encoder-decoder, whose `ids_bt` go to the encoder; the first is the start token. There may
+            be several rows per row of `ids_bt`, one after another, which is then encoded once (adapters must be in
+            blocks).
+          types_bt: segment ids, for encoders that have them.
+          remat: for training, compute each layer's activations again instead of keeping them for its gradient. XLA for
+            CPUs merges the two computations again, so that nothing is saved there.
+        """
+        transformer = self._modules()
+        if self.config.encoder is None:
+            return transformer.sequence(ids_bt, mask_bt, types_bt=types_bt, remat=remat)
+        assert decoder_ids is not None
+        times = len(decoder_ids) // len(ids_bt)
+        states = transformer.encode(ids_bt, mask_bt, remat=remat)
+        source = jnp.repeat(states, times, axis=0), jnp.repeat(mask_bt.astype(bool), times, axis=0)
+        return transformer.sequence(decoder_ids, jnp.ones_like(decoder_ids), source=source, remat=remat)
+
+    def read_prompt(self, ids_bt: Int[Array, "B T"], mask_bt: Array) -> Cache:
+        """The cache of whole prompts: T slots, or for an encoder-decoder none but what its encoder read."""
+        if self.config.encoder is None:
+            return self.forward(ids_bt, mask_bt)[1]
+        return self._modules().read_source(ids_bt, mask_bt)
+
+    def decode_step(
+        self,
+        ids_b: Int[Array, " B"],
+        position_b: Int[Array, " B"],
+        cache: Cache,
+        slot: Int[Array, ""],
+        visible_bs: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """Feeds one token per row: writes `slot` of every layer's cache, attends to `visible_bs`, which includes it."""
+        return self._modules().step(ids_b, position_b, cache, slot, visible_bs)
+
+    def decode_chunk(
+        self,
+        ids_bt: Int[Array, "B W"],
+        positions_bt: Int[Array, "B W"],
+        count_b: Int[Array, " B"],
+        cache: Cache,
+        behind_bs: Bool[Array, "B S"],
+        slot_b: Int[Array, " B"],
+        packing: Packing | None = None,
+    ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+        """Feeds the first `count_b` of W tokens of every row, which see the slots `behind_bs` and each other.
+
+        The cache is only read. Returns the state of each row's last token and the W keys and values of every layer
+        [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on. What lies beyond a row's count is
+        filling.
+
+        Args:
+          ids_bt, positions_bt: [B, W], or [R, 1] with a packing: then all but attention is done for R tokens, and the
+            rows of adapters are theirs.
+        """
+        return self._modules().chunk(ids_bt, positions_bt, count_b, cache, behind_bs, slot_b, packing)
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """The output head, float32, of any leading axes ([B, T] or [B] where an adapter changes the head)."""
+        return self._modules().logits(hidden)
+
+    def scores(self, hidden_btd: Float[Array, "B T D"], mask_bt: Array) -> Float[Array, "B labels"]:
+        """Float32 scores of whole texts by the head of an encoder that has one (`config.scorer`), from the state of
+        each row's first token."""
+        return self._modules().scores(hidden_btd, mask_bt)
+
+    def target_log_probs(
+        self, hidden_btd: Float[Array, "B T D"], targets_bt: Int[Array, "B T"], *, alive: int = 2**26
+    ) -> Float[Array, "B T"]:
+        """log p(targets[b, t] | hidden[b, t]), with at most about `alive` logits in memory at a time.
+
+        Some positions of all rows are taken together; the gradient computes their logits again, so that training needs
+        no [B, T, V] array either.
+        """
+        b, t, d = hidden_btd.shape
+
+        def of_positions(hidden_bcd: Array, targets_bc: Array) -> Array:
+            logits = self.logits(hidden_bcd)
+            chosen = jnp.take_along_axis(logits, targets_bc[..., None], axis=-1)[..., 0]
+            return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+        c = min(max(alive // (b * self.config.vocab), 1), t)
+        if c == t:
+            return of_positions(hidden_btd, targets_bt)
+        groups = -(-t // c)
+        pad = groups * c - t
+        hidden = jnp.pad(hidden_btd, ((0, 0), (0, pad), (0, 0))).reshape(b, groups, c, d)
+        targets = jnp.pad(targets_bt, ((0, 0), (0, pad))).reshape(b, groups, c)
+        log_probs = lax.map(
+            lambda group: jax.checkpoint(of_positions)(*group),
+            (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0)),
+        )
+        return jnp.moveaxis(log_probs, 0, 1).reshape(b, groups * c)[:, :t]
 
 
-def read_prompt(
-    config: ModelConfig, params: Params, ids_bt: Int[Array, "B T"], mask_bt: Array, adapters: Adapters | None = None
-) -> Cache:
-    """The cache of whole prompts: T slots, or for an encoder-decoder none but what its encoder read."""
-    if config.encoder is None:
-        return forward(config, params, ids_bt, mask_bt, adapters)[1]
-    return _merge(config, params, adapters).read_source(ids_bt, mask_bt)
-
-
-def decode_step(
-    config: ModelConfig,
-    params: Params,
-    ids_b: Int[Array, " B"],
-    position_b: Int[Array, " B"],
-    cache: Cache,
-    slot: Int[Array, ""],
-    visible_bs: Bool[Array, "B S"],
-    adapters: Adapters | None = None,
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Feeds one token per row: writes `slot` of every layer's cache, attends to `visible_bs` (which includes it)."""
-    return _merge(config, params, adapters).step(ids_b, position_b, cache, slot, visible_bs)
-
-
-def decode_chunk(
-    config: ModelConfig,
-    params: Params,
-    ids_bt: Int[Array, "B W"],
-    positions_bt: Int[Array, "B W"],
-    count_b: Int[Array, " B"],
-    cache: Cache,
-    behind_bs: Bool[Array, "B S"],
-    slot_b: Int[Array, " B"],
-    adapters: Adapters | None = None,
-    packing: Packing | None = None,
-) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-    """Feeds the first `count_b` of W tokens of every row, which see the slots `behind_bs` and each other.
-
-    The cache is only read. Returns the state of each row's last token and the W keys and values of every layer
-    [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on. What lies beyond a row's count is filling.
-
-    Args:
-      ids_bt, positions_bt: [B, W], or [R, 1] with a packing: then all but attention is done for R tokens.
-      adapters: their rows are those of `ids_bt`.
-    """
-    model = _merge(config, params, adapters)
-    return model.chunk(ids_bt, positions_bt, count_b, cache, behind_bs, slot_b, packing)
+def _module_at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = module[int(name)] if name.isdigit() else getattr(module, name)
+    return module
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
@@ -488,21 +565,28 @@ def _write_row_by_row(
             row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
             return lax.dynamic_update_slice(cached, row, (b, 0, 0, slot_b[b]))
 
-        return jax.tree.map(one, layers, new)
+        written: tuple[LayerCache, ...] = jax.tree.map(one, layers, new)
+        return written
 
     rows = len(slot_b)
     if rows > _UNROLLED_ROWS:
-        return lax.fori_loop(0, rows, write, layers)
-    for b in range(rows):
-        layers = write(b, layers)
+        layers = lax.fori_loop(0, rows, write, layers)
+    else:
+        for b in range(rows):
+            layers = write(b, layers)
     return layers
 
 
 def _write_at_once(
     layers: tuple[LayerCache, ...], new: tuple[LayerCache, ...], slot_b: Array
 ) -> tuple[LayerCache, ...]:
-    one = jax.vmap(lambda cached, values, slot: lax.dynamic_update_slice(cached, values, (0, 0, slot)))
-    return jax.tree.map(lambda cached, values: one(cached, values, slot_b), layers, new)
+    def one(cached: Array, values: Array, slot: Array) -> Array:
+        return lax.dynamic_update_slice(cached, values, (0, 0, slot))
+
+    written: tuple[LayerCache, ...] = jax.tree.map(
+        lambda cached, values: jax.vmap(one)(cached, values, slot_b), layers, new
+    )
+    return written
 
 
 def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, " B"]) -> Cache:
@@ -513,93 +597,8 @@ def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, " 
     return cache._replace(layers=lax.platform_dependent(cache.layers, new, slot_b, **ways))
 
 
-def output_head(
-    config: ModelConfig, params: Params, hidden: Float[Array, "*B D"], adapters: Adapters | None = None
-) -> Float[Array, "*B V"]:
-    """Float32 logits of hidden states; any leading axes ([B, T] or [B] where an adapter changes the head)."""
-    return _merge(config, params, adapters).logits(hidden)
-
-
-def scoring_head(
-    config: ModelConfig,
-    params: Params,
-    hidden_btd: Float[Array, "B T D"],
-    mask_bt: Array,
-    adapters: Adapters | None = None,
-) -> Float[Array, "B labels"]:
-    """Float32 scores of whole texts by the head of an encoder that has one (`config.scorer`), from the state of each
-    row's first token."""
-    return _merge(config, params, adapters).scores(hidden_btd, mask_bt)
-
-
-def target_log_probs(
-    config: ModelConfig,
-    params: Params,
-    hidden_btd: Float[Array, "B T D"],
-    targets_bt: Int[Array, "B T"],
-    adapters: Adapters | None = None,
-    *,
-    alive: int = 2**26,
-) -> Float[Array, "B T"]:
-    """log p(targets[b, t] | hidden[b, t]), with at most about `alive` logits in memory at a time.
-
-    Some positions of all rows are taken together; the gradient computes their logits again, so that training needs no
-    [B, T, V] array either.
-    """
-    b, t, d = hidden_btd.shape
-
-    def of_positions(hidden_bcd: Array, targets_bc: Array) -> Array:
-        logits = output_head(config, params, hidden_bcd, adapters)
-        chosen = jnp.take_along_axis(logits, targets_bc[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    c = min(max(alive // (b * config.vocab), 1), t)
-    if c == t:
-        return of_positions(hidden_btd, targets_bt)
-    groups = -(-t // c)
-    pad = groups * c - t
-    hidden = jnp.pad(hidden_btd, ((0, 0), (0, pad), (0, 0))).reshape(b, groups, c, d)
-    targets = jnp.pad(targets_bt, ((0, 0), (0, pad))).reshape(b, groups, c)
-    log_probs = lax.map(
-        lambda group: jax.checkpoint(of_positions)(*group), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
-    )
-    return jnp.moveaxis(log_probs, 0, 1).reshape(b, groups * c)[:, :t]
-
-
 def extend_cache(cache: Cache, slots: int) -> Cache:
     """The cache of `slots` slots whose first hold what `cache` holds."""
     grow = slots - cache.slots
     pad = ((0, 0), (0, 0), (0, 0), (0, grow))
     return cache._replace(layers=jax.tree.map(lambda array: jnp.pad(array, pad), cache.layers))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Model:
-    config: ModelConfig = dataclasses.field(metadata={"static": True})
-    params: Params
-    adapters: Adapters | None = None
-
-    @classmethod
-    def bind(cls, config, params, batch):
-        from rlae_jax.models import lora
-
-        return cls(config, *lora.unpack(params, batch))
-
-    def forward(self, *args, **kw):
-        return forward(self.config, self.params, *args, adapters=self.adapters, **kw)
-
-    def read_prompt(self, ids, mask):
-        return read_prompt(self.config, self.params, ids, mask, self.adapters)
-
-    def decode_step(self, *args):
-        return decode_step(self.config, self.params, *args, self.adapters)
-
-    def decode_chunk(self, ids, pos, count, cache, behind, slot, packing=None):
-        return decode_chunk(self.config, self.params, ids, pos, count, cache, behind, slot, self.adapters, packing)
-
-    def logits(self, hidden):
-        return output_head(self.config, self.params, hidden, self.adapters)
-
-    def target_log_probs(self, hidden, targets, **kw):
-        return target_log_probs(self.config, self.params, hidden, targets, self.adapters, **kw)

@@ -95,7 +95,7 @@ def test_log_probabilities_are_those_of_a_merged_model(lm, prompts, sampled):
     config = settings()
     state, written = sampled
     ids, mask = np.asarray(prompts.ids[0]), np.asarray(prompts.mask[0])
-    adapters = lora.use_in_blocks(fine_tune._stack(state.factors, config, M))
+    adapters = lora.for_blocks(fine_tune._stack(state.factors, config, M))
     found = fine_tune.read(lm.config, lm.params, adapters, ids, mask, written.tokens)
     base = fine_tune.read(lm.config, lm.params, None, ids, mask, written.tokens)
     for row in range(0, M * B * K, 3):

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -114,20 +115,20 @@ class TestCheckpoints:
         save_file(old, directory / "model.safetensors")
         again = rj.load_encoder(directory)
         assert again.labels == encoder.labels
-        jax.tree.map(np.testing.assert_array_equal, again.params, encoder.params)
+        chex.assert_trees_all_equal(again.params, encoder.params)
 
     def test_a_head_beside_a_base_without_its_prefix(self, tmp_path, load):
         directory = write(tmp_path / "bare", "deberta_v2", "v3")
         tensors = load_file(directory / "model.safetensors")
         save_file({k.removeprefix("deberta."): v for k, v in tensors.items()}, directory / "model.safetensors")
         again = rj.load_encoder(directory)
-        jax.tree.map(np.testing.assert_array_equal, again.params, load("deberta_v2", "v3").params)
+        chex.assert_trees_all_equal(again.params, load("deberta_v2", "v3").params)
 
     def test_no_architecture_is_a_plain_encoder(self, tmp_path, load):
         directory = write(tmp_path / "deberta", "deberta_v2", "v3_base", architectures=None)
         again = rj.load_encoder(directory)
         assert again.labels == ()
-        jax.tree.map(np.testing.assert_array_equal, again.params, load("deberta_v2", "v3_base").params)
+        chex.assert_trees_all_equal(again.params, load("deberta_v2", "v3_base").params)
 
     @pytest.mark.parametrize(
         ("family", "case", "architecture"),
@@ -144,7 +145,7 @@ class TestCheckpoints:
         assert json.loads((tmp_path / "saved" / "config.json").read_text())["architectures"] == [architecture]
         again = rj.load_encoder(tmp_path / "saved")
         assert dataclasses.replace(again.config, end_ids=encoder.config.end_ids) == encoder.config
-        jax.tree.map(np.testing.assert_array_equal, again.params, encoder.params)
+        chex.assert_trees_all_equal(again.params, encoder.params)
 
     @pytest.mark.parametrize(("family", "case"), CLASSIFIERS)
     def test_transformers_reads_what_is_saved(self, torch, tmp_path, load, family, case):
@@ -184,6 +185,14 @@ class TestInputs:
         encoder = load("deberta_v2", "v3")
         ids, mask, _ = text(encoder)
         raises_input_error(lambda: encoder.logits(ids, mask, np.zeros_like(ids)), str(encoder.path), "token types")
+
+    def test_ids_masks_and_types_of_the_wrong_shape(self, load, raises_input_error):
+        encoder = load("bert", "three_labels")
+        ids = np.ones((2, 3), np.int32)
+        for call in (encoder.logits, encoder.hidden):
+            raises_input_error(lambda call=call: call(ids[0]), encoder.name, "ids must be", "[3]")
+            raises_input_error(lambda call=call: call(ids, ids[:1]), encoder.name, "mask", "[1, 3]")
+            raises_input_error(lambda call=call: call(ids, None, ids[:, :1]), encoder.name, "token types", "[2, 1]")
 
     @pytest.mark.parametrize(("family", "case", "positions"), [("bert", "masked", 32), ("roberta", "base", 30)])
     def test_more_tokens_than_positions(self, load, raises_input_error, family, case, positions):

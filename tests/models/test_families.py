@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -221,10 +221,8 @@ def test_encoders_equal_transformers_live(torch, tmp_path, family, index):
 
 
 def assert_same_params(actual: Any, expected: Any) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
 
 
 def check_tokens(problem: Problem, tokens: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -39,10 +40,8 @@ def edit_tensors(directory, change):
 
 
 def assert_same_params(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
 
 
 def test_stories260k_writes_its_story(shared):

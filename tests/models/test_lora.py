@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +164,7 @@ class TestAgainstPeft:
             raw[pattern] = {re.sub(r"^(\^?)model\\?\.", r"\1", key): value for key, value in raw[pattern].items()}
         (tmp_path / "bare" / "adapter_config.json").write_text(json.dumps(raw))
         bare, whole = (rj.load_adapter(path, lm) for path in (tmp_path / "bare", ADAPTERS / "llama_patterns"))
-        jax.tree.map(np.testing.assert_array_equal, bare.params, whole.params)
+        chex.assert_trees_all_equal(bare.params, whole.params)
 
     @pytest.mark.parametrize("family", FUSED)
     def test_fused_modules_with_factors_of_their_own(self, family_lm, tmp_path, family):
@@ -183,7 +184,7 @@ class TestAgainstPeft:
         assert raw["fan_in_fan_out"] == (family == "gpt2")
         again = rj.load_adapter(tmp_path / "saved", lm)
         assert again.params.keys() == adapter.params.keys()
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), again.params, adapter.params)
+        chex.assert_trees_all_close(again.params, adapter.params, rtol=1e-6)
 
     def test_a_fresh_adapter_survives_saving(self, family_lm, tmp_path):
         """B is zero everywhere: nothing tells whose ranks are whose, and none may be dropped."""
@@ -202,7 +203,7 @@ class TestAgainstPeft:
         tensors["base_model.model.model.embed_tokens.weight"] = np.asarray(lm.params["embedding"])
         save_file(tensors, file)
         kept, plain = (rj.load_adapter(path, lm) for path in (tmp_path / "kept", ADAPTERS / "llama_head"))
-        jax.tree.map(np.testing.assert_array_equal, kept.params, plain.params)
+        chex.assert_trees_all_equal(kept.params, plain.params)
         half = rj.load(base("llama_head"), dtype="bfloat16")
         assert rj.load_adapter(tmp_path / "kept", half).params.keys() == plain.params.keys()
         for name in ("model.embed_tokens", "lm_head.base_layer"):
@@ -227,7 +228,7 @@ class TestAgainstPeft:
         older = {key.replace("lm_head", "embed_out"): x for key, x in tensors.items()}
         save_file(older, tmp_path / "old" / "adapter_model.safetensors")
         for name in ("new", "old"):
-            jax.tree.map(np.testing.assert_array_equal, rj.load_adapter(tmp_path / name, lm).params, adapter.params)
+            chex.assert_trees_all_equal(rj.load_adapter(tmp_path / name, lm).params, adapter.params)
 
     def test_a_hub_adapter_has_the_name_of_its_repository(self, llama, monkeypatch):
         monkeypatch.setattr(lm_module.hub, "resolve", lambda name: ADAPTERS / "llama_qv")
@@ -311,7 +312,7 @@ class TestFactors:
     def test_every_layer_of_every_family(self, family_lm, family):
         """Factors of the shapes that the einsums say compute x A B."""
         lm = family_lm(family)
-        for path, (einsum, shape) in transformer.linears(lm.config).items():
+        for path, (einsum, shape, _) in transformer.linears(lm.config).items():
             spec = transformer.linears(lm.config)[path]
             rng = np.random.default_rng(0)
             x = rng.normal(size=(2, 3, *shape[: spec.inputs]))
@@ -495,16 +496,16 @@ class TestArithmetic:
 
 
 class TestBlocks:
-    """Of M blocks of rows block m uses adapter m: as one-hot rows of `use`, without the other adapters' products."""
+    """Of M blocks of rows block m uses adapter m: one-hot rows of `for_rows` without the other adapters' products."""
 
     def test_of_a_decoder(self, tiny, trio, stacked):
         ids, mask = inputs_of(tiny, batch=6)
-        blocks = lora.use_in_blocks(stacked.stack)
-        rows = lora.use(stacked.stack, np.repeat(np.eye(3), 2, axis=0))
+        blocks = lora.for_blocks(stacked.stack)
+        rows = lora.for_rows(stacked.stack, np.repeat(np.eye(3), 2, axis=0))
 
         @jax.jit
         def hidden(adapters: lora.Adapters) -> Any:
-            return transformer.forward(tiny.config, tiny.params, ids, mask, adapters)[0]
+            return transformer.Model(tiny.config, tiny.params, adapters).forward(ids, mask)[0]
 
         found = np.asarray(hidden(blocks))
         close(found[mask == 1], np.asarray(hidden(rows))[mask == 1], 1e-5)
@@ -513,20 +514,20 @@ class TestBlocks:
             own = slice(2 * m, 2 * m + 2)
             close(found[own][mask[own] == 1], np.asarray(merged.hidden(ids, mask))[own][mask[own] == 1])
         predicted = [
-            transformer.output_head(tiny.config, tiny.params, jnp.asarray(found), adapters)
+            transformer.Model(tiny.config, tiny.params, adapters).logits(jnp.asarray(found))
             for adapters in (blocks, rows)
         ]
         close(*predicted, 1e-5)  # adapters may change the head
 
     def test_dropout(self, tiny, stacked):
-        """A key per row draws for the row what it draws in `use`."""
+        """A key per row draws for the row what it draws in `for_rows`."""
         ids, mask = inputs_of(tiny, batch=6)
         drop = {"dropout": 0.4, "key": jax.random.split(jax.random.key(3), 6)}
-        blocks = lora.use_in_blocks(stacked.stack, **drop)
-        rows = lora.use(stacked.stack, np.repeat(np.eye(3), 2, axis=0), **drop)
-        hidden = jax.jit(lambda adapters: transformer.forward(tiny.config, tiny.params, ids, mask, adapters)[0])
+        blocks = lora.for_blocks(stacked.stack, **drop)
+        rows = lora.for_rows(stacked.stack, np.repeat(np.eye(3), 2, axis=0), **drop)
+        hidden = jax.jit(lambda adapters: transformer.Model(tiny.config, tiny.params, adapters).forward(ids, mask)[0])
         one, other, plain = (
-            np.asarray(hidden(adapters))[mask == 1] for adapters in (blocks, rows, lora.use_in_blocks(stacked.stack))
+            np.asarray(hidden(adapters))[mask == 1] for adapters in (blocks, rows, lora.for_blocks(stacked.stack))
         )
         close(one, other, 1e-5)
         assert np.abs(one - plain).max() > 0.01 * np.abs(plain).max()
@@ -541,12 +542,12 @@ class TestBlocks:
 
         @jax.jit
         def hidden(used: lora.Adapters, ids: Any, mask: Any) -> Any:
-            return transformer.forward(lm.config, lm.params, ids, mask, used, decoder_ids=decoder_ids)[0]
+            return transformer.Model(lm.config, lm.params, used).forward(ids, mask, decoder_ids=decoder_ids)[0]
 
-        found = np.asarray(hidden(lora.use_in_blocks(stack), ids, mask))
+        found = np.asarray(hidden(lora.for_blocks(stack), ids, mask))
         each = [np.repeat(x, 3, axis=0) for x in (ids, mask)]
-        close(found, hidden(lora.use(stack, np.repeat(np.eye(2), 6, axis=0)), *each), 1e-5)
-        close(found, hidden(lora.use_in_blocks(stack), *each), 1e-5)
+        close(found, hidden(lora.for_rows(stack, np.repeat(np.eye(2), 6, axis=0)), *each), 1e-5)
+        close(found, hidden(lora.for_blocks(stack), *each), 1e-5)
         for m in range(2):
             merged = dataclasses.replace(lm, params=add_by_hand(lm, adapters[m : m + 1], [1.0]))
             own = slice(6 * m, 6 * m + 6)
@@ -563,8 +564,8 @@ class TestDropout:
 
     def dropped(self, path: str, key: Any, x: jax.Array) -> jax.Array:
         stack, weights = self.factors(x.shape[-1])
-        adapters = lora.use(stack, weights, dropout=self.RATE, key=key)
-        return lora.attach(adapters, path, "btd,df->btf", None)(x)
+        adapters = lora.for_rows(stack, weights, dropout=self.RATE, key=key)
+        return lora.low_rank_delta(adapters, path, "btd,df->btf", None)(x)
 
     def test_masks(self):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, 40)), jnp.float32)
@@ -589,13 +590,13 @@ class TestDropout:
 
     def test_only_with_a_key(self, tiny, trio, stacked, text):
         weights = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]]
-        assert lora.use(stacked.stack, weights, dropout=0.5).dropout == ()
-        assert lora.use(stacked.stack, weights, key=jax.random.key(0)).dropout == ()
+        assert lora.for_rows(stacked.stack, weights, dropout=0.5).dropout == ()
+        assert lora.for_rows(stacked.stack, weights, key=jax.random.key(0)).dropout == ()
 
         @jax.jit
         def hidden(key: Any) -> Any:
-            adapters = lora.use(stacked.stack, weights, dropout=0.5, key=key)
-            return transformer.forward(tiny.config, tiny.params, *map(jnp.asarray, text), adapters)[0]
+            adapters = lora.for_rows(stacked.stack, weights, dropout=0.5, key=key)
+            return transformer.Model(tiny.config, tiny.params, adapters).forward(*map(jnp.asarray, text))[0]
 
         first, again, other = (np.asarray(hidden(jax.random.key(seed))) for seed in (0, 0, 1))
         np.testing.assert_array_equal(first, again)

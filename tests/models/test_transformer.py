@@ -3,8 +3,10 @@
 That it computes what transformers computes is tested in test_families.py.
 """
 
+import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,16 +60,16 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
     mask = (jnp.arange(total) >= starts[:, None]).astype(int)
     whole = np.asarray(lm.hidden(ids, mask))
 
-    forward = jax.jit(transformer.forward, static_argnums=0)
-    hidden, keys_values = forward(lm.config, lm.params, ids[:, :t], mask[:, :t])
+    model = transformer.Model(lm.config, lm.params)
+    hidden, keys_values = jax.jit(transformer.Model.forward)(model, ids[:, :t], mask[:, :t])
     real = np.asarray(mask[:, :t]).astype(bool)
     np.testing.assert_allclose(np.asarray(hidden)[real], whole[:, :t][real], rtol=0, atol=1e-5)
     cache = transformer.extend_cache(keys_values, total + 3)
-    step = jax.jit(transformer.decode_step, static_argnums=0)
+    step = jax.jit(transformer.Model.decode_step)
     slots = jnp.arange(total + 3)
     for slot in range(t, total):
         visible = (slots >= starts[:, None]) & (slots <= slot)
-        hidden, cache = step(lm.config, lm.params, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
+        hidden, cache = step(model, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
         np.testing.assert_allclose(hidden, whole[:, slot], rtol=0, atol=1e-5)
 
 
@@ -90,9 +92,10 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
     starts = np.array([0, 2, 1])
     mask = (np.arange(total) >= starts[:, None]).astype(int)
     whole = np.asarray(lm.hidden(ids, mask))
-    cache = jax.jit(transformer.forward, static_argnums=0)(lm.config, lm.params, ids[:, :t], mask[:, :t])[1]
+    model = transformer.Model(lm.config, lm.params)
+    cache = jax.jit(transformer.Model.forward)(model, ids[:, :t], mask[:, :t])[1]
     cache = transformer.extend_cache(cache, total + w)
-    chunk = jax.jit(transformer.decode_chunk, static_argnums=0)
+    chunk = jax.jit(transformer.Model.decode_chunk)
     write = jax.jit(transformer.write_chunk)
     slots, filled = np.arange(total + w), np.full(batch, t)
     while np.any(filled < total):
@@ -102,7 +105,7 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
         chosen = np.where(np.arange(w) < count[:, None], chosen, 7)
         behind = (slots >= starts[:, None]) & (slots < filled[:, None])
         positions = filled[:, None] - starts[:, None] + np.arange(w)
-        hidden, new = chunk(lm.config, lm.params, chosen, positions, count, cache, behind, filled)
+        hidden, new = chunk(model, chosen, positions, count, cache, behind, filled)
         cache = write(cache, new, filled)
         filled = filled + count
         for b in np.flatnonzero(count):
@@ -157,9 +160,7 @@ def test_init_params_fill_the_abstract_tree_and_depend_on_the_key(make_lm):
     config = make_lm(0, layers=1).config
     abstract = transformer.abstract_params(config)
     params, other = (transformer.init_params(config, jax.random.key(seed)) for seed in (0, 1))
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), abstract
-    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract)
     kernel = np.asarray(params["layers"][0]["attention"]["q"]["kernel"])
     assert abs(kernel.std() * config.width**0.5 - 1) < 0.2
     assert np.abs(kernel - np.asarray(other["layers"][0]["attention"]["q"]["kernel"])).max() > 0.1
@@ -173,7 +174,7 @@ def test_gradients_are_finite_with_padding(make_lm):
         return jnp.sum(jnp.where(mask[..., None] > 0, lm.apply(params, ids, mask), 0.0) ** 2)
 
     grads = jax.jit(jax.grad(loss))(lm.params)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite(grads)
     assert float(jnp.abs(grads["layers"][0]["attention"]["q"]["kernel"]).max()) > 0
 
 
@@ -188,7 +189,7 @@ class TestTargetLogProbs:
         return lm, hidden, jnp.asarray(rng.integers(0, lm.config.vocab, (3, 7)))
 
     def plain(self, lm, params, hidden, targets):
-        log_probs = jax.nn.log_softmax(transformer.output_head(lm.config, params, hidden))
+        log_probs = jax.nn.log_softmax(transformer.Model(lm.config, params).logits(hidden))
         return jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
 
     # All positions at once, one at a time, and three at a time with a rest.
@@ -197,7 +198,7 @@ class TestTargetLogProbs:
         lm, hidden, targets = case
 
         def chunked(params, hidden):
-            return transformer.target_log_probs(lm.config, params, hidden, targets, alive=alive)
+            return transformer.Model(lm.config, params).target_log_probs(hidden, targets, alive=alive)
 
         expected = self.plain(lm, lm.params, hidden, targets)
         np.testing.assert_allclose(chunked(lm.params, hidden), expected, rtol=0, atol=1e-5)
@@ -206,7 +207,7 @@ class TestTargetLogProbs:
             jax.grad(lambda *args, f=f: jnp.sum(weights * f(*args)), argnums=(0, 1))(lm.params, hidden)
             for f in (chunked, lambda params, hidden: self.plain(lm, params, hidden, targets))
         )
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), actual, plain)
+        chex.assert_trees_all_close(actual, plain, rtol=0, atol=1e-4)
 
     def test_neither_values_nor_gradients_hold_all_logits(self, make_lm):
         lm = make_lm(0, vocab=4096, layers=1)
@@ -216,7 +217,7 @@ class TestTargetLogProbs:
 
         def memory(alive):
             def loss(params, hidden):
-                return jnp.sum(transformer.target_log_probs(lm.config, params, hidden, targets, alive=alive))
+                return jnp.sum(transformer.Model(lm.config, params).target_log_probs(hidden, targets, alive=alive))
 
             compiled = jax.jit(jax.grad(loss, argnums=1)).lower(lm.params, hidden).compile()
             return compiled.memory_analysis().temp_size_in_bytes
@@ -241,14 +242,15 @@ def test_rematerialisation_keeps_values_and_gradients_and_fewer_residuals(make_l
 
     def run(remat):
         def loss(params):
-            return jnp.mean(transformer.forward(lm.config, params, ids, jnp.ones_like(ids), remat=remat)[0] ** 2)
+            model = transformer.Model(lm.config, params)
+            return jnp.mean(model.forward(ids, jnp.ones_like(ids), remat=remat)[0] ** 2)
 
         value, pull = jax.vjp(loss, lm.params)
         return value, pull(jnp.ones(()))[0], sum(leaf.nbytes for leaf in jax.tree.leaves(pull))
 
     (value, gradients, kept), (again, gradients_again, recomputed) = run(remat=False), run(remat=True)
     np.testing.assert_allclose(again, value, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), gradients_again, gradients)
+    chex.assert_trees_all_close(gradients_again, gradients, rtol=0, atol=1e-5)
     parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
     assert recomputed - parameters < 0.3 * (kept - parameters)
 
@@ -271,6 +273,24 @@ def test_an_encoder_decoder_needs_decoder_ids_and_others_none(make_lm, stored_ch
     ids = np.ones((1, 3), int)
     raises_input_error(lambda: load(stored_checkpoint("tied", "t5")).logits(ids), "decoder_ids", "give")
     raises_input_error(lambda: make_lm(0).hidden(ids, None, ids), "decoder_ids", "do not give")
+
+
+@pytest.mark.parametrize("call", ["logits", "hidden", "log_probs", "apply"])
+def test_ids_and_masks_of_the_wrong_shape_are_told(make_lm, raises_input_error, call):
+    lm = make_lm(0)
+    ids = jnp.ones((2, 3), jnp.int32)
+    run = functools.partial(lm.apply, lm.params) if call == "apply" else getattr(lm, call)
+    for wrong in (ids[0], ids[None], jnp.ones((2, 3)), ids[:0]):
+        raises_input_error(lambda wrong=wrong: run(wrong, None), lm.name, "ids must be", "[B, T]", str(wrong.dtype))
+    for wrong in (ids[:1], ids[:, :2], ids[0]):
+        raises_input_error(lambda wrong=wrong: run(ids, wrong), lm.name, "mask", "[2, 3]", str(list(wrong.shape)))
+
+
+def test_decoder_ids_of_the_wrong_shape_are_told(stored_checkpoint, raises_input_error):
+    lm = load(stored_checkpoint("tied", "t5"))
+    ids = np.ones((2, 3), int)
+    raises_input_error(lambda: lm.hidden(ids, None, ids[0]), "decoder_ids must be", "[3]")
+    raises_input_error(lambda: lm.hidden(ids, None, np.ones((3, 2), int)), "3 rows of decoder_ids", "2 rows")
 
 
 class TestPretraining:
@@ -324,4 +344,4 @@ class TestPretraining:
         assert last < told[1][1] < told[0][1] < first
         assert last < 0.5 * first
         assert loss(params, jax.tree.map(lambda leaf: leaf[::-1], source)) > 1.5 * last  # it is the source that tells
-        jax.tree.map(np.testing.assert_array_equal, lm.params, before)  # where it starts is left as it is
+        chex.assert_trees_all_equal(lm.params, before)  # where it starts is left as it is

@@ -24,7 +24,7 @@ _MODULES = (
     *(llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt2, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
 def made_family(config: ModelConfig) -> Family:

@@ -2,7 +2,7 @@
 
 A family is data. `read` turns the fields of a checkpoint's config.json, over the `defaults` of what it may leave out,
 into those of a `ModelConfig`; `modules` is the table of names. To add one, write a file like `llama.py`, add it to the
-list in `__init__.py`, and give it cases in `tests/data/hf.py`. transformers' own configuration classes would fill in
+list in `__init__.py`, and give it cases in `tests/data/hf/`. transformers' own configuration classes would fill in
 the defaults too, but where torch is installed their import takes seconds and more memory than reading a model may.
 """
 
@@ -43,7 +43,7 @@ class Family:
     head_decides_tie: bool = False  # the head is tied if and only if the checkpoint has none
     # The fields of config.json of a model that was made here; None where none is written in this family's layout.
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
-    # Of encoders: the architectures that have a head for whole texts, and its `Scorer.kind`. Others are plain encoders.
+    # Of encoders: the architectures with a head for whole texts, and its `TextHead.kind`. Others are plain encoders.
     heads: Heads = dataclasses.field(default_factory=dict)
 
     def architecture(self, config: ModelConfig) -> str:

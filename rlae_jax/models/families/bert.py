@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlae_jax.errors import InputError
-from rlae_jax.models.config import ModelConfig, Scorer
+from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.families.base import Family, Heads, activation, common, refuse
 
 # The original names of the two labels; checkpoints do not store them.
@@ -79,7 +79,7 @@ def encoder(hf: Any, **fields: Any) -> dict[str, Any]:
     )
 
 
-def scorer(hf: Any, heads: Heads, act: str = "tanh") -> Scorer | None:
+def scorer(hf: Any, heads: Heads, act: str = "tanh") -> TextHead | None:
     """The head that the checkpoint's architecture has.
 
     Raises:
@@ -93,7 +93,7 @@ def scorer(hf: Any, heads: Heads, act: str = "tanh") -> Scorer | None:
     labels = tuple(named.get(i, f"LABEL_{i}") for i in range(count)) if kind == "classifier" else NEXT_SENTENCE
     if not labels:
         raise InputError("id2label names no label")
-    return Scorer(kind=kind, labels=labels, activation=activation(act))
+    return TextHead(kind=kind, labels=labels, activation=activation(act))
 
 
 def modules(config: ModelConfig) -> dict[str, str]:

@@ -1,0 +1,131 @@
+"""Decoders with layer norms and biases: GPT-2, GPT-NeoX, OPT."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from tests.data.hf.cases import IDS, TINY, Case, Family, Fields, between, case, chance, pick, vocabulary_fields
+
+
+def sample_gpt2(rng: np.random.Generator) -> Case:
+    heads = between(rng, 2, 4)
+    fields = {
+        **vocabulary_fields(rng),
+        "n_head": heads,
+        "n_embd": heads * between(rng, 4, 8),
+        "n_layer": between(rng, 2, 3),
+        "n_positions": between(rng, 128, 140),
+        "n_inner": pick(rng, None, between(rng, 9, 40)),
+        "layer_norm_epsilon": pick(rng, 1e-5, 1e-3),
+        "activation_function": pick(rng, "gelu_new", "gelu", "relu"),
+        "scale_attn_weights": chance(rng),
+        "scale_attn_by_inverse_layer_idx": chance(rng),
+        "tie_word_embeddings": chance(rng),
+    }
+    return Case("GPT2LMHeadModel", fields, hub=chance(rng))
+
+
+def sample_gpt_neox(rng: np.random.Generator) -> Case:
+    heads = between(rng, 2, 4)
+    head = pick(rng, 4, 8)
+    fields = {
+        **vocabulary_fields(rng),
+        "num_attention_heads": heads,
+        "hidden_size": heads * head,
+        "intermediate_size": between(rng, 9, 40),
+        "num_hidden_layers": between(rng, 2, 3),
+        "max_position_embeddings": between(rng, 128, 200),
+        "layer_norm_eps": pick(rng, 1e-5, 1e-3),
+        "hidden_act": pick(rng, "gelu", "gelu_fast"),
+        "use_parallel_residual": chance(rng),
+        "attention_bias": chance(rng),
+        "rotary_pct": pick(rng, 0.5, 1.0),
+        "rotary_emb_base": pick(rng, 100, 10000),
+        "tie_word_embeddings": chance(rng),
+    }
+    return Case("GPTNeoXForCausalLM", fields, hub=chance(rng))
+
+
+def sample_opt(rng: np.random.Generator) -> Case:
+    heads = between(rng, 2, 4)
+    width = heads * between(rng, 4, 8)
+    fields = {
+        **vocabulary_fields(rng),
+        "num_attention_heads": heads,
+        "hidden_size": width,
+        "word_embed_proj_dim": pick(rng, width, between(rng, 6, 20)),
+        "ffn_dim": between(rng, 9, 40),
+        "num_hidden_layers": between(rng, 2, 3),
+        "max_position_embeddings": between(rng, 128, 140),
+        "activation_function": pick(rng, "relu", "gelu"),
+        "do_layer_norm_before": chance(rng),
+        "enable_bias": chance(rng),
+        "layer_norm_elementwise_affine": chance(rng),
+        "tie_word_embeddings": chance(rng),
+    }
+    return Case("OPTForCausalLM", fields, hub=chance(rng))
+
+
+_GPT2_TINY: Fields = {
+    "vocab_size": 41,
+    "n_embd": 20,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 128,
+    "bos_token_id": 40,
+    "eos_token_id": 40,
+}
+_gpt2 = functools.partial(case, "GPT2LMHeadModel", _GPT2_TINY)
+_GPT2 = {
+    # Names without a prefix and causal masks among the tensors, as in the first checkpoints.
+    "bare": dataclasses.replace(
+        _gpt2(hub=True, layer_norm_epsilon=1e-3),
+        bare=True,
+        extra={f"h.{i}.attn.bias": (1, 1, 128, 128) for i in range(2)},
+    ),
+    "inner": _gpt2(n_inner=27, scale_attn_by_inverse_layer_idx=True, n_layer=3, reorder_and_upcast_attn=True),
+    "untied_unscaled": _gpt2(
+        hub=True, n_head=2, scale_attn_weights=False, tie_word_embeddings=False, activation_function="relu"
+    ),
+}
+
+_NEOX_TINY: Fields = {key: value for key, value in TINY.items() if key != "num_key_value_heads"} | {"hidden_size": 32}
+_neox = functools.partial(case, "GPTNeoXForCausalLM", _NEOX_TINY)
+_NEOX = {
+    # Rotates a quarter of each head by default, 2 of 8.
+    "parallel": _neox(hub=True, layer_norm_eps=1e-3),
+    "serial": _neox(hub=True, use_parallel_residual=False, rotary_pct=0.5, rotary_emb_base=300),
+    "unbiased_tied": _neox(
+        hidden_size=24,
+        num_hidden_layers=3,
+        attention_bias=False,
+        tie_word_embeddings=True,
+        hidden_act="gelu_fast",
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+    ),
+}
+
+_OPT_TINY: Fields = {
+    **IDS,
+    "vocab_size": 41,
+    "hidden_size": 20,
+    "ffn_dim": 27,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_opt = functools.partial(case, "OPTForCausalLM", _OPT_TINY)
+_OPT = {
+    "norm_before": _opt(hub=True, pad_token_id=1, bos_token_id=2),
+    "norm_after": _opt(word_embed_proj_dim=12, do_layer_norm_before=False),
+    "plain_norms": _opt(hub=True, enable_bias=False, layer_norm_elementwise_affine=False, activation_function="gelu"),
+    "untied": _opt(num_hidden_layers=3, word_embed_proj_dim=26, tie_word_embeddings=False),
+}
+
+
+FAMILIES = {
+    "gpt2": Family("decoder", "gpt2", _GPT2, sample_gpt2),
+    "gpt_neox": Family("decoder", "gpt_neox", _NEOX, sample_gpt_neox),
+    "opt": Family("decoder", "opt", _OPT, sample_opt),
+}
