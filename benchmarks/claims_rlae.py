@@ -27,12 +27,11 @@ from typing import Any
 import numpy as np
 
 import rlae_jax as rj
-import rlae_jax.evaluate as evaluation
 from benchmarks import common, study
 from benchmarks.study import CLAIM_COLUMNS, all_of, claim, claim_cells, sign_verdict
 from rlae_jax import files, report, specialists, statistics
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
-from rlae_jax.evaluate import Method, baseline_methods, evaluate, join_results, transfer_matrix, with_fusion
+from rlae_jax.evaluation import Method, baseline_methods, evaluate, join_results, searches, transfer_matrix
 from rlae_jax.ppo.train import train_seeds
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import get_task
@@ -122,7 +121,7 @@ def train_specialist(out: Path, plan: Plan, name: str, seed: int) -> None:
 def run_cell(out: Path, plan: Plan, name: str, seed: int) -> None:
     """Trains both agents, tunes all baselines, and answers the test prompts."""
     if plan.quick:
-        evaluation.SEARCH_PROMPTS = 256
+        searches.SEARCH_PROMPTS = 256
     directory = cell(out, name, seed)
     if (directory / "results.json").is_file():
         return
@@ -286,7 +285,7 @@ def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
         "gate": (members, "gate", 1),
         "perplexity": (members, "perplexity", length),
         "consistency": (members, "consistency", 1),
-        "topk": (with_fusion(members, f"topk:{found['topk']['k']}"), None, length),
+        "topk": (members.with_fusion(f"topk:{found['topk']['k']}"), None, length),
         **{
             agent: (members, rj.load_policy(cell(out, task_name, 0) / algorithm), None)
             for agent, algorithm in AGENTS.items()

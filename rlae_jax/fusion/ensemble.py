@@ -4,6 +4,7 @@ Checks everything a user can get wrong, pads the batch into buckets so that prog
 loop once, and turns ids into text.
 """
 
+import copy
 import dataclasses
 import functools
 import os
@@ -297,6 +298,12 @@ class Ensemble:
         ):
             raise InputError("fusion hidden needs one head for all members, and these adapters change it")
         return ensemble
+
+    def with_fusion(self, fusion: str | FusionOperator) -> "Ensemble":
+        """The same members under another operator."""
+        changed = copy.copy(self)  # a union vocabulary and shared adapters stay what they are
+        changed.fusion = get_operator(fusion, len(self.members))
+        return changed
 
     @property
     def params(self) -> tuple[Any, ...]:

@@ -76,7 +76,7 @@ class TestHierarchical:
 class TestScores:
     def test_points_on_a_ray_are_one(self):
         asked = []
-        known = Scores(lambda points: asked.append(points) or cone(np.ones(3))(points), rays=True)
+        known = Scores(lambda points: asked.append(points) or cone(np.ones(3))(points), scale_invariant=True)
         found = hierarchical(known, 3, levels=1)
         assert len(found.points) == 27
         assert found.evaluations == len(np.concatenate(asked)) == 20  # 19 directions, and the origin

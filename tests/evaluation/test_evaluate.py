@@ -9,28 +9,23 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax import evaluate as evaluation
 from rlae_jax import files, report, statistics
-from rlae_jax.evaluate import (
-    ALL,
-    BASELINES,
-    Budget,
+from rlae_jax.evaluation import (
     Method,
-    Pick,
-    Replay,
     baseline_methods,
+    baselines,
     evaluate,
     join_results,
     load_agents,
-    member_names,
     router_config,
-    schedule_weights,
-    search_size,
-    simplex_grid,
-    static_weights,
+    searches,
     transfer_matrix,
-    unique_names,
 )
+from rlae_jax.evaluation import answers as answering
+from rlae_jax.evaluation.baselines import ALL, BASELINES
+from rlae_jax.evaluation.methods import Pick, member_names, unique_names
+from rlae_jax.evaluation.policies import Replay, replay
+from rlae_jax.evaluation.searches import Budget, schedule_weights, search_size, simplex_grid, static_weights
 from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import Examples, Task
@@ -99,13 +94,13 @@ class TestSearch:
         ensemble, task = rj.Ensemble(members, end_ids=(toys.END,)), toys.task()
         whole, looked = static_weights(ensemble, task)
         assert looked == 232 * 64  # the grid and equal weights
-        monkeypatch.setattr(evaluation, "_FIRST_PROMPTS", 16)
+        monkeypatch.setattr(searches, "FIRST_PROMPTS", 16)
         halved, looked = static_weights(ensemble, task)
         np.testing.assert_array_equal(halved, whole)
         assert looked == search_size(232, 64) < 232 * 64 / 1.5
 
     def test_it_looks_at_no_fewer_answers_than_asked_for(self, ensemble, monkeypatch):
-        monkeypatch.setattr(evaluation, "SEARCH_PROMPTS", 8)
+        monkeypatch.setattr(searches, "SEARCH_PROMPTS", 8)
         task = toys.task()
         n = len(task.split("train"))
         assert n == 64
@@ -114,10 +109,10 @@ class TestSearch:
         assert static_weights(ensemble, task, Budget(10**9))[1] == 21 * n
         assert static_weights(ensemble, task, Budget(10**9, prompts=5))[1] == 21 * 5
         config = dataclasses.replace(toys.SETTINGS, iterations=1, prompts=100)
-        (found,) = baseline_methods(ensemble, task, ["perplexity"], config=config).values()
-        assert found.found["searched"] == 7 * 15 >= 100
-        (found,) = baseline_methods(ensemble, task, ["perplexity"], config=config, search_prompts=4).values()
-        assert found.found["searched"] == 7 * 4
+        (tuned,) = baseline_methods(ensemble, task, ["perplexity"], config=config).values()
+        assert tuned.record["searched"] == 7 * 15 >= 100
+        (tuned,) = baseline_methods(ensemble, task, ["perplexity"], config=config, search_prompts=4).values()
+        assert tuned.record["searched"] == 7 * 4
 
 
 def test_repeated_names_are_numbered(make_lm):
@@ -191,7 +186,7 @@ def everything(ensemble, agent, tmp_path_factory):
     """(methods, results, directory, the splits that choosing the methods asked for) of `all` without a router."""
     task = toys.task()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "_TOP_KS", (10, 1))  # each compiles a program
+        patch.setattr(baselines, "TOP_KS", (10, 1))  # each compiles a program
         methods = baseline_methods(ensemble, task, ["all"], agents={"rlae_ppo": [agent]})
     asked = set(task.splits.names)
     out = tmp_path_factory.mktemp("everything")
@@ -268,9 +263,9 @@ class TestAll:
     def test_shuffled_spans_go_on_with_a_rows_last(self, ensemble):
         """In a batch that does not fill its bucket, of rows with fewer spans than others."""
         weights = np.array([[[1, 0], [0, 1]], [[0, 1], [0, 1]], [[1, 0], [1, 0]]] * 3, np.float32)[:5]
-        method = evaluation._replayed(ensemble, dataclasses.replace(toys.task(), max_new_tokens=4), weights, 1)
-        assert isinstance(method.weights.policy, Replay)
-        answers = ensemble.generate(["a", "a", "f", "f", "b"], method.weights, max_new_tokens=4, ignore_eos=True)
+        policy = replay(ensemble, dataclasses.replace(toys.task(), max_new_tokens=4), weights, 1)
+        assert isinstance(policy.policy, Replay)
+        answers = ensemble.generate(["a", "a", "f", "f", "b"], policy, max_new_tokens=4, ignore_eos=True)
         np.testing.assert_array_equal(answers.weights[:, :2], weights)
         np.testing.assert_array_equal(answers.weights[:, 3], weights[:, 1])
 
@@ -284,8 +279,8 @@ class TestAll:
     def test_members_write_once_for_vote_and_oracle(self, ensemble, monkeypatch):
         task = toys.task()
         calls = []
-        answer = evaluation._answer
-        monkeypatch.setattr(evaluation, "_answer", lambda *args: calls.append(args) or answer(*args))
+        answer = answering.answer_batch
+        monkeypatch.setattr(answering, "answer_batch", lambda *args: calls.append(args) or answer(*args))
         evaluate(baseline_methods(ensemble, task, ["vote", "oracle", *SINGLES]), task)
         assert len(calls) == 2 * 2  # each member once for compiling and once for its answers
 
@@ -386,7 +381,7 @@ class TestSeeds:
     def test_repetitions_become_seeds(self, ensemble, agent, tmp_path, raises_input_error):
         """Two evaluations, joined from their files, are what one evaluation of both seeds is."""
         other = Method(ensemble, [1, 0], 1, {"weights": [1, 0]})
-        static = dataclasses.replace(other, found={"weights": [0, 1]})
+        static = dataclasses.replace(other, record={"weights": [0, 1]})
         task = toys.task()
         oracle = Pick((agent, other), oracle=True)
         evaluate({"rlae_ppo": agent, "static": static, "oracle": oracle}, task, out=tmp_path / "a")
@@ -461,7 +456,7 @@ class TestByLikelihood:
         examples = self.options(toys.task().split("test").take(6), more=("00", "123"))
         options = [own if i % 2 else own[2:] for i, own in enumerate(examples.options)]
         task = dataclasses.replace(task, splits={"test": dataclasses.replace(examples, options=options)})
-        texts = evaluation._answer(Method(ensemble, [1, 1]), task, task.split("test")).texts
+        texts = answering.answer_batch(Method(ensemble, [1, 1]), task, task.split("test")).texts
         for prompt, own, text in zip(examples.prompts, options, texts, strict=True):
             (likely,) = ensemble.log_likelihoods([prompt], [own], [1, 1])
             assert text == "ABCDEF"[int(np.argmax([p / len(option) for p, option in zip(likely, own, strict=True)]))]
