@@ -32,8 +32,7 @@ from benchmarks import common, study
 from benchmarks.study import CLAIM_COLUMNS, claim, claim_cells, sign_verdict
 from rlae_jax import files, report, statistics
 from rlae_jax.config import PPOConfig
-from rlae_jax.emorl import embedded
-from rlae_jax.emorl import evaluate as evaluation
+from rlae_jax.emorl import embedded, evaluation
 from rlae_jax.emorl.agent import train_agent
 from rlae_jax.emorl.fused import MODES, Fused
 from rlae_jax.emorl.run import BASELINES, Data, Run, make_targets
@@ -170,16 +169,16 @@ def answer_tests(out: Path, plan: Plan, seed: int, part: str) -> None:
         return
     names = THREE if part == "three" else FOUR
     fusions = {mode: mode for mode in MODES} if part == "three" else {FUSED_FOUR: "four"}  # method -> search
-    writers = evaluation.adapted(run.base, [run.adapter(name) for name in run.targets()])
+    adapted = evaluation.adapted(run.base, [run.adapter(name) for name in run.targets()])
     trained = BASELINES if part == "three" else (UNIFORM_FOUR,)
-    writers = {name: writers[name] for name in ("base", *names, *trained)}
+    methods = {name: adapted[name] for name in ("base", *names, *trained)}
     for method, search_name in fusions.items():
         fused = fused_of(out, plan, seed, SEARCHES[search_name][1], names)
-        writers[method] = evaluation.fusion(fused, list(searched(out, seed, search_name)["weights"].values()))
+        methods[method] = evaluation.fusion(fused, list(searched(out, seed, search_name)["weights"].values()))
     if part == "three":
-        writers[AGENT] = evaluation.fusion(fused_of(out, plan, seed), rj.load_policy(run.search_directory("agent")))
+        methods[AGENT] = evaluation.fusion(fused_of(out, plan, seed), rj.load_policy(run.search_directory("agent")))
     evaluation.evaluate(
-        *(writers, run.prompts.split("test")[: plan.test_prompts], run.scorers(names)),
+        *(methods, run.prompts.split("test")[: plan.test_prompts], run.scorers(names)),
         task=run.prompts.name,
         split="test",
         max_new_tokens=embedded.MAX_NEW_TOKENS,
@@ -216,7 +215,7 @@ def time_training(out: Path, plan: Plan) -> dict[str, float]:
     singles = make_targets(THREE, [], DATA)
     (uniform,) = (target for target in make_targets(THREE, ["uniform_reward"], DATA) if len(target.scorers) > 1)
     kinds = {"stacked": singles, **{target.name: [target] for target in singles}, "uniform_reward": [uniform]}
-    found: dict[str, list[float]] = {name: [] for name in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     with report.progress("times of training", 3 * len(kinds), "runs") as update:
         for turn in range(3):  # the first of which compiles
             for i, (name, targets) in enumerate(kinds.items()):
@@ -224,18 +223,18 @@ def time_training(out: Path, plan: Plan) -> dict[str, float]:
                 train_adapters(base, targets, prompts, config, directory, resume=True)
                 rows = read_metrics(directory / OBJECTIVES / targets[0].name)
                 if turn:
-                    found[name] += [row["seconds"] for row in rows if row["trained"]]
+                    seconds[name] += [row["seconds"] for row in rows if row["trained"]]
                 update(turn * len(kinds) + i + 1, name)
-    medians = {name: float(np.median(seconds)) for name, seconds in found.items()}
+    medians = {name: float(np.median(own)) for name, own in seconds.items()}
     files.write_json(path, medians)
     return medians
 
 
-# --- what was found ---
+# --- what was measured ---
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Measurements:
     """All results, a list entry per seed."""
 
     three: list[dict[str, Any]]  # results.json under three objectives
@@ -254,7 +253,7 @@ class Found:
         return np.array([part[name][key] for part in self.training], np.float64)
 
 
-def collect(out: Path, plan: Plan) -> Found:
+def collect(out: Path, plan: Plan) -> Measurements:
     """What the pieces left."""
     cells = [cell(out, seed) for seed in range(plan.seeds)]
     names = (*FOUR, *BASELINES, UNIFORM_FOUR)
@@ -265,7 +264,7 @@ def collect(out: Path, plan: Plan) -> Found:
     searches = [
         {path.parent.name: files.read_json(path) for path in (one / "search").glob(f"*/{SEARCH_FILE}")} for one in cells
     ]
-    return Found(three, four, training, searches, time_training(out, plan))
+    return Measurements(three, four, training, searches, time_training(out, plan))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -278,34 +277,34 @@ def _difference(name: str, said: str, values: np.ndarray) -> dict[str, Any]:
     return claim(name, said, float(values.mean()), interval, sign_verdict(interval))
 
 
-def accounts(found: Found) -> dict[str, dict[str, np.ndarray]]:
+def accounts(measured: Measurements) -> dict[str, dict[str, np.ndarray]]:
     """Method -> account -> one number per seed."""
 
     def of_one(name: str) -> dict[str, np.ndarray]:
-        seconds = found.of_training(name, "steps") * found.times["uniform_reward"] / _EVERY
+        seconds = measured.of_training(name, "steps") * measured.times["uniform_reward"] / _EVERY
         return {
-            "training": found.of_training(name, "data_points"),
-            "search": np.zeros(len(found.training)),
-            "largest adapter": found.of_training(name, "data_points"),
-            "to 95%": found.of_training(name, "points_to_95_percent"),
-            "validation": found.of_training(name, "validation_points"),
+            "training": measured.of_training(name, "data_points"),
+            "search": np.zeros(len(measured.training)),
+            "largest adapter": measured.of_training(name, "data_points"),
+            "to 95%": measured.of_training(name, "points_to_95_percent"),
+            "validation": measured.of_training(name, "validation_points"),
             "seconds, one after another": seconds,
             "seconds, stacked": seconds,
         }
 
-    steps = np.stack([found.of_training(name, "steps") for name in THREE])
+    steps = np.stack([measured.of_training(name, "steps") for name in THREE])
     rounds = np.sort(steps, axis=0) / _EVERY
-    alone = np.array([found.times[name] for name in THREE])
+    alone = np.array([measured.times[name] for name in THREE])
     # While n adapters are left a round takes the n-th part between one adapter's time and the whole stack's.
-    shares = [found.times["stacked"], np.mean([found.times["stacked"], alone.mean()]), alone.mean()]
+    shares = [measured.times["stacked"], np.mean([measured.times["stacked"], alone.mean()]), alone.mean()]
     stacked = sum(np.diff(rounds, axis=0, prepend=0)[i] * shares[i] for i in range(len(THREE)))
-    points = np.stack([found.of_training(name, "data_points") for name in THREE])
+    points = np.stack([measured.of_training(name, "data_points") for name in THREE])
     fused = {
         "training": points.sum(axis=0),
-        "search": np.array([part["hidden"]["answers"] for part in found.searches], np.float64),
+        "search": np.array([part["hidden"]["answers"] for part in measured.searches], np.float64),
         "largest adapter": points.max(axis=0),
-        "to 95%": sum(found.of_training(name, "points_to_95_percent") for name in THREE),
-        "validation": sum(found.of_training(name, "validation_points") for name in THREE),
+        "to 95%": sum(measured.of_training(name, "points_to_95_percent") for name in THREE),
+        "validation": sum(measured.of_training(name, "validation_points") for name in THREE),
         "seconds, one after another": (steps / _EVERY * alone[:, None]).sum(axis=0),
         "seconds, stacked": np.asarray(stacked),
     }
@@ -315,9 +314,9 @@ def accounts(found: Found) -> dict[str, dict[str, np.ndarray]]:
 _EVERY = embedded.settings().validate_every
 
 
-def cost_claims(found: Found) -> list[dict[str, Any]]:
+def cost_claims(measured: Measurements) -> list[dict[str, Any]]:
     """E1, in every account."""
-    table = accounts(found)
+    table = accounts(measured)
     fused = table["hidden"]
     claims = []
     for other in ("uniform_reward", "dynaopt"):
@@ -343,38 +342,70 @@ def cost_claims(found: Found) -> list[dict[str, Any]]:
     return claims
 
 
-def score_claims(found: Found) -> list[dict[str, Any]]:
-    """E2 to E6."""
-    claims = []
-    ours, theirs = found.scores(FUSED_FOUR, four=True), found.scores(UNIFORM_FOUR, four=True)
-    cost = found.of_training(embedded.LATER, "data_points") + [part["four"]["answers"] for part in found.searches]
-    retraining = found.of_training(UNIFORM_FOUR, "data_points")
+def score_claims(measured: Measurements) -> list[dict[str, Any]]:
+    """E2 to E6, and what an agent adds."""
+    agent = measured.scores(AGENT) - measured.scores("hidden")
+    scores = (f"{measured.scores(name).mean():.3f}" for name in (AGENT, "hidden"))
+    said = f"{' against '.join(scores)} under searched fixed weights"
+    return [
+        fourth_claim(measured),
+        *weight_claims(measured),
+        *reward_claims(measured, "greedy"),
+        *reward_claims(measured, "sampled"),
+        *search_claims(measured),
+        _difference("an agent's weights above fixed ones", said, agent),
+    ]
+
+
+def fourth_claim(measured: Measurements) -> dict[str, Any]:
+    """E2."""
+    ours, theirs = measured.scores(FUSED_FOUR, four=True), measured.scores(UNIFORM_FOUR, four=True)
+    searched = [part["four"]["answers"] for part in measured.searches]
+    cost = measured.of_training(embedded.LATER, "data_points") + searched
+    retraining = measured.of_training(UNIFORM_FOUR, "data_points")
     said = (
         f"fused {ours.mean():.3f} against {theirs.mean():.3f} retrained; {cost.mean():,.0f} data points (search "
         f"included) against {retraining.mean():,.0f}"
     )
-    claims.append(_difference("E2 fourth objective as good as retraining", said, ours - theirs))
+    return _difference("E2 fourth objective as good as retraining", said, ours - theirs)
+
+
+def weight_claims(measured: Measurements) -> list[dict[str, Any]]:
+    """E3."""
+    claims = []
     for mode in ("hidden", "params"):
         for m, name in enumerate(THREE):
-            values = np.array([part[mode]["rank_correlations"][name] or 0.0 for part in found.searches])
+            values = np.array([part[mode]["rank_correlations"][name] or 0.0 for part in measured.searches])
             said = f"rank correlation of the share of w_{m + 1} and {name} over the searched points"
             claims.append(_difference(f"E3 weights can be read, {mode}, {name}", said, values))
-    for way in ("greedy", "sampled"):
-        hidden = found.scores("hidden", way)
-        for other in (*BASELINES, "params", BEST_SINGLE, "base"):
-            difference = hidden - found.scores(other, way)
-            said = f"{hidden.mean():.3f} against {found.scores(other, way).mean():.3f}, {way}"
-            row = _difference(f"E4 above {other}, {way}", said, difference)
-            if other in BASELINES:
-                low, high = row["ci95"]
-                verdict = "holds" if low >= -COMPARABLE else "fails" if high < -COMPARABLE else "undecided"
-                row |= {"claim": f"E4 comparable to {other} (at most {COMPARABLE} below), {way}", "verdict": verdict}
-            claims.append(row)
-        for other in ("probs", "loglinear", "params"):
-            said = f"{hidden.mean():.3f} against {found.scores(other, way).mean():.3f}, {way}"
-            claims.append(_difference(f"E5 hidden above {other}, {way}", said, hidden - found.scores(other, way)))
+    return claims
+
+
+def reward_claims(measured: Measurements, way: str) -> list[dict[str, Any]]:
+    """E4 and E5 of greedy or sampled answers."""
+    claims = []
+    hidden = measured.scores("hidden", way)
+
+    def above(experiment: str, other: str) -> dict[str, Any]:
+        theirs = measured.scores(other, way)
+        said = f"{hidden.mean():.3f} against {theirs.mean():.3f}, {way}"
+        return _difference(f"{experiment} above {other}, {way}", said, hidden - theirs)
+
+    for other in (*BASELINES, "params", BEST_SINGLE, "base"):
+        row = above("E4", other)
+        if other in BASELINES:
+            low, high = row["ci95"]
+            verdict = "holds" if low >= -COMPARABLE else "fails" if high < -COMPARABLE else "undecided"
+            row |= {"claim": f"E4 comparable to {other} (at most {COMPARABLE} below), {way}", "verdict": verdict}
+        claims.append(row)
+    return claims + [above("E5 hidden", other) for other in ("probs", "loglinear", "params")]
+
+
+def search_claims(measured: Measurements) -> list[dict[str, Any]]:
+    """E6."""
+    claims = []
     for mode in ("hidden", "probs"):
-        full, fast = ([part[name] for part in found.searches] for name in (f"{GRID}-{mode}", mode))
+        full, fast = ([part[name] for part in measured.searches] for name in (f"{GRID}-{mode}", mode))
         gaps = np.array([a["score"] - b["score"] for a, b in zip(full, fast, strict=True)])
         cost = np.mean([a["evaluations"] / b["evaluations"] for a, b in zip(full, fast, strict=True)])
         interval = _interval(gaps)
@@ -384,38 +415,37 @@ def score_claims(found: Found) -> list[dict[str, Any]]:
             f"({cost:.1f} times)"
         )
         claims.append(claim(f"E6 search as good as the full grid, {mode}", said, float(gaps.mean()), interval, verdict))
-    agent = found.scores(AGENT) - found.scores("hidden")
-    said = f"{found.scores(AGENT).mean():.3f} against {found.scores('hidden').mean():.3f} under searched fixed weights"
-    claims.append(_difference("an agent's weights above fixed ones", said, agent))
     return claims
 
 
-def make_checks(found: Found) -> list[dict[str, Any]]:
+def make_checks(measured: Measurements) -> list[dict[str, Any]]:
     """What is required of the method itself, means over seeds."""
-    uniform, single, hidden = (found.scores(name).mean() for name in ("uniform_reward", BEST_SINGLE, "hidden"))
+    uniform, single, hidden = (measured.scores(name).mean() for name in ("uniform_reward", BEST_SINGLE, "hidden"))
     gaps = [
-        part[f"{GRID}-{mode}"]["score"] - part[mode]["score"] for part in found.searches for mode in ("hidden", "probs")
+        part[f"{GRID}-{mode}"]["score"] - part[mode]["score"]
+        for part in measured.searches
+        for mode in ("hidden", "probs")
     ]
-    four = found.scores(FUSED_FOUR, four=True).mean() / found.scores(UNIFORM_FOUR, four=True).mean()
+    four = measured.scores(FUSED_FOUR, four=True).mean() / measured.scores(UNIFORM_FOUR, four=True).mean()
     return [
-        common.check("base_low", found.scores("base").mean() / uniform, "<=", 0.60),
+        common.check("base_low", measured.scores("base").mean() / uniform, "<=", 0.60),
         common.check("single_low", single / uniform, "<=", 0.75),
         common.check("hidden_gain", hidden - single, ">=", 0.08),
         common.check("fourth_ratio", four, ">=", 0.90),
         common.check("search_gap", max(gaps), "<=", 0.01),
-        common.check("agent_gain", found.scores(AGENT).mean() - hidden, ">=", 0.05),
+        common.check("agent_gain", measured.scores(AGENT).mean() - hidden, ">=", 0.05),
     ]
 
 
 # --- tables, page ---
 
 
-def score_cells(found: Found, way: str) -> list[tuple[str, ...]]:
+def score_cells(measured: Measurements, way: str) -> list[tuple[str, ...]]:
     """A row per method: mean, interval, every seed."""
     rows: list[tuple[str, ...]] = []
-    for four, names in ((False, found.three[0]["methods"]), (True, (UNIFORM_FOUR, FUSED_FOUR))):
+    for four, names in ((False, measured.three[0]["methods"]), (True, (UNIFORM_FOUR, FUSED_FOUR))):
         for name in names:
-            values = found.scores(name, way, four)
+            values = measured.scores(name, way, four)
             low, high = _interval(values)
             seeds = " ".join(f"{value:.3f}" for value in values)
             objectives = "four" if four else "three"
@@ -426,24 +456,24 @@ def score_cells(found: Found, way: str) -> list[tuple[str, ...]]:
 SCORE_COLUMNS = ("method", "objectives", "mean (95% interval)", "each seed")
 
 
-def cost_cells(found: Found) -> list[tuple[str, ...]]:
+def cost_cells(measured: Measurements) -> list[tuple[str, ...]]:
     """A row per method: every account, mean and standard deviation over seeds."""
 
     def shown(values: np.ndarray) -> str:
         spread = f" ± {values.std(ddof=1):,.0f}" if len(values) > 1 else ""
         return f"{values.mean():,.0f}{spread}"
 
-    return [(name, *(shown(values) for values in table.values())) for name, table in accounts(found).items()]
+    return [(name, *(shown(values) for values in table.values())) for name, table in accounts(measured).items()]
 
 
-def cost_columns(found: Found) -> tuple[str, ...]:
-    return ("method", *next(iter(accounts(found).values())))
+def cost_columns(measured: Measurements) -> tuple[str, ...]:
+    return ("method", *next(iter(accounts(measured).values())))
 
 
 def write_page(
     out: Path,
     plan: Plan,
-    found: Found,
+    measured: Measurements,
     claims: Sequence[Mapping[str, Any]],
     checks: Sequence[Mapping[str, Any]],
     environment: Mapping[str, Any],
@@ -451,7 +481,7 @@ def write_page(
     """`claims.md` and pictures beside it."""
     table = report.markdown_table
     floor = (embedded.settings().window - 1) * _EVERY * embedded.settings().batch * embedded.settings().samples
-    times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in found.times.items())
+    times = ", ".join(f"{name} {seconds:.2f}" for name, seconds in measured.times.items())
     for name in ("weights", "points", "contributions"):
         picture = (cell(out, 0) / "search" / "hidden" / f"{name}.png").read_bytes()
         (out / f"{name}.png").write_bytes(picture)
@@ -466,15 +496,15 @@ def write_page(
         "## Checks",
         table(("check", "value", "required", ""), study.check_cells(checks)),
         "## Scores, greedy answers",
-        table(SCORE_COLUMNS, score_cells(found, "greedy"), left=2),
+        table(SCORE_COLUMNS, score_cells(measured, "greedy"), left=2),
         "## Scores, sampled at temperature 1",
-        table(SCORE_COLUMNS, score_cells(found, "sampled"), left=2),
+        table(SCORE_COLUMNS, score_cells(measured, "sampled"), left=2),
         "## Costs",
         "Data points are prompts times samples. `hidden` is three adapters (their sum, or the largest one's) and the "
         "answers that its search decoded; validation is on top, for all. The stopping rule alone takes "
         f"{floor:,} per adapter. Seconds are steps times the median time of a round of {_EVERY} (all cores, no other "
         f"work, compilation left out), in seconds: {times}.",
-        table(cost_columns(found), cost_cells(found)),
+        table(cost_columns(measured), cost_cells(measured)),
         "## A search",
         "Seed 0, mode hidden.",
         *(f"![{name}]({name}.png)" for name in ("weights", "points", "contributions")),
@@ -493,16 +523,16 @@ def main() -> None:
     try:
         run_all(out, plan)
         study.use_compilation_cache(out)
-        found = collect(out, plan)
+        measured = collect(out, plan)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    claims = [*cost_claims(found), *score_claims(found)]
-    checks = make_checks(found)
+    claims = [*cost_claims(measured), *score_claims(measured)]
+    checks = make_checks(measured)
     for way in ("greedy", "sampled"):
-        common.print_table(f"Scores, {way}", SCORE_COLUMNS, score_cells(found, way))
-    common.print_table("Costs", cost_columns(found), cost_cells(found))
+        common.print_table(f"Scores, {way}", SCORE_COLUMNS, score_cells(measured, way))
+    common.print_table("Costs", cost_columns(measured), cost_cells(measured))
     common.print_table("Claims", CLAIM_COLUMNS, claim_cells(claims))
-    write_page(out, plan, found, claims, checks, environment)
+    write_page(out, plan, measured, claims, checks, environment)
     common.finish([{"kind": "claim", **c} for c in claims], checks, environment, options.json_path)
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes; tables and pictures in {out / 'claims.md'}")
 

@@ -27,12 +27,11 @@ from typing import Any
 import numpy as np
 
 import rlae_jax as rj
-import rlae_jax.evaluate as evaluation
 from benchmarks import common, study
 from benchmarks.study import CLAIM_COLUMNS, all_of, claim, claim_cells, sign_verdict
 from rlae_jax import files, report, specialists, statistics
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
-from rlae_jax.evaluate import Method, baseline_methods, evaluate, join_results, transfer_matrix, with_fusion
+from rlae_jax.evaluation import Method, baseline_methods, evaluate, join_results, searches, transfer_matrix
 from rlae_jax.ppo.train import train_seeds
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import get_task
@@ -122,7 +121,7 @@ def train_specialist(out: Path, plan: Plan, name: str, seed: int) -> None:
 def run_cell(out: Path, plan: Plan, name: str, seed: int) -> None:
     """Trains both agents, tunes all baselines, and answers the test prompts."""
     if plan.quick:
-        evaluation.SEARCH_PROMPTS = 256
+        searches.SEARCH_PROMPTS = 256
     directory = cell(out, name, seed)
     if (directory / "results.json").is_file():
         return
@@ -147,12 +146,12 @@ def run_transfer(out: Path, plan: Plan, column: str, seed: int) -> None:
     if path.is_file():
         return
     pools, tasks = {column: members_of(out, plan, column, seed)}, {column: get_task(column)}
-    found = {}
+    matrices = {}
     for agent, algorithm in AGENTS.items():
         agents = {row: rj.load_policy(cell(out, row, seed) / algorithm) for row in plan.iterations}
-        found[agent] = transfer_matrix(agents, pools, tasks, limit=plan.transfer_prompts)
+        matrices[agent] = transfer_matrix(agents, pools, tasks, limit=plan.transfer_prompts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, found)
+    files.write_json(path, matrices)
 
 
 def run_all(out: Path, plan: Plan) -> None:
@@ -173,7 +172,7 @@ def run_all(out: Path, plan: Plan) -> None:
     )
 
 
-# --- what was found ---
+# --- what was measured ---
 
 
 def merge_transfer(out: Path, plan: Plan, agent: str) -> dict[str, Any]:
@@ -190,8 +189,8 @@ def merge_transfer(out: Path, plan: Plan, agent: str) -> dict[str, Any]:
 
 def difference(results: Results, a: str, b: str) -> dict[str, Any]:
     """The row of `a` against `b`."""
-    (found,) = [row for row in results["differences"] if (row["a"], row["b"]) == (a, b)]
-    return dict(found)
+    (row,) = [row for row in results["differences"] if (row["a"], row["b"]) == (a, b)]
+    return dict(row)
 
 
 def better(row: Mapping[str, Any]) -> str:
@@ -213,39 +212,66 @@ def best_baseline(results: Results) -> str:
 def score_claims(tables: Mapping[str, Results]) -> list[dict[str, Any]]:
     """R1 and R2, on the tasks in which weights matter; and on those in which no dynamic weights can help, that none
     do."""
-    claims = []
     gain = {task: results for task, results in tables.items() if task in GAIN}
+    controls = {task: results for task, results in tables.items() if task in CONTROLS}
+    claims = []
     for agent in AGENTS:
-        verdicts = []
-        for task, results in gain.items():
-            best = best_baseline(results)
-            row = difference(results, agent, best)
-            verdicts.append(better(row))
-            name = f"R1 {agent} above the best baseline, {task}"
-            said = f"{results['methods'][agent]['score']:.3f} against {best} {results['methods'][best]['score']:.3f}"
-            claims.append(claim(name, said, row["difference"], row["ci95"], verdicts[-1]))
-        said = f"{verdicts.count('holds')} of {len(verdicts)} tasks"
-        claims.append(claim(f"R1 {agent} above every baseline on every task", said, None, None, all_of(verdicts)))
-        for task, results in gain.items():
-            rows = [difference(results, agent, other) for other in DYNAMIC]
-            least = min(rows, key=lambda row: row["difference"])
-            name = f"R1 dynamic weights help {agent}, {task}"
-            said = f"above {' and '.join(DYNAMIC)}, the smaller difference"
-            verdict = all_of([better(row) for row in rows])
-            claims.append(claim(name, said, least["difference"], least["ci95"], verdict))
-        for task in (task for task in tables if task in CONTROLS):
-            row = difference(tables[task], agent, "static")
-            low, high = row["ci95"]
-            verdict = "holds" if low >= -BOUND and high <= BOUND else "fails" if low > BOUND else "undecided"
-            said = f"difference to static within {BOUND}"
-            claims.append(claim(f"control: no gain for {agent}, {task}", said, row["difference"], row["ci95"], verdict))
-    for agent in AGENTS:
-        rows = [difference(results, agent, other) for results in gain.values() for other in FIXED]
+        claims += [*best_claims(gain, agent), *dynamic_claims(gain, agent), *control_claims(controls, agent)]
+    return [*claims, *(works_claim(gain, agent) for agent in AGENTS), *algorithm_claims(gain)]
+
+
+def best_claims(tables: Mapping[str, Results], agent: str) -> list[dict[str, Any]]:
+    """R1: an agent against the best baseline of each task, and against every one on every task."""
+    claims, verdicts = [], []
+    for task, results in tables.items():
+        best = best_baseline(results)
+        row = difference(results, agent, best)
+        verdicts.append(better(row))
+        name = f"R1 {agent} above the best baseline, {task}"
+        said = f"{results['methods'][agent]['score']:.3f} against {best} {results['methods'][best]['score']:.3f}"
+        claims.append(claim(name, said, row["difference"], row["ci95"], verdicts[-1]))
+    said = f"{verdicts.count('holds')} of {len(verdicts)} tasks"
+    return [*claims, claim(f"R1 {agent} above every baseline on every task", said, None, None, all_of(verdicts))]
+
+
+def dynamic_claims(tables: Mapping[str, Results], agent: str) -> list[dict[str, Any]]:
+    """R1: what is dynamic about an agent's weights."""
+    claims = []
+    for task, results in tables.items():
+        rows = [difference(results, agent, other) for other in DYNAMIC]
         least = min(rows, key=lambda row: row["difference"])
-        said = f"above {' and '.join(FIXED)} on {', '.join(gain)}, the smallest difference"
+        name = f"R1 dynamic weights help {agent}, {task}"
+        said = f"above {' and '.join(DYNAMIC)}, the smaller difference"
         verdict = all_of([better(row) for row in rows])
-        claims.append(claim(f"R2 {agent} works", said, least["difference"], least["ci95"], verdict))
-    for task, results in gain.items():
+        claims.append(claim(name, said, least["difference"], least["ci95"], verdict))
+    return claims
+
+
+def control_claims(tables: Mapping[str, Results], agent: str) -> list[dict[str, Any]]:
+    """That an agent gains nothing where there is nothing to gain."""
+    claims = []
+    for task, results in tables.items():
+        row = difference(results, agent, "static")
+        low, high = row["ci95"]
+        verdict = "holds" if low >= -BOUND and high <= BOUND else "fails" if low > BOUND else "undecided"
+        said = f"difference to static within {BOUND}"
+        claims.append(claim(f"control: no gain for {agent}, {task}", said, row["difference"], row["ci95"], verdict))
+    return claims
+
+
+def works_claim(tables: Mapping[str, Results], agent: str) -> dict[str, Any]:
+    """R2: an agent against fixed weights on all tasks."""
+    rows = [difference(results, agent, other) for results in tables.values() for other in FIXED]
+    least = min(rows, key=lambda row: row["difference"])
+    said = f"above {' and '.join(FIXED)} on {', '.join(tables)}, the smallest difference"
+    verdict = all_of([better(row) for row in rows])
+    return claim(f"R2 {agent} works", said, least["difference"], least["ci95"], verdict)
+
+
+def algorithm_claims(tables: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """R2: one kind of agent against the other."""
+    claims = []
+    for task, results in tables.items():
         row = difference(results, "rlae_ppo", "rlae_mappo")
         verdict = "no difference shown" if row["p_holm"] >= 0.05 else "PPO" if row["difference"] > 0 else "MAPPO"
         claims.append(claim(f"R2 which is better, {task}", "PPO minus MAPPO", row["difference"], row["ci95"], verdict))
@@ -279,14 +305,14 @@ def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
     """Milliseconds per token and answer of each method on the same members and prompts, alternating in one process."""
     members, task = members_of(out, plan, task_name, 0), get_task(task_name)
     prompts = task.split("test").take(PROMPTS).prompts
-    found = files.read_json(cell(out, task_name, 0) / "results.json")["methods"]
+    table = files.read_json(cell(out, task_name, 0) / "results.json")["methods"]
     length = task.span_length
     methods: dict[str, tuple[rj.Ensemble, Any, int | None]] = {
         "uniform": (members, None, length),
         "gate": (members, "gate", 1),
         "perplexity": (members, "perplexity", length),
         "consistency": (members, "consistency", 1),
-        "topk": (with_fusion(members, f"topk:{found['topk']['k']}"), None, length),
+        "topk": (members.with_fusion(f"topk:{table['topk']['k']}"), None, length),
         **{
             agent: (members, rj.load_policy(cell(out, task_name, 0) / algorithm), None)
             for agent, algorithm in AGENTS.items()
@@ -308,7 +334,7 @@ def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
     for name, timing in timings.items():
         low, high = timing.quartiles
         to_equal = {
-            agent: seconds_to(cell(out, task_name, 0) / algorithm, found[name]["score"])
+            agent: seconds_to(cell(out, task_name, 0) / algorithm, table[name]["score"])
             for agent, algorithm in AGENTS.items()
         }
         rows.append(
@@ -316,7 +342,7 @@ def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
                 "kind": "time",
                 "task": task_name,
                 "method": name,
-                "score": found[name]["score"],
+                "score": table[name]["score"],
                 "ms_per_answer": 1e3 * timing.median / len(prompts),
                 "ms_per_answer_quartiles": [1e3 * low / len(prompts), 1e3 * high / len(prompts)],
                 "ms_per_token": 1e3 * timing.median / tokens[name],
@@ -325,7 +351,7 @@ def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
                     agent: list(np.quantile(np.divide(timings[agent].seconds, timing.seconds), [0.25, 0.5, 0.75]))
                     for agent in AGENTS
                 },
-                "tuning_seconds": found[name].get("search_seconds"),
+                "tuning_seconds": table[name].get("search_seconds"),
                 "training_seconds": seconds_to(cell(out, task_name, 0) / AGENTS[name], float("inf"))
                 if name in AGENTS
                 else None,

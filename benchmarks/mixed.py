@@ -143,8 +143,7 @@ def stepper(ensemble: rj.Ensemble, prompts: list[str], entries: np.ndarray) -> C
     assert PROMPT_TOKENS * 3 // 4 < widest <= PROMPT_TOKENS, "both sides read prompts of one bucket"
 
     def run(n: int) -> np.ndarray:
-        limited = dataclasses.replace(spec, limits=jnp.full(len(rows), n, jnp.int32))
-        state = ensemble.run(rows, padded, 0, limited)
+        state = ensemble.run(rows, padded, 0, spec, limits=np.full(len(rows), n, np.int32))
         np.testing.assert_array_equal(state.tokens[:, :n].T, entries[:n])
         return np.asarray(state.steps)
 

@@ -32,6 +32,7 @@ from benchmarks.decode import LARGE, MEMBERS, QUIET, SMALL, same_start, write_me
 from rlae_jax.demo import SPECIALIST
 from rlae_jax.fusion import decode
 from rlae_jax.fusion.policy import Fixed
+from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.models import ModelConfig, transformer
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
@@ -86,7 +87,9 @@ class Ours:
         ids = rng.integers(0, work.members.vocab, (work.prompts, work.prompt_tokens), dtype=np.int32)
         references = rng.integers(0, work.members.vocab, (work.prompts, work.new_tokens), dtype=np.int32)
         lengths = np.full(work.prompts, work.new_tokens, np.int32)
-        self.batch = ppo.Batch(ids, np.ones_like(ids), references, lengths)
+        self.ids = ids
+        prompts = prompts_from_arrays(ids, np.ones_like(ids), work.new_tokens)
+        self.batch = ppo.Batch(prompts, references, lengths)
         self.seeds = np.zeros(1, np.uint32)
         self.state = ppo.init_learners(self.seeds, self.spec.policy, self.spec.dims, CONFIG)
 
@@ -114,16 +117,16 @@ def compare(rounds: int, budget: float) -> tuple[list[dict[str, Any]], list[dict
         checks = same_work(paths, ours)
         alone = {name: one_by_one(paths, agent, ours, regenerate=name == "reference") for name in ("reference", "span")}
     references = torch_ids(ours.batch.references)
-    experience = best.generate(ours.batch.ids, COMPARED.new_tokens)
+    experience = best.generate(ours.ids, COMPARED.new_tokens)
     learner = fastest_learner(agent, experience, train_peers.exact_tokens(experience, references))
 
     def learn(experience: "train_peers.Rollout") -> None:
         learner.generate((experience, train_peers.exact_tokens(experience, references)), CONFIG.epochs)
 
-    few = ours.batch.ids[:ALONE]
+    few = ours.ids[:ALONE]
     callables: dict[str, Callable[[], Any]] = {
         "ours": ours.iterate,
-        "best": lambda: learn(best.generate(ours.batch.ids, COMPARED.new_tokens)),
+        "best": lambda: learn(best.generate(ours.ids, COMPARED.new_tokens)),
         "learn": lambda: learn(experience),
         **{name: functools.partial(peer.generate, few, COMPARED.new_tokens) for name, peer in alone.items()},
     }
@@ -182,7 +185,7 @@ def best_actor(paths: list[Path], agent: "train_peers.Agent", ours: Ours) -> "pe
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peers.fastest(variants, ours.batch.ids, COMPARED.new_tokens)
+        return peers.fastest(variants, ours.ids, COMPARED.new_tokens)
 
 
 def one_by_one(paths: list[Path], agent: "train_peers.Agent", ours: Ours, *, regenerate: bool) -> "peers.Peer":
@@ -195,7 +198,7 @@ def one_by_one(paths: list[Path], agent: "train_peers.Agent", ours: Ours, *, reg
         ).rollout
         for attention in ("sdpa", "eager")
     }
-    return peers.fastest(variants, ours.batch.ids[:1], COMPARED.new_tokens)
+    return peers.fastest(variants, ours.ids[:1], COMPARED.new_tokens)
 
 
 def fastest_learner(agent: "train_peers.Agent", experience: "train_peers.Rollout", score: Any) -> "peers.Peer":
@@ -223,7 +226,8 @@ def same_work(paths: list[Path], ours: Ours) -> list[dict[str, Any]]:
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), ours.state.params)
     params["actor"]["w2"] = 100 * params["actor"]["w2"]
     spec = dataclasses.replace(ours.spec, sample_weights=False)
-    written = jax.jit(ppo.rollout)(ours.ensemble.params, params, ours.batch, jax.random.key(0), spec)
+    prompts = prompts_from_arrays(ours.ids, np.ones_like(ours.ids), COMPARED.new_tokens, jax.random.key(0))
+    written = jax.jit(ppo.rollout)(ours.ensemble.params, params, prompts, spec)
     score = np.random.default_rng(1).random(COMPARED.prompts, np.float32)
     state = ppo.LearnerState(params, ppo.make_optimiser(config).init(params), jnp.int32(0))
     learn = jax.jit(functools.partial(ppo.learn, spec=spec, config=config))
@@ -233,7 +237,7 @@ def same_work(paths: list[Path], ours: Ours) -> list[dict[str, Any]]:
     agent.explores = False
     start = agent.flat.detach().clone()
     members = [peers.read_member(path) for path in paths]
-    slots, ids, n = COMPARED.prompt_tokens + COMPARED.new_tokens, ours.batch.ids, COMPARED.new_tokens
+    slots, ids, n = COMPARED.prompt_tokens + COMPARED.new_tokens, ours.ids, COMPARED.new_tokens
     rollouts = [train_peers.BestActor(members, agent, COMPARED.prompts, slots, COMPARED.span_length).rollout(ids, n)]
     for regenerate in (True, False):
         peer = train_peers.OneByOne(paths, agent, COMPARED.span_length, regenerate=regenerate, attention="sdpa")
@@ -244,7 +248,7 @@ def same_work(paths: list[Path], ours: Ours) -> list[dict[str, Any]]:
     for theirs in rollouts:
         rows = slice(len(theirs.tokens))
         same.append(same_start(np.asarray(written.tokens)[rows], theirs.tokens.numpy()))
-        differences.append(np.abs(np.asarray(written.weights)[:, rows] - theirs.decisions.weights.numpy()).max())
+        differences.append(np.abs(np.swapaxes(written.weights, 0, 1)[:, rows] - theirs.decisions.weights.numpy()).max())
     change = torch.linalg.norm(agent.flat.detach() - learnt) / torch.linalg.norm(learnt - start)
     return [
         common.check("same_tokens", min(same), ">=", 1.0),
@@ -267,16 +271,17 @@ def demo_iteration(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @jax.jit
-def _begin(params: Any, ids: Any, spec: decode.DecodeSpec) -> decode.DecodeState:
-    return decode.prefill(params, ids, jnp.ones_like(ids), jax.random.key(0), spec)
+def _begin(params: Any, ids: Any, spec: rj.DecodeSpec) -> rj.DecodeState:
+    prompts = prompts_from_arrays(ids, jnp.ones_like(ids), spec.max_new_tokens, jax.random.key(0))
+    return decode.prefill(params, prompts, spec)
 
 
 @jax.jit
-def _tokens(params: Any, state: decode.DecodeState, policy_params: Any, spec: decode.DecodeSpec) -> jax.Array:
+def _tokens(params: Any, state: rj.DecodeState, policy_params: Any, spec: rj.DecodeSpec) -> jax.Array:
     return decode.decode_spans(params, state, policy_params, spec).tokens
 
 
-def _decode(params: Any, state: decode.DecodeState, policy_params: Any, spec: decode.DecodeSpec) -> None:
+def _decode(params: Any, state: rj.DecodeState, policy_params: Any, spec: rj.DecodeSpec) -> None:
     _tokens(params, state, policy_params, spec).block_until_ready()
 
 

@@ -8,7 +8,7 @@ Each line of the file is an object with "prompt" and "answer"; the reward is the
 import sys
 
 import rlae_jax as rj
-from rlae_jax.evaluate import Method, evaluate
+from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.tasks import jsonl
 
 

@@ -30,7 +30,7 @@ import rich.table
 from rlae_jax import files, report
 from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
-from rlae_jax.evaluate import Method, evaluate
+from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import TrainProgress, require_written, run_config, train_seeds

@@ -435,7 +435,7 @@ def train(
     """
     from rlae_jax import files, report
     from rlae_jax.config import ALGORITHMS
-    from rlae_jax.evaluate import Method, evaluate
+    from rlae_jax.evaluation import Method, evaluate
     from rlae_jax.ppo.train import TrainProgress, train_seeds
     from rlae_jax.runs.directory import how_to_go_on
     from rlae_jax.runs.metrics import read_metrics
@@ -548,8 +548,8 @@ def evaluate(
         dtype: of the members' parameters.
     """
     from rlae_jax import files, report
-    from rlae_jax.evaluate import baseline_methods, load_agents, router_config
-    from rlae_jax.evaluate import evaluate as evaluate_methods
+    from rlae_jax.evaluation import baseline_methods, load_agents, router_config
+    from rlae_jax.evaluation import evaluate as evaluate_methods
     from rlae_jax.ppo.train import read_run
     from rlae_jax.runs.directory import CONFIG_FILE
 

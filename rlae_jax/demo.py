@@ -15,7 +15,7 @@ import numpy as np
 from rlae_jax import files, report
 from rlae_jax.config import PPOConfig
 from rlae_jax.errors import InputError
-from rlae_jax.evaluate import Method, baseline_methods, evaluate
+from rlae_jax.evaluation import Method, baseline_methods, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.models import LM, ModelConfig, load

@@ -119,11 +119,11 @@ def sign_flip_p(differences: Float[np.ndarray, " N"], flips: int = FLIPS, seed: 
             total += term
         return min(1.0, 2 * total / 2**n)
     rng = np.random.default_rng(seed)
-    found = abs(values.sum()) - 1e-9 * np.abs(values).sum()  # sums of the same numbers may differ in the last digits
+    observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()  # sums of the same numbers may differ in the last digits
     reached, rows = 0, max(_CELLS // n, 1)
     for start in range(0, flips, rows):
         signs = 2 * rng.integers(2, size=(min(rows, flips - start), n), dtype=np.int8) - 1
-        reached += int(np.sum(np.abs(signs @ values) >= found))
+        reached += int(np.sum(np.abs(signs @ values) >= observed))
     return (reached + 1) / (flips + 1)
 
 

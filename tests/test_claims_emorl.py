@@ -22,7 +22,7 @@ SCORES = {
 }
 
 
-def found(three=SCORES, fused_four=0.6):
+def measured(three=SCORES, fused_four=0.6):
     four = {**dict.fromkeys(study.FOUR, 0.4), "base": 0.4, study.UNIFORM_FOUR: 0.65, study.FUSED_FOUR: fused_four}
 
     def results(scores, seed):
@@ -44,7 +44,7 @@ def found(three=SCORES, fused_four=0.6):
     names = (*study.FOUR, *study.BASELINES, study.UNIFORM_FOUR)
     searches = {name: searched(0.7, 5_000) for name in ("hidden", "probs", "loglinear", "params", "four")}
     searches |= {f"grid-{mode}": searched(0.705, 40_000) | {"evaluations": 400} for mode in ("hidden", "probs")}
-    return study.Found(
+    return study.Measurements(
         three=[results(three, seed) for seed in range(SEEDS)],
         four=[results(four, seed) for seed in range(SEEDS)],
         training=[{name: training(200, seed) for name in names} for seed in range(SEEDS)],
@@ -58,7 +58,7 @@ def verdicts(results):
 
 
 def test_verdicts_as_they_come_out():
-    told = verdicts(found())
+    told = verdicts(measured())
     assert told["E1 less than uniform_reward, training"] == "fails"  # three adapters of as many steps
     assert told["E1 less than uniform_reward, largest adapter"] == "fails"  # exactly as many
     assert told["E3 weights can be read, hidden, coverage"] == "holds"
@@ -72,7 +72,7 @@ def test_verdicts_as_they_come_out():
 
 
 def test_accounts_count_what_they_say():
-    table = study.accounts(found())
+    table = study.accounts(measured())
     steps = 200 + 8 * np.arange(SEEDS)
     np.testing.assert_allclose(table["hidden"]["training"], 3 * 48 * steps)
     np.testing.assert_allclose(table["hidden"]["largest adapter"], 48 * steps)
@@ -83,16 +83,16 @@ def test_accounts_count_what_they_say():
 
 
 def test_checks_can_pass_and_fail():
-    passed = {check["name"]: check["ok"] for check in study.make_checks(found())}
+    passed = {check["name"]: check["ok"] for check in study.make_checks(measured())}
     assert passed == dict.fromkeys(
         ("base_low", "single_low", "hidden_gain", "fourth_ratio", "search_gap", "agent_gain"), True
     )
     bad = {**SCORES, "base": 0.6, "brevity": 0.68, "rlae_ppo": 0.71}
-    failed = [check["name"] for check in study.make_checks(found(bad, fused_four=0.5)) if not check["ok"]]
+    failed = [check["name"] for check in study.make_checks(measured(bad, fused_four=0.5)) if not check["ok"]]
     assert failed == ["base_low", "single_low", "hidden_gain", "fourth_ratio", "agent_gain"]
 
 
 @pytest.mark.parametrize("way", ["greedy", "sampled"])
 def test_every_seed_is_shown(way):
-    cells = study.score_cells(found(), way)
+    cells = study.score_cells(measured(), way)
     assert all(len(row[-1].split()) == SEEDS for row in cells)

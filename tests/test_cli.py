@@ -13,8 +13,8 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax import cli
-from rlae_jax import evaluate as evaluation
 from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
+from rlae_jax.evaluation import baselines
 from rlae_jax.tasks import skills
 from tests.fusion.test_union import byte_level, sentencepiece
 
@@ -333,7 +333,7 @@ class TestTrainAndEvaluate:
         assert status == 0, errors
         table = json.loads((out / "results.json").read_text())["methods"]
         singles = ["single:alpha", "single:beta"]
-        assert list(table) == [*singles, *evaluation.ALL, "rlae_ppo"]
+        assert list(table) == [*singles, *baselines.ALL, "rlae_ppo"]
         assert all(len(method["per_seed"]) == 1 for method in table.values())
         settings = json.loads((out / "router" / "config.json").read_text())["settings"]
         assert (settings["span_length"], settings["iterations"], settings["prompts"]) == (5, 2, 8)
@@ -490,12 +490,10 @@ class TestBadInput:
         refused(*alone, "--policy", trained, parts=["[16, 16]", "[16]"])
 
     def test_an_evaluation_that_cannot_work_is_told_before_any_search(self, refused, models, tmp_path, monkeypatch):
-        import rlae_jax.evaluate
-
         def search(*args, **kwargs):
             raise AssertionError("a search began before the prompts were checked")
 
-        monkeypatch.setattr(rlae_jax.evaluate, "static_weights", search)
+        monkeypatch.setattr(baselines, "static_weights", search)
         path = tmp_path / "one.jsonl"
         path.write_text('{"prompt": "question 0", "answer": "1"}\n')
         base = ["evaluate", "--models", *models, "--data", path, "--out", tmp_path / "out"]
@@ -509,7 +507,7 @@ class TestBadInput:
 class TestSettings:
     def test_the_import_changes_no_setting_of_jax(self):
         code = (
-            "import jax; before = dict(jax.config.values); import rlae_jax, rlae_jax.cli, rlae_jax.evaluate, "
+            "import jax; before = dict(jax.config.values); import rlae_jax, rlae_jax.cli, rlae_jax.evaluation, "
             "rlae_jax.demo; after = dict(jax.config.values); assert before == after, (before, after)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from rlae_jax import demo, evaluate
+from rlae_jax import demo
 from rlae_jax.config import PPOConfig
 from rlae_jax.demo import DemoSettings, run_demo, verdict
+from rlae_jax.evaluation import searches
 from rlae_jax.tasks import skills
 
 SETTINGS = DemoSettings(specialist_steps=60, iterations=2, test_prompts=12)
@@ -19,8 +20,8 @@ METHODS += ["router", "rlae_ppo"]
 def small(monkeypatch):
     tiny = dataclasses.replace(demo.SPECIALIST, width=16, layers=1, heads=2, kv_heads=2, head_width=8, ffn_width=16)
     monkeypatch.setattr(demo, "SPECIALIST", tiny)
-    monkeypatch.setattr(evaluate, "SEARCH_PROMPTS", 12)
-    monkeypatch.setattr(evaluate, "STATIC_STEP", 0.5)
+    monkeypatch.setattr(searches, "SEARCH_PROMPTS", 12)
+    monkeypatch.setattr(searches, "STATIC_STEP", 0.5)
     monkeypatch.setattr(skills, "EXAMPLES", {"train": 40, "dev": 12, "test": 24})
     original = skills.specialist_sequences
     monkeypatch.setattr(skills, "specialist_sequences", lambda *args: tuple(part[::100] for part in original(*args)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlae_jax.config import PPOConfig
 from rlae_jax.emorl.fused import Fused
-from rlae_jax.emorl.scorers import Scorer
+from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import TrainProgress, train
@@ -25,7 +25,7 @@ from rlae_jax.tasks.prompts import PromptSet
 class MeanScore:
     """A reward: the objectives' mean. The reference of an answer is its prompt."""
 
-    scorers: tuple[Scorer, ...]
+    objectives: tuple[Objective, ...]
 
     def __call__(self, text: str, reference: Any) -> float:
         """One text's reward."""
@@ -33,23 +33,23 @@ class MeanScore:
 
     def many(self, texts: Sequence[str], references: Sequence[Any]) -> Any:
         """Many texts' rewards, of which models read batches."""
-        scores = [(scorer(references, texts) - scorer.low) / (scorer.high - scorer.low) for scorer in self.scorers]
+        scores = [(one(references, texts) - one.low) / (one.high - one.low) for one in self.objectives]
         return np.mean(scores, axis=0)
 
 
 def objectives_task(
-    prompts: PromptSet, scorers: Sequence[Scorer], *, max_new_tokens: int, span_length: int = 4
+    prompts: PromptSet, objectives: Sequence[Objective], *, max_new_tokens: int, span_length: int = 4
 ) -> Task:
     """The prompts as a task whose reward is the objectives' mean."""
     splits = {split: Examples(list(rows), list(rows)) for split, rows in prompts.splits.items()}
-    reward = MeanScore(tuple(scorers))
+    reward = MeanScore(tuple(objectives))
     return Task(prompts.name, splits, reward, max_new_tokens=max_new_tokens, span_length=span_length)
 
 
 def train_agent(
     fused: Fused,
     prompts: PromptSet,
-    scorers: Sequence[Scorer],
+    objectives: Sequence[Objective],
     config: PPOConfig,
     out: str | os.PathLike[str],
     *,
@@ -67,5 +67,5 @@ def train_agent(
         raise InputError(
             "an agent sets weights while an answer is written: mode hidden, probs or loglinear, not params"
         )
-    task = objectives_task(prompts, scorers, max_new_tokens=max_new_tokens, span_length=span_length)
+    task = objectives_task(prompts, objectives, max_new_tokens=max_new_tokens, span_length=span_length)
     return train(fused.ensemble, task, config, out, resume=resume, on_progress=on_progress)

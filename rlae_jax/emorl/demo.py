@@ -10,7 +10,8 @@ from typing import Any
 
 from rlae_jax import files, report
 from rlae_jax.emorl import embedded
-from rlae_jax.emorl.commands import AGENT, evaluate_run, most_points, run_agent, show_results, show_training, told
+from rlae_jax.emorl.commands import AGENT, most_points, run_agent, show_results, show_training, told
+from rlae_jax.emorl.evaluation import evaluate_run
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.run import Data, Run, make_targets
 from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search

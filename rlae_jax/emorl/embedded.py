@@ -50,13 +50,13 @@ LATER = "fluency"  # the objective that comes when the others have been learnt
 ALL = (*OBJECTIVES, LATER)
 
 
-def objective(name: str) -> scorers.Scorer:
+def objective(name: str) -> scorers.Objective:
     """One of the embedded objectives: "coverage" of the five keywords, "brevity", "warmth", "fluency"."""
     return {
         "coverage": lambda: scorers.coverage(reflections.keywords),
         "brevity": lambda: scorers.brevity(3, reflections.MOST_WORDS),
         "warmth": lambda: scorers.of_words("warmth", reflections.WARM, enough=2),
-        "fluency": lambda: scorers.Scorer("fluency", lambda prompts, texts: reflections.trigram_fluency(texts)),
+        "fluency": lambda: scorers.Objective("fluency", lambda prompts, texts: reflections.trigram_fluency(texts)),
     }[name]()
 
 

@@ -29,8 +29,8 @@ def export_run(
     """
     if out.exists():
         raise InputError(f"{out} exists already; choose another name or remove it")
-    found = _found(run, mode, weights, adapters)
-    names, values = list(found), list(found.values())
+    chosen = _chosen(run, mode, weights, adapters)
+    names, values = list(chosen), list(chosen.values())
     loaded = [run.adapter(name) for name in names]
     fused = Fused(run.base, loaded, mode)
     fused.check([values])
@@ -42,7 +42,7 @@ def export_run(
         for name in names:
             shutil.copytree(run.directory / OBJECTIVES / name / ADAPTER, partial / "adapters" / name)
         files.write_json(
-            partial / WEIGHTS_FILE, {"schema": 1, "mode": mode, "weights": found, "base": run.config["base"]}
+            partial / WEIGHTS_FILE, {"schema": 1, "mode": mode, "weights": chosen, "base": run.config["base"]}
         )
         if mode == "params":
             merged = lora.merge(run.base.params, lora.stack(loaded), values)
@@ -53,7 +53,7 @@ def export_run(
     return sorted(out.iterdir())
 
 
-def _found(run: Run, mode: str, weights: Sequence[float] | None, adapters: Sequence[str]) -> dict[str, Any]:
+def _chosen(run: Run, mode: str, weights: Sequence[float] | None, adapters: Sequence[str]) -> dict[str, Any]:
     """Adapter -> weight."""
     path = run.search_directory(mode) / SEARCH_FILE
     searched = files.read_json(path)["weights"] if path.is_file() else None
@@ -66,7 +66,7 @@ def _found(run: Run, mode: str, weights: Sequence[float] | None, adapters: Seque
     names = list(adapters) or list(searched or run.singles())
     if len(names) != len(weights):
         raise InputError(f"{len(weights)} weights for {len(names)} adapters ({', '.join(names)})")
-    found = dict(zip(names, map(float, weights), strict=True))
-    if outside := [f"{name} {weight:g}" for name, weight in found.items() if not 0 <= weight <= 1]:
+    chosen = dict(zip(names, map(float, weights), strict=True))
+    if outside := [f"{name} {weight:g}" for name, weight in chosen.items() if not 0 <= weight <= 1]:
         raise InputError(f"each adapter's weight lies in [0, 1], not {', '.join(outside)}")
-    return found
+    return chosen

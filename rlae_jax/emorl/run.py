@@ -12,7 +12,7 @@ from typing import Any
 
 from rlae_jax import files
 from rlae_jax.emorl import embedded
-from rlae_jax.emorl.scorers import Scorer, get_scorers
+from rlae_jax.emorl.scorers import Objective, get_objectives
 from rlae_jax.emorl.train import ADAPTER, OBJECTIVES, WEIGHTINGS, Target, check_targets
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Adapter, load, load_adapter
@@ -20,6 +20,7 @@ from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import reflections
 from rlae_jax.tasks.prompts import PromptSet, read_prompts
 
+AGENT = "agent"  # the name of the agent's directory among the searches
 # Adapters that are taught all objectives at once, by how these are weighted.
 BASELINES = {"uniform_reward": "equal", "dynaopt": "dynaopt", "dynaopt_reference": "dynaopt_reference"}
 assert set(BASELINES.values()) == set(WEIGHTINGS)
@@ -44,16 +45,16 @@ class Data:
         return read_prompts(self.path, self.layout, self.prompt_field)
 
 
-def make_scorers(specs: Sequence[str], data: Data) -> list[Scorer]:
+def make_objectives(specs: Sequence[str], data: Data) -> list[Objective]:
     """What objectives' names stand for: with the embedded prompts their own ones come first.
 
     Raises:
-      InputError: what `get_scorers` raises.
+      InputError: what `get_objectives` raises.
     """
     if data.path != reflections.NAME or not set(specs) & set(embedded.ALL):
-        return get_scorers(specs)
+        return get_objectives(specs)
     check_targets([Target(spec, ()) for spec in specs])
-    return [embedded.objective(spec) if spec in embedded.ALL else get_scorers([spec])[0] for spec in specs]
+    return [embedded.objective(spec) if spec in embedded.ALL else get_objectives([spec])[0] for spec in specs]
 
 
 def make_targets(specs: Sequence[str], baselines: Sequence[str], data: Data) -> list[Target]:
@@ -65,11 +66,11 @@ def make_targets(specs: Sequence[str], baselines: Sequence[str], data: Data) -> 
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         raise InputError(f"baselines {', '.join(unknown)} are unknown; known: {', '.join(BASELINES)}")
-    found = make_scorers(specs, data)
-    if baselines and len(found) < 2:
+    objectives = make_objectives(specs, data)
+    if baselines and len(objectives) < 2:
         raise InputError(f"{baselines[0]} is taught several objectives at once; name at least two")
-    targets = [Target(scorer.name, (scorer,), specs=(spec,)) for scorer, spec in zip(found, specs, strict=True)]
-    targets += [Target(name, tuple(found), BASELINES[name], tuple(specs)) for name in baselines]
+    targets = [Target(one.name, (one,), specs=(spec,)) for one, spec in zip(objectives, specs, strict=True)]
+    targets += [Target(name, tuple(objectives), BASELINES[name], tuple(specs)) for name in baselines]
     check_targets(targets)
     return targets
 
@@ -130,21 +131,21 @@ class Run:
         Raises:
           InputError: they are not those of the run.
         """
-        found = self.data.read()
-        if found.digest() != self.config["prompts"]["sha256"]:
+        prompts = self.data.read()
+        if prompts.digest() != self.config["prompts"]["sha256"]:
             raise InputError(f"{self.data.path} is not what {self.directory} was trained on")
-        return found
+        return prompts
 
     def targets(self) -> dict[str, dict[str, Any]]:
         """The configuration of every adapter that is done, those of one objective first, as they were begun."""
         directories = [path.parent for path in self.directory.glob(f"{OBJECTIVES}/*/{ADAPTER}")]
-        found = {path.name: files.read_json(path / CONFIG_FILE) for path in directories}
+        configs = {path.name: files.read_json(path / CONFIG_FILE) for path in directories}
 
         def order(name: str) -> tuple[Any, ...]:
-            several = len(found[name]["objectives"]) > 1
+            several = len(configs[name]["objectives"]) > 1
             return several, (self.directory / OBJECTIVES / name / CONFIG_FILE).stat().st_mtime_ns, name
 
-        return {name: found[name] for name in sorted(found, key=order)}
+        return {name: configs[name] for name in sorted(configs, key=order)}
 
     def singles(self) -> list[str]:
         """The adapters of one objective.
@@ -160,17 +161,17 @@ class Run:
             )
         return names
 
-    def scorers(self, names: Sequence[str]) -> list[Scorer]:
+    def scorers(self, names: Sequence[str]) -> list[Objective]:
         """The objectives of these adapters.
 
         Raises:
-          InputError: an unknown adapter; what `get_scorers` raises.
+          InputError: an unknown adapter; what `get_objectives` raises.
         """
         targets = self.targets()
         unknown = [name for name in names if name not in targets]
         if unknown:
             raise InputError(f"{self.directory} has no adapters {', '.join(unknown)}; it has {', '.join(targets)}")
-        return make_scorers([spec for name in names for spec in targets[name]["specs"]], self.data)
+        return make_objectives([spec for name in names for spec in targets[name]["specs"]], self.data)
 
     def search_directory(self, name: str) -> Path:
         """Where a search of this name is, by default."""
@@ -182,13 +183,13 @@ class Run:
         if not (path / CONFIG_FILE).is_file():
             return path, None
         config = files.read_json(path / CONFIG_FILE)
-        over = config["adapters"] if "adapters" in config else [member["name"] for member in config["members"]]
-        if over == list(adapters):
+        searched = config["adapters"] if "adapters" in config else [member["name"] for member in config["members"]]
+        if searched == list(adapters):
             return path, None
-        kept = path.with_name(f"{name}-{'+'.join(over)}")
+        kept = path.with_name(f"{name}-{'+'.join(searched)}")
         number = 2
         while kept.exists():
-            kept, number = path.with_name(f"{name}-{'+'.join(over)}-{number}"), number + 1
+            kept, number = path.with_name(f"{name}-{'+'.join(searched)}-{number}"), number + 1
         path.rename(kept)
         return path, kept
 

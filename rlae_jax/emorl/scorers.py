@@ -28,7 +28,7 @@ _EDGE = 1e-4  # scores are clipped this far from 0 and 1 before their logarithm 
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class Objective:
     """One objective.
 
     Attributes:
@@ -52,17 +52,17 @@ class Scorer:
         written = [i for i, response in enumerate(responses) if response.strip()]
         if not written:
             return scores
-        found = np.asarray(self.score([prompts[i] for i in written], [responses[i] for i in written]), np.float64)
-        if found.shape != (len(written),):
+        given = np.asarray(self.score([prompts[i] for i in written], [responses[i] for i in written]), np.float64)
+        if given.shape != (len(written),):
             raise InputError(
-                f"scorer {self.name} gave scores of shape {list(found.shape)} for {len(written)} responses; expected "
+                f"scorer {self.name} gave scores of shape {list(given.shape)} for {len(written)} responses; expected "
                 "one each"
             )
-        wrong = np.flatnonzero(~np.isfinite(found))
+        wrong = np.flatnonzero(~np.isfinite(given))
         if len(wrong):
             response = responses[written[wrong[0]]]
-            raise InputError(f"scorer {self.name} gave {found[wrong[0]]} for the response {response[:60]!r}")
-        scores[written] = np.clip(found, self.low, self.high)
+            raise InputError(f"scorer {self.name} gave {given[wrong[0]]} for the response {response[:60]!r}")
+        scores[written] = np.clip(given, self.low, self.high)
         return scores
 
 
@@ -73,18 +73,18 @@ def words(text: str) -> list[str]:
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     """All runs of n words."""
-    found = words(text)
-    return list(zip(*(found[i:] for i in range(n)), strict=False))
+    every = words(text)
+    return list(zip(*(every[i:] for i in range(n)), strict=False))
 
 
-def diversity(n: int = 2) -> Scorer:
+def diversity(n: int = 2) -> Objective:
     """Distinct n-grams of a response over all of its n-grams (distinct-n, Li et al., 2016); 0 if it has none."""
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         del prompts
         return [len(set(grams)) / len(grams) if (grams := ngrams(text, n)) else 0.0 for text in responses]
 
-    return Scorer(f"diversity_{n}", score)
+    return Objective(f"diversity_{n}", score)
 
 
 def levenshtein(a: Sequence[str], b: Sequence[str]) -> int:
@@ -97,29 +97,29 @@ def levenshtein(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def edit_rate() -> Scorer:
+def edit_rate() -> Objective:
     """How much a response differs from its prompt: the Levenshtein distance of their words over the longer's number."""
 
     def rate(prompt: str, response: str) -> float:
         a, b = words(prompt), words(response)
         return levenshtein(a, b) / max(len(a), len(b), 1)
 
-    return Scorer(
+    return Objective(
         "edit_rate", lambda prompts, responses: [rate(*pair) for pair in zip(prompts, responses, strict=True)]
     )
 
 
-def brevity(best: int = 3, worst: int = 26) -> Scorer:
+def brevity(best: int = 3, worst: int = 26) -> Objective:
     """1 for a response of `best` words or fewer, falling to 0 at `worst`."""
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         del prompts
         return [1 - (len(words(text)) - best) / (worst - best) for text in responses]
 
-    return Scorer("brevity", score)
+    return Objective("brevity", score)
 
 
-def coverage(wanted: Callable[[str], Sequence[str]] = words) -> Scorer:
+def coverage(wanted: Callable[[str], Sequence[str]] = words) -> Objective:
     """The share of a prompt's keywords that the response has.
 
     Args:
@@ -130,12 +130,12 @@ def coverage(wanted: Callable[[str], Sequence[str]] = words) -> Scorer:
         keywords, written = set(wanted(prompt)), set(words(response))
         return len(keywords & written) / max(len(keywords), 1)
 
-    return Scorer(
+    return Objective(
         "coverage", lambda prompts, responses: [share(*pair) for pair in zip(prompts, responses, strict=True)]
     )
 
 
-def of_words(name: str, vocabulary: Sequence[str], enough: int = 1) -> Scorer:
+def of_words(name: str, vocabulary: Sequence[str], enough: int = 1) -> Objective:
     """How many different words of a list a response has, `enough` of them scoring 1: warmth, politeness, terms."""
     known = {word.lower() for word in vocabulary}
 
@@ -143,12 +143,12 @@ def of_words(name: str, vocabulary: Sequence[str], enough: int = 1) -> Scorer:
         del prompts
         return [len(known & set(words(text))) / enough for text in responses]
 
-    return Scorer(name, score)
+    return Objective(name, score)
 
 
-def of_function(name: str, score: Callable[[str, str], float]) -> Scorer:
+def of_function(name: str, score: Callable[[str, str], float]) -> Objective:
     """A user's function of one prompt and one response, in [0, 1]."""
-    return Scorer(name, lambda prompts, responses: [score(*pair) for pair in zip(prompts, responses, strict=True)])
+    return Objective(name, lambda prompts, responses: [score(*pair) for pair in zip(prompts, responses, strict=True)])
 
 
 def _in_batches(call: Callable[[Sequence[str], Sequence[str]], Any]) -> Score:
@@ -166,7 +166,7 @@ def _in_batches(call: Callable[[Sequence[str], Sequence[str]], Any]) -> Score:
     return score
 
 
-def regression(name: str, encoder: Encoder, low: float = 0.0, high: float = 1.0) -> Scorer:
+def regression(name: str, encoder: Encoder, low: float = 0.0, high: float = 1.0) -> Objective:
     """A cross-encoder that reads prompt and response and has one output, such as EMORL's reflection scorer (RoBERTa).
 
     Args:
@@ -181,10 +181,12 @@ def regression(name: str, encoder: Encoder, low: float = 0.0, high: float = 1.0)
     def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
         return (encoder.logits(*encoder.encode(prompts, responses))[:, 0] - low) / (high - low)
 
-    return Scorer(name, _in_batches(score))
+    return Objective(name, _in_batches(score))
 
 
-def classifier(name: str, encoder: Encoder, values: Mapping[str, float] | None = None, pairs: bool = False) -> Scorer:
+def classifier(
+    name: str, encoder: Encoder, values: Mapping[str, float] | None = None, pairs: bool = False
+) -> Objective:
     """The expected value of a classifier's labels, such as EMORL's empathy scorer (BERT).
 
     Args:
@@ -205,17 +207,17 @@ def classifier(name: str, encoder: Encoder, values: Mapping[str, float] | None =
         inputs = encoder.encode(prompts, responses) if pairs else encoder.encode(responses)
         return jax.nn.softmax(encoder.logits(*inputs), axis=-1) @ jnp.asarray(worth)
 
-    return Scorer(name, _in_batches(score))
+    return Objective(name, _in_batches(score))
 
 
-def coherence(encoder: Encoder) -> Scorer:
+def coherence(encoder: Encoder) -> Objective:
     """The probability that the response follows the prompt, by BERT's next-sentence head, whose first label says so."""
     if len(encoder.labels) != 2:
         raise InputError(f"coherence: {encoder.name} has {len(encoder.labels)} labels; a next-sentence head has two")
     return dataclasses.replace(classifier("coherence", encoder, dict(zip(encoder.labels, (1, 0), strict=True)), True))
 
 
-def specificity(encoder: Encoder) -> Scorer:
+def specificity(encoder: Encoder) -> Objective:
     """How near the response is to its prompt: the cosine of their mean states, negative ones counting as 0."""
 
     def mean_state(texts: Sequence[str]) -> Any:
@@ -228,7 +230,7 @@ def specificity(encoder: Encoder) -> Scorer:
         norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
         return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
 
-    return Scorer("specificity", _in_batches(score))
+    return Objective("specificity", _in_batches(score))
 
 
 def perplexities(lm: LM, texts: Sequence[str]) -> Float[np.ndarray, " N"]:
@@ -245,19 +247,19 @@ def perplexities(lm: LM, texts: Sequence[str]) -> Float[np.ndarray, " N"]:
     return np.where(counts > 0, np.exp(totals / np.maximum(counts, 1)), np.inf)
 
 
-def fluency(lm: LM, worst: float = 50.0) -> Scorer:
+def fluency(lm: LM, worst: float = 50.0) -> Objective:
     """(worst - perplexity) / worst under a causal model, at least 0 (EMORL, section 4.1, with GPT-2 and 50)."""
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
         del prompts
         return np.maximum((worst - np.minimum(perplexities(lm, responses), worst)) / worst, 0.0)
 
-    return Scorer("fluency", _in_batches(score))
+    return Objective("fluency", _in_batches(score))
 
 
 # What commands name: functions of texts, and models, which are made from a checkpoint.
-TEXT_SCORERS: dict[str, Callable[[], Scorer]] = {"coverage": coverage, "brevity": brevity, "edit_rate": edit_rate}
-MODEL_SCORERS: dict[str, Callable[[Any], Scorer]] = {
+TEXT_OBJECTIVES: dict[str, Callable[[], Objective]] = {"coverage": coverage, "brevity": brevity, "edit_rate": edit_rate}
+MODEL_OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "reflection": functools.partial(regression, "reflection"),
     "empathy": functools.partial(classifier, "empathy"),
     "coherence": coherence,
@@ -267,13 +269,13 @@ MODEL_SCORERS: dict[str, Callable[[Any], Scorer]] = {
 _DIVERSITY = re.compile(r"diversity(?:_([1-9]\d?))?")
 
 
-def get_scorer(text: str) -> Scorer:
-    """The scorer that a command's argument names.
+def get_objective(text: str) -> Objective:
+    """The objective that a command's argument names.
 
     Args:
       text: "coverage", "brevity", "edit_rate", "diversity" or "diversity_3" (n-grams; 2 by default); "NAME=CHECKPOINT"
-        with a name of `MODEL_SCORERS` and what `load_encoder`, or for fluency `load`, takes; or "module:function" or
-        "file.py:function", a function of prompt and response that gives a number in [0, 1], after which the scorer is
+        with a name of `MODEL_OBJECTIVES` and what `load_encoder`, or for fluency `load`, takes; or "module:function" or
+        "file.py:function", a function of prompt and response that gives a number in [0, 1], after which it is
         named.
 
     Raises:
@@ -282,11 +284,11 @@ def get_scorer(text: str) -> Scorer:
     return _named(text)[1]()
 
 
-def get_scorers(texts: Sequence[str]) -> list[Scorer]:
-    """What `get_scorer` makes of each text. Names are checked before any model is loaded.
+def get_objectives(texts: Sequence[str]) -> list[Objective]:
+    """What `get_objective` makes of each text. Names are checked before any model is loaded.
 
     Raises:
-      InputError: no texts, two scorers of one name; what `get_scorer` raises.
+      InputError: no texts, two objectives of one name; what `get_objective` raises.
     """
     if not texts:
         raise InputError(f"no scorers: name at least one of {_KNOWN}")
@@ -300,22 +302,22 @@ def get_scorers(texts: Sequence[str]) -> list[Scorer]:
 
 
 _KNOWN = (
-    f"{', '.join(TEXT_SCORERS)}, diversity, diversity_N, NAME=CHECKPOINT with {', '.join(MODEL_SCORERS)}, "
+    f"{', '.join(TEXT_OBJECTIVES)}, diversity, diversity_N, NAME=CHECKPOINT with {', '.join(MODEL_OBJECTIVES)}, "
     "MODULE:FUNCTION or FILE.py:FUNCTION"
 )
 
 
-def _named(text: str) -> tuple[str, Callable[[], Scorer]]:
-    """A scorer's name, and what makes it."""
+def _named(text: str) -> tuple[str, Callable[[], Objective]]:
+    """An objective's name, and what makes it."""
     name, _, checkpoint = text.partition("=")
-    if name in MODEL_SCORERS:
+    if name in MODEL_OBJECTIVES:
         if not checkpoint:
             raise InputError(f"scorer {name} needs a model: {name}=CHECKPOINT")
         return name, functools.partial(_from_checkpoint, name, checkpoint)
-    if text in TEXT_SCORERS:
-        return text, TEXT_SCORERS[text]
-    if found := _DIVERSITY.fullmatch(text):
-        n = int(found[1] or 2)
+    if text in TEXT_OBJECTIVES:
+        return text, TEXT_OBJECTIVES[text]
+    if match := _DIVERSITY.fullmatch(text):
+        n = int(match[1] or 2)
         return f"diversity_{n}", functools.partial(diversity, n)
     if ":" not in text:
         raise InputError(f"objective {text!r} is unknown; use one of {_KNOWN}")
@@ -331,10 +333,10 @@ def _named(text: str) -> tuple[str, Callable[[], Scorer]]:
     return name, functools.partial(of_function, name, score)
 
 
-def _from_checkpoint(name: str, checkpoint: str) -> Scorer:
+def _from_checkpoint(name: str, checkpoint: str) -> Objective:
     model: LM | Encoder = load(checkpoint) if name == "fluency" else load_encoder(checkpoint)
     require_tokenizer(model.tokenizer, checkpoint)
-    return MODEL_SCORERS[name](model)
+    return MODEL_OBJECTIVES[name](model)
 
 
 COMBINATIONS = ("sum", "log", "product")

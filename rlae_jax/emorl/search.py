@@ -20,11 +20,12 @@ from jaxtyping import Float
 
 from rlae_jax import files, report
 from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused, PointDecoder
-from rlae_jax.emorl.scorers import Scorer
+from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
 from rlae_jax.fusion.search import SearchResult
 from rlae_jax.runs.directory import claim_directory
+from rlae_jax.statistics import rank_correlation
 
 METHODS = ("hierarchical", "grid", "random", "halving")
 POINTS_FILE, SEARCH_FILE = "points.jsonl", "search.json"
@@ -91,26 +92,27 @@ def levels_within(config: SearchConfig, dimensions: int) -> int:
     return min(config.levels, 1 + (config.budget - first) // max(later, 1))
 
 
-class Objectives:
-    """The scores of points: answers to some prompts, under some objectives."""
+class PointEvaluator:
+    """Scores points: their answers to some prompts, under some objectives."""
 
     def __init__(
         self,
         fused: Fused,
         prompts: Sequence[str],
-        scorers: Sequence[Scorer],
+        objectives: Sequence[Objective],
         config: SearchConfig,
         memory: int = DEFAULT_MEMORY,
         on_points: Callable[[int], None] = lambda decoded: None,
     ):
-        self._prompts, self._scorers, self._samples = list(prompts), list(scorers), config.samples
+        self._prompts, self._objectives, self._samples = list(prompts), list(objectives), config.samples
         self._fused, self._config, self._memory = fused, config, memory
         self._on_points = on_points
-        self.points = self._over(self._prompts, 0)
+        self.decoder = self._read(self._prompts, 0)
         self.decoded = 0  # points decoded so far
         self.answers = 0
 
-    def _over(self, prompts: Sequence[str], first: int) -> PointDecoder:
+    def _read(self, prompts: Sequence[str], first: int) -> PointDecoder:
+        """What answers these prompts, the first of which has this number, under many points."""
         config = self._config
         return self._fused.prepare(
             self._fused.ensemble.encode(prompts),
@@ -124,26 +126,28 @@ class Objectives:
 
     def __call__(self, points: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N M"]:
         """Mean scores over the prompts."""
-        return self._scored(self.points, self._prompts, points).mean(axis=1)
+        return self._scores(self.decoder, self._prompts, points).mean(axis=1)
 
     def on(self, points: Float[np.ndarray, "N d"], rows: Any) -> Float[np.ndarray, "N n M"]:
         """Scores on some of the prompts, which follow each other."""
         chosen = [self._prompts[i] for i in rows]
-        return self._scored(self._over(chosen, int(rows[0])), chosen, points)
+        return self._scores(self._read(chosen, int(rows[0])), chosen, points)
 
-    def _scored(self, points: Any, prompts: Sequence[str], weights: Any) -> Float[np.ndarray, "N n M"]:
-        texts = points.texts(points.decode(weights))
-        self.decoded += len(weights)
-        self.answers += len(weights) * len(prompts) * self._samples
-        asked = [prompt for prompt in prompts for _ in range(self._samples)] * len(weights)
+    def _scores(
+        self, decoder: PointDecoder, prompts: Sequence[str], points: Float[np.ndarray, "N d"]
+    ) -> Float[np.ndarray, "N n M"]:
+        texts = decoder.texts(decoder.decode(points))
+        self.decoded += len(points)
+        self.answers += len(points) * len(prompts) * self._samples
+        asked = [prompt for prompt in prompts for _ in range(self._samples)] * len(points)
         flat = [text for own in texts for text in own]
-        scores = np.stack([scorer(asked, flat) for scorer in self._scorers], axis=-1)
+        scores = np.stack([objective(asked, flat) for objective in self._objectives], axis=-1)
         self._on_points(self.decoded)
-        return scores.reshape(len(weights), len(prompts), self._samples, -1).mean(axis=2)
+        return scores.reshape(len(points), len(prompts), self._samples, -1).mean(axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchOutcome:
     """A search's result and its cost."""
 
     result: SearchResult
@@ -174,30 +178,28 @@ class Search:
     def correlations(self) -> dict[str, float | None]:
         """Of each adapter that bears an objective's name: the rank correlation of its share of the weights and that
         objective's score over all points."""
-        from rlae_jax.statistics import rank_correlation
-
         kept = self.result.points.max(axis=1) > 0
         points, scores = self.result.points[kept], self.result.scores[kept]
         shares = points / points.sum(axis=1, keepdims=True)
-        found: dict[str, float | None] = {}
+        correlations: dict[str, float | None] = {}
         for m, name in enumerate(self.names):
             if name in self.objectives:
                 value = rank_correlation(shares[:, m], scores[:, self.objectives.index(name)])
-                found[name] = None if np.isnan(value) else value
-        return found
+                correlations[name] = None if np.isnan(value) else value
+        return correlations
 
 
 def search(
     fused: Fused,
     prompts: Sequence[str],
-    scorers: Sequence[Scorer],
+    objectives: Sequence[Objective],
     config: SearchConfig,
     out: str | os.PathLike[str] | None = None,
     *,
     resume: bool = False,
     memory: int = DEFAULT_MEMORY,
     on_points: Callable[[int], None] = lambda decoded: None,
-) -> Search:
+) -> SearchOutcome:
     """Searches the weights with the highest mean score over prompts and objectives.
 
     Args:
@@ -215,10 +217,13 @@ def search(
     path = None
     if out is not None:
         path = Path(out) / POINTS_FILE
-        claim_directory(Path(out), _identity(fused, prompts, scorers, config), resume=resume)
-    objectives = Objectives(fused, prompts, scorers, config, memory, on_points)
+        claim_directory(Path(out), _identity(fused, prompts, objectives, config), resume=resume)
+    evaluator = PointEvaluator(fused, prompts, objectives, config, memory, on_points)
     known = searching.Scores(
-        objectives, rays=fused.scale_invariant(config.temperature), path=path, batch=objectives.points.at_once
+        evaluator,
+        scale_invariant=fused.scale_invariant(config.temperature),
+        path=path,
+        batch=evaluator.decoder.at_once,
     )
     if config.method == "hierarchical":
         result = searching.hierarchical(known, d, levels, config.space)
@@ -230,16 +235,18 @@ def search(
         if config.method == "random":
             result = searching.random_points(known, d, n, config.seed, config.space)
         else:
-            result = searching.successive_halving(objectives.on, drawn, len(prompts))
-    names = tuple(scorer.name for scorer in scorers)
-    found = Search(result, fused.names, names, objectives.answers, time.perf_counter() - began)
+            result = searching.successive_halving(evaluator.on, drawn, len(prompts))
+    names = tuple(objective.name for objective in objectives)
+    outcome = SearchOutcome(result, fused.names, names, evaluator.answers, time.perf_counter() - began)
     if out is not None:
-        files.write_json(Path(out) / SEARCH_FILE, found.summary() | {"mode": fused.mode})
-        draw(found, Path(out), fused.mode)
-    return found
+        files.write_json(Path(out) / SEARCH_FILE, outcome.summary() | {"mode": fused.mode})
+        draw(outcome, Path(out), fused.mode)
+    return outcome
 
 
-def _identity(fused: Fused, prompts: Sequence[str], scorers: Sequence[Scorer], config: SearchConfig) -> dict[str, Any]:
+def _identity(
+    fused: Fused, prompts: Sequence[str], objectives: Sequence[Objective], config: SearchConfig
+) -> dict[str, Any]:
     """What a directory's points depend on."""
     return {
         "schema": 1,
@@ -247,7 +254,7 @@ def _identity(fused: Fused, prompts: Sequence[str], scorers: Sequence[Scorer], c
         "mode": fused.mode,
         "adapters": list(fused.names),
         "members": [lm.fingerprint() for lm in fused.ensemble.members],
-        "objectives": [scorer.name for scorer in scorers],
+        "objectives": [objective.name for objective in objectives],
         "prompts": files.digest(list(prompts)),
         "settings": {
             name: value
@@ -257,12 +264,12 @@ def _identity(fused: Fused, prompts: Sequence[str], scorers: Sequence[Scorer], c
     }
 
 
-def draw(found: Search, out: Path, mode: str) -> None:
+def draw(outcome: SearchOutcome, out: Path, mode: str) -> None:
     """The pictures of a search."""
-    result = found.result
+    result = outcome.result
     title = f"{len(result.points)} points, mode {mode}"
-    if len(found.names) == 3:
-        report.weight_triangle(out / "weights.png", result.points, result.scores.mean(axis=1), found.names, title)
-    if found.names == found.objectives:
-        report.parallel_coordinates(out / "points.png", result.points, result.scores, found.names, title)
-        report.contributions(out / "contributions.png", result.points, result.scores, found.names, title)
+    if len(outcome.names) == 3:
+        report.weight_triangle(out / "weights.png", result.points, result.scores.mean(axis=1), outcome.names, title)
+    if outcome.names == outcome.objectives:
+        report.parallel_coordinates(out / "points.png", result.points, result.scores, outcome.names, title)
+        report.contributions(out / "contributions.png", result.points, result.scores, outcome.names, title)

@@ -29,7 +29,7 @@ from rlae_jax import files
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
 from rlae_jax.emorl.fine_tune import EMORLConfig, Samples, TrainingState
-from rlae_jax.emorl.scorers import Scorer
+from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError, Interrupted
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Prompts, Row
@@ -55,16 +55,16 @@ class Target:
 
     Attributes:
       weighting: of several objectives: "equal", or by DynaOpt, repaired or as its reference has it.
-      specs: what commands make the scorers of again, see `scorers.get_scorer`.
+      specs: what commands make the scorers of again, see `scorers.get_objective`.
     """
 
     name: str
-    scorers: tuple[Scorer, ...]
+    scorers: tuple[Objective, ...]
     weighting: str = "equal"
     specs: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, scorer: Scorer) -> "Target":
+    def of(cls, scorer: Objective) -> "Target":
         """One objective."""
         return cls(scorer.name, (scorer,))
 

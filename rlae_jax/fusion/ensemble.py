@@ -557,6 +557,7 @@ class Ensemble:
         *,
         params: tuple[Any, ...] | None = None,
         samples: int = 1,
+        limits: Int[np.ndarray, " B"] | None = None,
         text: Text | None = None,
     ) -> Answers:
         """Decodes rows of ids under a spec and returns the answers as host arrays.
@@ -564,12 +565,13 @@ class Ensemble:
         Args:
           params: from `params_for`; by default `params`.
           samples: answers per row, which share its prefill.
+          limits: each row's longest answer.
           text: the prompts in an encoder's ids, for a policy that reads them.
 
         Raises:
           InputError: seeds that are neither one integer nor one per row.
         """
-        prompts = self.prompts(rows, spec, seed=seed, text=text)
+        prompts = self.prompts(rows, spec, seed=seed, limits=limits, text=text)
         params = self.params if params is None else params
         return programs.run(self._filled(Job(list(rows), prompts, policy_params, spec, params, samples, ())))
 

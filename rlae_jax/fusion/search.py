@@ -9,7 +9,7 @@ can decode them as rows of one batch. Out: the best point, all points with their
 - `successive_halving`: the best of given points, most of which are tried on a few prompts only.
 
 The first three evaluate no point twice (`Scores`), and what was evaluated can be kept in a file from which a search
-goes on. The last one evaluates no point twice on one prompt.
+goes on. The last one evaluates no point twice on one prompt, unless it is asked to.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -41,7 +42,8 @@ class Scores:
 
     Args:
       evaluate: points to scores; the objectives' mean is what a search raises.
-      rays: points in one direction from the origin have the same scores, as with greedily decoded hidden states.
+      scale_invariant: a point's scores depend on its direction from the origin alone, as with greedily decoded hidden
+        states; of several points in one direction one is evaluated.
       path: a file with a line per point. What it has already is not evaluated again.
       batch: points per call at most.
 
@@ -49,8 +51,15 @@ class Scores:
       InputError: a file with something else in it; scores that are not finite, or not one row per point.
     """
 
-    def __init__(self, evaluate: Evaluate, *, rays: bool = False, path: Path | None = None, batch: int | None = None):
-        self._evaluate, self._rays, self._path, self._batch = evaluate, rays, path, batch
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        *,
+        scale_invariant: bool = False,
+        path: Path | None = None,
+        batch: int | None = None,
+    ):
+        self._evaluate, self._scale_invariant, self._path, self._batch = evaluate, scale_invariant, path, batch
         self._known: dict[tuple[float, ...], Float[np.ndarray, " M"]] = {}
         self.points: list[tuple[float, ...]] = []  # in the order in which they were asked for
         self.evaluations = 0
@@ -71,7 +80,7 @@ class Scores:
 
     def _key(self, point: Sequence[float]) -> tuple[float, ...]:
         values = np.asarray(point, np.float64)
-        if self._rays and values.max() > 0:
+        if self._scale_invariant and values.max() > 0:
             values = values / values.max()
         return tuple(float(value) for value in np.round(values, _DIGITS))
 
@@ -238,7 +247,13 @@ def search_size(points: int, prompts: int, first: int = FIRST_PROMPTS, *, again:
 
 
 def successive_halving(
-    evaluate: EvaluatePrompts, points: Float[np.ndarray, "N d"], prompts: int, first: int = FIRST_PROMPTS
+    evaluate: EvaluatePrompts,
+    points: Float[np.ndarray, "N d"],
+    prompts: int,
+    first: int = FIRST_PROMPTS,
+    *,
+    again: bool = False,
+    costs: Float[np.ndarray, " N"] | None = None,
 ) -> SearchResult:
     """Tries all points on a few prompts, the better ones on four times as many, and so on (`halving_rounds`).
 
@@ -247,38 +262,58 @@ def successive_halving(
 
     Args:
       evaluate: gets the points that are left and the places of prompts, of 0 .. prompts - 1 in their order.
+      again: a round asks for the scores on all of its prompts, also those of the rounds before.
+      costs: of equally good points the cheapest are kept, and of equally cheap ones those that were better in the round
+        before; they are asked for in this order.
 
     Returns the points that were scored on all prompts, in their order, with their mean scores under each objective.
-    `evaluations` counts answers and is `search_size(len(points), prompts, first)`.
+    `evaluations` counts answers and is `search_size(len(points), prompts, first, again=again)`.
 
     Raises:
       InputError: no points or no prompts; scores that are not finite, or not one per point, prompt and objective.
     """
-    left = np.asarray(points, np.float64)
-    if left.ndim != 2 or not len(left) or prompts < 1 or first < 1:
+    points = np.asarray(points, np.float64)
+    if points.ndim != 2 or not len(points) or prompts < 1 or first < 1:
         raise InputError(
-            f"a search needs rows of points and at least one prompt, not points of shape {list(left.shape)}, {prompts} "
-            f"prompts and {first} in the first round"
+            f"a search needs rows of points and at least one prompt, not points of shape {list(points.shape)}, "
+            f"{prompts} prompts and {first} in the first round"
         )
+    left = np.arange(len(points))
     table: Float[np.ndarray, "N n M"] | None = None
     answers = 0
-    for n, kept in halving_rounds(len(left), prompts, first):
-        rows = np.arange(0 if table is None else table.shape[1], n)
-        new = np.asarray(evaluate(left, rows), np.float64)
-        if new.ndim != 3 or new.shape[:2] != (len(left), len(rows)) or not np.all(np.isfinite(new)):
-            raise InputError(
-                f"scores of {len(left)} points on {len(rows)} prompts must be finite numbers of shape [{len(left)}, "
-                f"{len(rows)}, objectives], not of shape {list(new.shape)}: {new.ravel()[:5].tolist()}"
-            )
+    for n, kept in halving_rounds(len(points), prompts, first):
+        known = None if again else table
+        rows = np.arange(0 if known is None else known.shape[1], n)
+        new = _checked(evaluate(points[left], rows), len(left), len(rows))
         answers += new.shape[0] * new.shape[1]
-        table = new if table is None else np.concatenate([table, new], axis=1)
+        table = new if known is None else np.concatenate([known, new], axis=1)
         if n < prompts:
-            best = np.sort(np.argsort(-table.mean(axis=(1, 2)), kind="stable")[:kept])
+            best = _ranking(table.mean(axis=(1, 2)), left, costs)[:kept]
+            best = np.sort(best) if costs is None else best
             left, table = left[best], table[best]
     assert table is not None
     scores = table.mean(axis=1)
-    winner = int(np.argmax(scores.mean(axis=1)))
-    return SearchResult(left[winner], float(scores[winner].mean()), left, scores, answers)
+    winner = _ranking(scores.mean(axis=1), left, costs)[0]
+    order = np.argsort(left)
+    return SearchResult(points[left[winner]], float(scores[winner].mean()), points[left[order]], scores[order], answers)
+
+
+def _checked(scores: Any, points: int, prompts: int) -> Float[np.ndarray, "N n M"]:
+    """The scores as an array of finite numbers."""
+    array = np.asarray(scores, np.float64)
+    if array.ndim != 3 or array.shape[:2] != (points, prompts) or not np.all(np.isfinite(array)):
+        raise InputError(
+            f"scores of {points} points on {prompts} prompts must be finite numbers of shape [{points}, {prompts}, "
+            f"objectives], not of shape {list(array.shape)}: {array.ravel()[:5].tolist()}"
+        )
+    return array
+
+
+def _ranking(
+    means: Float[np.ndarray, " n"], left: Int[np.ndarray, " n"], costs: Float[np.ndarray, " N"] | None
+) -> Int[np.ndarray, " n"]:
+    """Places of the points that are left, the one with the best score first, of equally good ones the cheapest."""
+    return np.argsort(-means, kind="stable") if costs is None else np.lexsort((costs[left], -means))
 
 
 def pareto(scores: Float[np.ndarray, "N M"]) -> list[int]:

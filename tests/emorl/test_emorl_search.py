@@ -12,7 +12,7 @@ import pytest
 from rlae_jax.emorl import embedded
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.scorers import of_function
-from rlae_jax.emorl.search import Objectives, SearchConfig, level_sizes, levels_within, search
+from rlae_jax.emorl.search import PointEvaluator, SearchConfig, level_sizes, levels_within, search
 from rlae_jax.fusion.search import Scores, hierarchical, pareto, search_size
 from rlae_jax.models import LM, transformer
 from rlae_jax.tasks import reflections
@@ -250,7 +250,7 @@ class TestOtherMethods:
         one = fused[2, "params"]
         found = search(one, PROMPTS, SCORERS[2], settings(method="random", budget=9, seed=4))
         assert (len(found.result.points), found.result.evaluations, found.answers) == (9, 9, 27)
-        expected = Objectives(one, PROMPTS, SCORERS[2], settings())(found.result.points)
+        expected = PointEvaluator(one, PROMPTS, SCORERS[2], settings())(found.result.points)
         np.testing.assert_array_equal(found.result.scores, expected)
         assert found.result.score == expected.mean(axis=1).max()
         again = search(one, PROMPTS, SCORERS[2], settings(method="random", budget=9, seed=4))

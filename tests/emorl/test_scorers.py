@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlae_jax.emorl import scorers
-from rlae_jax.emorl.scorers import Scorer, combine, get_scorer, get_scorers, levenshtein
+from rlae_jax.emorl.scorers import Objective, combine, get_objective, get_objectives, levenshtein
 from rlae_jax.models import load_encoder
 
 WORDS = ("i", "you", "we", "feel", "hear", "that", "this", "it", "is", "hard", "good", "sad", "and", "but", "very")
@@ -70,13 +70,13 @@ class TestWhatAScorerGives:
         assert make()(["a"], [""]).tolist() == [0.0]
 
     def test_scores_stay_in_the_range(self):
-        scorer = Scorer("big", lambda prompts, responses: [5.0, -5.0], low=-1.0, high=2.0)
+        scorer = Objective("big", lambda prompts, responses: [5.0, -5.0], low=-1.0, high=2.0)
         assert scorer(["a", "b"], ["x", "y"]).tolist() == [2.0, -1.0]
 
     def test_what_is_no_score(self, raises_input_error):
-        nan = Scorer("bad", lambda prompts, responses: [1.0, math.nan])
+        nan = Objective("bad", lambda prompts, responses: [1.0, math.nan])
         raises_input_error(lambda: nan(["a", "b"], ["x", "why not"]), "bad", "nan", "why not")
-        short = Scorer("short", lambda prompts, responses: [1.0])
+        short = Objective("short", lambda prompts, responses: [1.0])
         raises_input_error(lambda: short(["a", "b"], ["x", "y"]), "short", "2 responses")
 
 
@@ -156,7 +156,7 @@ class TestByName:
         ],
     )
     def test_functions_of_texts(self, text, expected):
-        found = get_scorer(text)
+        found = get_objective(text)
         prompts, responses = sentences(0), sentences(1)
         assert found.name == expected.name
         assert found(prompts, responses).tolist() == expected(prompts, responses).tolist()
@@ -172,7 +172,7 @@ class TestByName:
     )
     def test_encoders(self, with_tokenizer, name, case, make):
         directory = with_tokenizer(case)
-        found = get_scorer(f"{name}={directory}")
+        found = get_objective(f"{name}={directory}")
         prompts, responses = ["abc", "hgf", "a"], ["cab", "bbbb", "ddh"]
         expected = make(load_encoder(directory))(prompts, responses)
         assert found.name == name
@@ -181,21 +181,21 @@ class TestByName:
     def test_fluency(self, make_lm, make_tokenizer, tmp_path):
         lm = make_lm(0, vocab=9, tokenizer=make_tokenizer("abcdefgh"), sharpness=2.0)
         lm.save(tmp_path / "lm")
-        found, texts = get_scorer(f"fluency={tmp_path / 'lm'}"), ["abcd", "hhhh"]
+        found, texts = get_objective(f"fluency={tmp_path / 'lm'}"), ["abcd", "hhhh"]
         assert found.name == "fluency"
         expected = 1 - np.minimum(scorers.perplexities(lm, texts), 50) / 50
         np.testing.assert_allclose(found(["a", "a"], texts), expected, rtol=1e-5)
 
     def test_a_users_function(self, functions, monkeypatch):
-        found = get_scorer(f"{functions}:share")
+        found = get_objective(f"{functions}:share")
         assert found.name == "share"
         assert found(["abcd"] * 3, ["ab", "", "abcdef"]).tolist() == [0.5, 0.0, 1.0]
         monkeypatch.syspath_prepend(functions.parent)
-        assert get_scorer("mine:share")(["abcd"], ["a"]).tolist() == [0.25]
+        assert get_objective("mine:share")(["abcd"], ["a"]).tolist() == [0.25]
 
     @pytest.mark.parametrize(("name", "error"), [("broken", "KeyError: 'oh no'"), ("nothing", "TypeError")])
     def test_a_users_function_that_fails(self, functions, raises_input_error, name, error):
-        scorer = get_scorer(f"{functions}:{name}")
+        scorer = get_objective(f"{functions}:{name}")
         message = raises_input_error(lambda: scorer(["a"], ["oh no"]), f"scorer {name} failed", error, "'oh no'")
         assert "\n" not in message
 
@@ -214,24 +214,24 @@ class TestByName:
         ],
     )
     def test_what_it_refuses(self, raises_input_error, text, parts):
-        assert "\n" not in raises_input_error(lambda: get_scorer(text), *parts)
+        assert "\n" not in raises_input_error(lambda: get_objective(text), *parts)
 
     def test_what_is_no_function(self, functions, raises_input_error):
-        raises_input_error(lambda: get_scorer(f"{functions}:absent"), "scorer", "no 'absent'")
-        raises_input_error(lambda: get_scorer(f"{functions}:NUMBER"), "scorer", "'NUMBER'", "int")
+        raises_input_error(lambda: get_objective(f"{functions}:absent"), "scorer", "no 'absent'")
+        raises_input_error(lambda: get_objective(f"{functions}:NUMBER"), "scorer", "'NUMBER'", "int")
 
     def test_models_without_the_head_or_a_tokenizer(self, with_tokenizer, stored_checkpoint, raises_input_error):
         three = with_tokenizer("three_labels")
-        raises_input_error(lambda: get_scorer(f"reflection={three}"), "scorer reflection", "3 outputs")
-        raises_input_error(lambda: get_scorer(f"fluency={three}"), str(three), "load_encoder")
+        raises_input_error(lambda: get_objective(f"reflection={three}"), "scorer reflection", "3 outputs")
+        raises_input_error(lambda: get_objective(f"fluency={three}"), str(three), "load_encoder")
         bare = stored_checkpoint("one_label", "bert")
-        raises_input_error(lambda: get_scorer(f"reflection={bare}"), str(bare), "no tokenizer")
+        raises_input_error(lambda: get_objective(f"reflection={bare}"), str(bare), "no tokenizer")
 
     def test_several(self, functions, raises_input_error):
-        found = get_scorers(["diversity", f"{functions}:share", "brevity"])
+        found = get_objectives(["diversity", f"{functions}:share", "brevity"])
         assert [scorer.name for scorer in found] == ["diversity_2", "share", "brevity"]
-        raises_input_error(lambda: get_scorers([]), "no scorers", "coverage")
+        raises_input_error(lambda: get_objectives([]), "no scorers", "coverage")
         # Before the model is looked for.
         twice = ["fluency=/no/such/place", "diversity", "brevity", "diversity_2"]
-        message = raises_input_error(lambda: get_scorers(twice), "diversity_2 are named more than once")
+        message = raises_input_error(lambda: get_objectives(twice), "diversity_2 are named more than once")
         assert "\n" not in message

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import rlae_jax as rj
 from rlae_jax.emorl import embedded, scorers
 from rlae_jax.emorl import train as train_module
-from rlae_jax.emorl.scorers import Scorer
+from rlae_jax.emorl.scorers import Objective
 from rlae_jax.emorl.train import Target, converged, own_seed, train_adapters
 from rlae_jax.models import LM, LoraConfig, transformer
 from rlae_jax.runs.metrics import read_metrics
@@ -22,7 +22,7 @@ from rlae_jax.tasks.prompts import PromptSet
 
 # What the random base writes greedily to the dev prompts; whoever learns anything writes something else.
 UNTAUGHT = {"work", "guilt", "keep", "often", "feel", "just"}
-NOVELTY = Scorer("novelty", lambda prompts, texts: [len(set(text.split()) - UNTAUGHT) / 6 for text in texts])
+NOVELTY = Objective("novelty", lambda prompts, texts: [len(set(text.split()) - UNTAUGHT) / 6 for text in texts])
 WORDS = scorers.of_words("words", reflections.tokens()[40:], enough=3)
 ONE = Target.of(NOVELTY)
 BOTH = Target("both", (NOVELTY, WORDS), "dynaopt_reference")
@@ -238,9 +238,9 @@ class TestIndependence:
 
     def test_what_has_converged_leaves_the_stack(self, base, tmp_path):
         """A constant objective after `window` validations; the other goes on."""
-        constant = Scorer("constant", lambda prompts, texts: [1.0] * len(texts), low=1.0)
+        constant = Objective("constant", lambda prompts, texts: [1.0] * len(texts), low=1.0)
         calls = iter(range(1_000))
-        restless = Scorer("restless", lambda prompts, texts: [next(calls) % 7 / 6 for _ in texts])
+        restless = Objective("restless", lambda prompts, texts: [next(calls) % 7 / 6 for _ in texts])
         told = []
         config = settings(steps=6, window=2, threshold=0.01)
         train_adapters(

@@ -6,7 +6,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig, PPOConfig
-from rlae_jax.evaluate import Replay
+from rlae_jax.evaluation.policies import Replay
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion.policy import BoundPolicy, Dims, slice_rows
 from rlae_jax.fusion.prompts import Prompts, pad_rows, prompts_from_arrays

@@ -76,7 +76,7 @@ class TestHierarchical:
 class TestScores:
     def test_points_on_a_ray_are_one(self):
         asked = []
-        known = Scores(lambda points: asked.append(points) or cone(np.ones(3))(points), rays=True)
+        known = Scores(lambda points: asked.append(points) or cone(np.ones(3))(points), scale_invariant=True)
         found = hierarchical(known, 3, levels=1)
         assert len(found.points) == 27
         assert found.evaluations == len(np.concatenate(asked)) == 20  # 19 directions, and the origin
@@ -170,6 +170,26 @@ class TestHalving:
         assert asked.max() == 1
         assert np.all(asked[left] == 1)
         assert found.evaluations == asked.sum() == search_size(n, prompts, first)
+
+    @pytest.mark.parametrize("levels", [1, 2, 5])
+    def test_costs_decide_between_equally_good_points(self, levels):
+        """Then the round before does. With `again` a round sees all of its prompts anew."""
+        rng = np.random.default_rng(levels)
+        scores, costs = rng.integers(levels, size=(60, 20)), rng.integers(3, size=60)
+        asked = []
+
+        def evaluate(left, rows):
+            places = left[:, 0].astype(int)
+            asked.append((places.tolist(), len(rows)))
+            return scores[np.ix_(places, rows)][..., None]
+
+        found = successive_halving(evaluate, np.arange(60)[:, None], 20, first=2, again=True, costs=costs)
+        left = list(range(60))
+        for seen, kept in halving_rounds(60, 20, 2):
+            assert asked.pop(0) == (left, seen)
+            left = sorted(left, key=lambda i: (-scores[i, :seen].mean(), costs[i]))[:kept]
+        assert found.weights.tolist() == left
+        assert found.evaluations == search_size(60, 20, first=2, again=True)
 
     def test_what_it_refuses(self, raises_input_error):
         def flat(left, rows):

@@ -1,0 +1,61 @@
+"""Trained agents as methods: from the directories of their runs, and the router, which is trained to be compared."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlae_jax import report
+from rlae_jax.config import PPOConfig
+from rlae_jax.evaluation.answers import with_room_for_options
+from rlae_jax.evaluation.methods import Method
+from rlae_jax.evaluation.policies import span_count
+from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.policy import BoundPolicy
+from rlae_jax.ppo.train import check_members, load_policy, read_run, train_seeds
+from rlae_jax.runs.metrics import read_metrics
+from rlae_jax.tasks import Task
+
+
+def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[str, list[Method]]:
+    """The agents of run directories by name, `rlae_ppo` or `rlae_mappo`. Several runs of one algorithm, and the agents
+    that a run trained side by side, are its seeds.
+
+    Raises:
+      InputError: not a run directory, or an agent of other members or for shorter answers than the task's.
+    """
+    agents: dict[str, list[Method]] = {}
+    task = with_room_for_options(ensemble, task)
+    for run in runs:
+        config, _ = read_run(run)
+        for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
+            ensemble.bind(policy, 1, span_count(task, policy.span_length))  # tells now what does not fit
+            agents.setdefault(f"rlae_{config.algorithm}", []).append(Method(ensemble, policy))
+        check_members(run, ensemble)
+    return agents
+
+
+def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: Path) -> list[BoundPolicy]:
+    """The same agent with the same training, but one action for the whole answer. Goes on with the run in `out`."""
+    config = PPOConfig() if config is None else config
+    agent = dataclasses.replace(config.agent, span_lengths=())
+    longest = task.max_new_tokens
+    config = dataclasses.replace(config, agent=agent, span_length=longest, max_new_tokens=longest)
+    with report.progress("training router", config.iterations, "iterations") as update:
+
+        def show(progress: Any) -> None:
+            update(progress.iteration, f"reward {progress.metrics['reward']:.3f}")
+
+        return train_seeds(ensemble, task, config, out, resume=True, on_progress=show)
+
+
+def router_config(runs: Sequence[Path]) -> PPOConfig | None:
+    """The settings of a router that is to be compared with these runs' agents: the first algorithm's, PPO's if it is
+    among them, with as many seeds as there are agents of it, and as many iterations as were done at most. None where
+    there are no runs."""
+    configs = sorted((read_run(run)[0] for run in runs), key=lambda config: config.algorithm != "ppo")
+    if not configs:
+        return None
+    done = max((row["iteration"] for run in runs for row in read_metrics(Path(run))), default=configs[0].iterations)
+    seeds = sum(config.seeds for config in configs if config.algorithm == configs[0].algorithm)
+    return dataclasses.replace(configs[0], seeds=seeds, iterations=done)
