@@ -54,7 +54,7 @@ def search(
     run: Path,
     mode: Mode = "hidden",
     adapters: Names = (),
-    how: Annotated[SearchOptions, OmitArgPrefixes],
+    search: Annotated[SearchOptions, OmitArgPrefixes],
     split: str = "dev",
     prompts: int | None = None,
     iterations: int = 60,
@@ -70,7 +70,7 @@ def search(
         mode: what is fused: hidden = last hidden states, probs = probabilities, loglinear = log-probabilities, params =
             the adapters' own parameters.
         adapters: of the run. Default: all of one objective.
-        how: weights are searched.
+        search: how weights are searched.
         split: whose prompts are answered.
         prompts: how many of them. Default: all.
         iterations: of the agent's training.
@@ -90,14 +90,14 @@ def search(
     names = list(adapters) or trained.singles()
     scorers = trained.scorers(names)
     fused = Fused(trained.base, [trained.adapter(name) for name in names], mode)
-    if how.method == AGENT:
+    if search.method == AGENT:
         where = out or _room(trained, AGENT, names)
         with resumable(resume):
             train_run_agent(
                 *(trained, fused, scorers, where),
                 iterations=iterations,
                 span_length=span_length,
-                seed=how.seed,
+                seed=search.seed,
                 resume=resume,
             )
         report.say(
@@ -105,7 +105,7 @@ def search(
             f"rlae-jax emorl evaluate --run {report.quoted(run)}"
         )
         return
-    config = how.config(trained.config["settings"]["max_new_tokens"])
+    config = search.config(trained.config["settings"]["max_new_tokens"])
     asked = trained.prompts.split(split)[:prompts]
     where = out or _room(trained, mode, names)
     with resumable(resume), search_progress(mode, config, len(names)) as on_points:
