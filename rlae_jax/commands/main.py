@@ -1,7 +1,7 @@
 """`rlae-jax COMMAND` and `rlae-jax emorl COMMAND`: reads the command line, runs one command, tells what was wrong.
 
-A command is a function whose parameters and docstring tyro turns into options and help. Commands import jax and
-everything that needs it inside, so that help comes without them.
+A command is a function whose parameters and docstring tyro turns into options and help. What it needs of the library it
+imports inside, so that help and mistakes in a call come without waiting for it.
 """
 
 import os
@@ -88,7 +88,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

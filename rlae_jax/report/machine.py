@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlae_jax.version import __version__
+
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for a run's results."""
     import jax
-
-    from rlae_jax import __version__
 
     devices = jax.devices()
     return {

@@ -22,7 +22,7 @@ Timer = Callable[[float, Callable[[], None]], Callable[[], None]]
 COMPILING = "compiling"
 # Without a terminal: a line at most this often, and no word of compilation where work is over, or refused, before that.
 _SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_OF_SILENCE = 3.0
+_SECONDS_OF_SILENCE = 5.0
 
 
 def _start_timer(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
