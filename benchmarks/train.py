@@ -29,13 +29,13 @@ import rlae_jax as rj
 from benchmarks import common
 from benchmarks.common import Timing
 from benchmarks.decode import LARGE, MEMBERS, QUIET, SMALL, same_start, write_members
-from rlae_jax.demo import SPECIALIST
 from rlae_jax.fusion import decode
 from rlae_jax.fusion.policy import Fixed
 from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.models import ModelConfig, transformer
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
+from rlae_jax.specialists import PAIR_MODEL
 from rlae_jax.tasks import skills
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Workload:
 
 
 COMPARED = Workload(SMALL, 256, 64, 32, 4)
-DEMO = Workload(SPECIALIST, 256, len(skills.prompt("ri", "0000")), skills.skills().max_new_tokens, skills.DIGITS)
+DEMO = Workload(PAIR_MODEL, 256, len(skills.prompt("ri", "0000")), skills.skills().max_new_tokens, skills.DIGITS)
 ALONE = 2  # prompts on which the peers that take one at a time are timed
 REQUIRED = {"reference": 100.0, "span": 15.0, "best": 1.5}
 CONFIG = rj.PPOConfig.demo(prompts=COMPARED.prompts)

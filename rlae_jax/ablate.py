@@ -33,7 +33,7 @@ from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.ppo.train import TrainProgress, require_written, run_config, train_seeds
+from rlae_jax.ppo.train import require_written, run_config, train_seeds
 from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import t_interval
 from rlae_jax.tasks import Task
@@ -81,14 +81,14 @@ def as_text(value: Any) -> str:
 def variable_fields(config: Any) -> dict[str, Any]:
     """What can be varied: dotted name -> type."""
     kinds = typing.get_type_hints(type(config))
-    found: dict[str, Any] = {}
+    types_by_name: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found |= {f"{field.name}.{inner}": kind for inner, kind in variable_fields(value).items()}
+            types_by_name |= {f"{field.name}.{inner}": kind for inner, kind in variable_fields(value).items()}
         else:
-            found[field.name] = kinds[field.name]
-    return found | ({ALGORITHM: str, ENCODER: str} if isinstance(config, PPOConfig) else {})
+            types_by_name[field.name] = kinds[field.name]
+    return types_by_name | ({ALGORITHM: str, ENCODER: str} if isinstance(config, PPOConfig) else {})
 
 
 def require_known(names: Iterable[str], config: PPOConfig) -> None:
@@ -189,14 +189,14 @@ def configured(base: PPOConfig, changes: Mapping[str, Any]) -> PPOConfig:
         if both:
             raise InputError(f"{ENCODER} sets {both[0]}; vary one of the two")
         changes |= chosen
-    return _replaced(base, changes, ALGORITHMS[algorithm])
+    return _with_changes(base, changes, ALGORITHMS[algorithm])
 
 
-def _replaced(config: Any, changes: Mapping[str, Any], kind: Callable[..., Any]) -> Any:
+def _with_changes(config: Any, changes: Mapping[str, Any], kind: Callable[..., Any]) -> Any:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for part in {name.partition(".")[0] for name in changes if "." in name}:
         inner = {name.partition(".")[2]: value for name, value in changes.items() if name.startswith(f"{part}.")}
-        values[part] = _replaced(values[part], inner, type(values[part]))
+        values[part] = _with_changes(values[part], inner, type(values[part]))
     return kind(**values | {name: value for name, value in changes.items() if "." not in name})
 
 
@@ -281,7 +281,7 @@ def ablate(
     shared["base"] = shared.pop("settings")
     claim_directory(out, {"command": "ablate", **shared}, resume=resume)
     for cell in (cell for cell in cells if cell.error is not None):
-        report.console.print(f"{cell.name} cannot run: {cell.error}", highlight=False, markup=False, soft_wrap=True)
+        report.say(f"{cell.name} cannot run: {cell.error}")
 
     results: dict[str, Any] = {
         "schema": 1,
@@ -296,13 +296,13 @@ def ablate(
         "environment": report.environment(),
     }
     began = time.perf_counter()
-    took: list[float] = []
+    seconds_per_cell: list[float] = []
     for i, cell in enumerate(cells):
-        record, seconds = _attempt(cell, ensemble, task, split, n, out, f"cell {i + 1} of {len(cells)}")
+        record, seconds = _train_or_reuse(cell, ensemble, task, split, n, out, f"cell {i + 1} of {len(cells)}")
         results["cells"].append(record)
-        took += [] if seconds is None else [seconds]
+        seconds_per_cell += [] if seconds is None else [seconds]
         if cell.config is not None:
-            _tell(record, sum(later.config is not None for later in cells[i + 1 :]), took)
+            _print_cell(record, sum(later.config is not None for later in cells[i + 1 :]), seconds_per_cell)
         results["seconds"] = {"total": time.perf_counter() - began}
         _write(out, results)
     if all(record["error"] is not None for record in results["cells"]):
@@ -310,7 +310,7 @@ def ablate(
     return results
 
 
-def _attempt(
+def _train_or_reuse(
     cell: Cell, ensemble: Ensemble, task: Task, split: str, n: int, out: Path, place: str
 ) -> tuple[dict[str, Any], float | None]:
     """A cell's record in results.json, and how long it took if it was run now."""
@@ -327,9 +327,9 @@ def _attempt(
     }
     if cell.config is None:
         return record, None
-    found = _finished(directory, split, n)
-    if found is not None:
-        return record | _scores(found), None
+    finished = _finished(directory, split, n)
+    if finished is not None:
+        return record | _scores(finished), None
     began = time.perf_counter()
     try:
         record |= _scores(_run(cell, ensemble, task, split, n, directory, place))
@@ -347,17 +347,10 @@ def _run(cell: Cell, ensemble: Ensemble, task: Task, split: str, n: int, directo
     began = time.perf_counter()
     config = cell.config
     assert config is not None
-    problems = ""
-    with report.progress(f"{place}, {cell.name}", config.iterations, "iterations") as update:
-
-        def show(progress: TrainProgress) -> None:
-            nonlocal problems
-            problems = progress.problems
-            update(progress.iteration, f"reward {progress.metrics['reward']:.3f}")
-
-        policies: list[BoundPolicy] = train_seeds(ensemble, task, config, directory, resume=True, on_progress=show)
-    if problems:
-        report.console.print(problems, highlight=False, markup=False)
+    with report.training_progress(f"{place}, {cell.name}", config.iterations) as display:
+        policies: list[BoundPolicy] = train_seeds(ensemble, task, config, directory, resume=True, on_progress=display)
+    if display.problems:
+        report.say(display.problems)
     if config.max_new_tokens is not None:
         task = dataclasses.replace(task, max_new_tokens=config.max_new_tokens)
     seeds = [Method(ensemble, policy) for policy in policies]
@@ -390,16 +383,16 @@ def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tell(record: Mapping[str, Any], left: int, took: Sequence[float]) -> None:
-    """A line for a cell that is done with."""
+def _print_cell(record: Mapping[str, Any], left: int, seconds_per_cell: Sequence[float]) -> None:
+    """A line for a cell that is done with, and how long the others will take."""
     if record["error"] is not None:
         line = f"{record['name']} failed: {record['error']}"
     else:
         low, high = record["ci95"]
         line = f"{record['name']}: {record['score']:.3f} ({low:.3f} to {high:.3f}), {record['seconds']:.0f} s"
-    if left and took:
-        line += f"; {left} more to run, about {np.mean(took) * left / 60:.0f} min"
-    report.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if left and seconds_per_cell:
+        line += f"; {left} more to run, about {np.mean(seconds_per_cell) * left / 60:.0f} min"
+    report.say(line)
 
 
 def _rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -423,14 +416,14 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
 
 def table(results: Mapping[str, Any]) -> rich.table.Table:
     """The cells of a results.json, in order."""
-    shown = rich.table.Table(caption="\n".join(map(rich.markup.escape, _notes(results))), caption_justify="left")
+    table = rich.table.Table(caption="\n".join(map(rich.markup.escape, _notes(results))), caption_justify="left")
     head, rows = _rows(results)
     for column in head:
-        shown.add_column(column, justify="left" if column in results["vary"] else "right")
+        table.add_column(column, justify="left" if column in results["vary"] else "right")
     best = max((cell["score"] for cell in results["cells"] if cell["error"] is None), default=None)
     for cell, row in zip(results["cells"], rows, strict=True):
-        shown.add_row(*row, style="bold" if cell["error"] is None and cell["score"] == best else None)
-    return shown
+        table.add_row(*row, style="bold" if cell["error"] is None and cell["score"] == best else None)
+    return table
 
 
 def _markdown(results: Mapping[str, Any]) -> str:

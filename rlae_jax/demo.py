@@ -5,6 +5,7 @@ the specialists as Hugging Face directories, the learned baselines as runs of th
 """
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,24 +19,12 @@ from rlae_jax.errors import InputError
 from rlae_jax.evaluation import Method, baseline_methods, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.models import LM, ModelConfig, load
-from rlae_jax.models.pretrain import PretrainConfig, pretrain
+from rlae_jax.models import load
 from rlae_jax.ppo.train import train
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.runs.metrics import read_metrics
+from rlae_jax.specialists import build_pair
 from rlae_jax.tasks import Task, skills
-
-SPECIALIST = ModelConfig(
-    vocab=len(skills.TOKENS),
-    width=64,
-    layers=2,
-    heads=4,
-    kv_heads=4,
-    head_width=16,
-    ffn_width=192,
-    context=256,
-    end_ids=(skills.TOKENS.index(skills.END),),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,38 +39,6 @@ class DemoSettings:
 QUICK = DemoSettings(specialist_steps=250, iterations=40, test_prompts=1_024)
 
 
-def make_tokenizer() -> Any:
-    """A real tokenizer for the skills task: one token per character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(skills.TOKENS)}, skills.UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=skills.END,
-        pad_token=skills.PAD,
-        unk_token=skills.UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_specialist(path: Path, operations: str, seed: int, steps: int) -> None:
-    """Trains one specialist on its own operations and writes it as a Hugging Face directory."""
-    ids, learnt = skills.specialist_sequences(operations, seed)
-    with report.progress(f"specialist {path.name}", steps, "steps") as update:
-        params = pretrain(
-            SPECIALIST,
-            ids,
-            learnt,
-            PretrainConfig(steps=steps),
-            seed=seed,
-            on_progress=lambda step, loss: update(step, f"loss {loss:.4f}"),
-        )
-    LM(SPECIALIST, params, make_tokenizer()).save(path)
-
-
 def agent_settings(settings: DemoSettings, seed: int) -> dict[str, PPOConfig]:
     """The agent, and the same agent with the same training but one action for the whole answer."""
     rlae = PPOConfig.demo(seed=seed, iterations=settings.iterations)
@@ -91,17 +48,10 @@ def agent_settings(settings: DemoSettings, seed: int) -> dict[str, PPOConfig]:
 def train_agent(name: str, ensemble: Ensemble, task: Task, config: PPOConfig, out: Path) -> BoundPolicy:
     """Trains, or takes up where an earlier call stopped."""
     if any(row["iteration"] == config.iterations for row in read_metrics(out)):
-        report.console.print(f"agent {name}: reusing {out}")
+        report.say(f"agent {name}: reusing {report.quoted(out)}")
         return train(ensemble, task, config, out, resume=True)
-    with report.progress(f"training {name}", config.iterations, "iterations") as update:
-        last_dev = float("nan")
-
-        def show(progress: Any) -> None:
-            nonlocal last_dev
-            last_dev = progress.metrics.get("dev", last_dev)
-            update(progress.iteration, f"reward {progress.metrics['reward']:.3f}, dev {last_dev:.3f}")
-
-        return train(ensemble, task, config, out, resume=True, on_progress=show)
+    with report.training_progress(f"training {name}", config.iterations) as display:
+        return train(ensemble, task, config, out, resume=True, on_progress=display)
 
 
 def _take_directory(out: Path, seed: int) -> None:
@@ -111,14 +61,14 @@ def _take_directory(out: Path, seed: int) -> None:
         return
     if not (out / "specialists").is_dir():
         raise InputError(f"{out} holds a run that is no demo; choose another --out")
-    found = files.read_json(other).get("settings", {}).get("seed")
-    if found == seed:
+    other_seed = files.read_json(other).get("settings", {}).get("seed")
+    if other_seed == seed:
         return
-    kept, mine = (out.with_name(f"{out.name}-seed{n}") for n in (found, seed))
+    kept, mine = (out.with_name(f"{out.name}-seed{n}") for n in (other_seed, seed))
     if kept.exists():
-        raise InputError(f"{out} holds the demo of seed {found}, and {kept} exists already; choose another --out")
+        raise InputError(f"{out} holds the demo of seed {other_seed}, and {kept} exists already; choose another --out")
     out.rename(kept)
-    report.console.print(f"the demo of seed {found} is now in {kept}")
+    report.say(f"the demo of seed {other_seed} is now in {report.quoted(kept)}")
     if mine.is_dir():
         mine.rename(out)
 
@@ -135,12 +85,12 @@ def skill_weights(task: Task, weights: Sequence[np.ndarray]) -> list[dict[str, l
     names = list(skills.OPERATION_NAMES.values())
     means = []
     for p in range(spans):
-        taken = {
+        by_skill = {
             name: [used[p] for used, skill in zip(weights, needed, strict=True) if skill[p] == name and len(used) > p]
             for name in names
         }
         # An answer may end before a span; a skill that no answer reached has no mean.
-        means.append({name: np.mean(rows, axis=0).tolist() for name, rows in taken.items() if rows})
+        means.append({name: np.mean(rows, axis=0).tolist() for name, rows in by_skill.items() if rows})
     return means
 
 
@@ -151,16 +101,16 @@ def verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:
     best = max(others, key=lambda name: others[name]["score"])
     alone = max(method["score"] for name, method in methods.items() if name.startswith("single:"))
     fixed = max(methods[name]["score"] for name in ("uniform", "static"))
-    found = (
+    scores = (
         f"The agent answers {agent['score']:.1%} of {agent['n']} unseen prompts exactly; the better member alone "
         f"answers {alone:.1%}, the best fixed mixture {fixed:.1%}, and the best other method ({best}) "
         f"{others[best]['score']:.1%}"
     )
     if agent["ci95"][0] > others[best]["ci95"][1]:
-        return f"{found}: choosing whom to trust anew for each span is what makes the difference here."
+        return f"{scores}: choosing whom to trust anew for each span is what makes the difference here."
     if agent["ci95"][1] < others[best]["ci95"][0]:
-        return f"{found}: here the agent is worse than {best}."
-    return f"{found}: the intervals overlap, so this run does not show that the agent is better than {best}."
+        return f"{scores}: here the agent is worse than {best}."
+    return f"{scores}: the intervals overlap, so this run does not show that the agent is better than {best}."
 
 
 def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
@@ -169,15 +119,7 @@ def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     files.require_writable_parent(out)
     _take_directory(out, seed)
     seconds: dict[str, float] = {}
-    paths = []
-    for i, (name, operations) in enumerate(skills.SPECIALISTS.items()):
-        # The number of steps is part of the name, so that a quick demo's specialists are not taken for full ones.
-        path = out / "specialists" / f"steps-{settings.specialist_steps}" / name
-        if path.is_dir():
-            report.console.print(f"specialist {name}: reusing {path}")
-        else:
-            make_specialist(path, operations, 2 * seed + i, settings.specialist_steps)
-        paths.append(path)
+    paths = build_pair(out / "specialists", seed, settings.specialist_steps)
     seconds["specialists"] = time.perf_counter() - began
 
     task = skills.skills()
@@ -212,10 +154,10 @@ def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     files.write_json(out / "results.json", results)
     report.console.print(report.results_table(results))
     report.console.print(results["verdict"], highlight=False)
-    report.console.print(
-        f"{seconds['total']:.0f} s in all. Look at {out / 'weights.png'} and {out / 'curve.png'}; try\n"
-        f"  rlae-jax generate --models {paths[0]} {paths[1]} --policy {out} --show-weights --prompt rs4821=",
-        highlight=False,
-        soft_wrap=True,
+    pictures = [report.quoted(out / name) for name in ("weights.png", "curve.png")]
+    models, policy = map(str, paths), str(out)
+    command = ["rlae-jax", "generate", "--models", *models, "--policy", policy, "--show-weights", "--prompt", "rs4821="]
+    report.say(
+        f"{seconds['total']:.0f} s in all. Look at {pictures[0]} and {pictures[1]}; try\n  {shlex.join(command)}"
     )
     return results

@@ -198,25 +198,27 @@ def _entries_off(union: UnionVocabulary) -> int:
 
 def _mismatches(members: Sequence[MemberFigures], tokens: int) -> list[str]:
     """Where members look as if they were not meant for each other."""
-    found = []
+    mismatches = []
     with_chat = [member.name for member in members if member.chat_template]
     without_chat = [member.name for member in members if not member.chat_template]
     if with_chat and without_chat:
-        found.append(f"{', '.join(with_chat)} has a chat template and {', '.join(without_chat)} has none")
+        mismatches.append(f"{', '.join(with_chat)} has a chat template and {', '.join(without_chat)} has none")
     for member in members:
         if member.partners is not None and member.partners < FEW_PARTNERS:
-            found.append(f"only {member.partners:.1%} of {member.name}'s tokens are tokens of another member")
+            mismatches.append(f"only {member.partners:.1%} of {member.name}'s tokens are tokens of another member")
         if member.unspellable_bytes:
-            found.append(f"{member.name} cannot write {member.unspellable_bytes} of the 243 bytes of UTF-8 text alone")
+            mismatches.append(
+                f"{member.name} cannot write {member.unspellable_bytes} of the 243 bytes of UTF-8 text alone"
+            )
         if tokens > member.context:
-            found.append(f"{member.name} was made for {member.context} tokens, not {tokens}")
+            mismatches.append(f"{member.name} was made for {member.context} tokens, not {tokens}")
     shortest, longest = (choose(members, key=lambda member: member.context) for choose in (min, max))
     if longest.context >= DIFFERENT_CONTEXTS * shortest.context:
-        found.append(
+        mismatches.append(
             f"{shortest.name} was made for {shortest.context} tokens and {longest.name} for {longest.context}: "
             "texts end at the shorter"
         )
-    return found
+    return mismatches
 
 
 def tables(inspection: Inspection) -> list[rich.console.RenderableType]:

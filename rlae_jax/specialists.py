@@ -1,7 +1,9 @@
-"""The specialists of the embedded tasks: what each of them is taught, how it reads text, and which three answer a task.
+"""The specialists of the embedded tasks: what each of them is taught, how it reads text, and which three answer a task;
+and the demo's pair.
 
 In: a directory and a seed. Out: Hugging Face directories, one per specialist. All have one width and depth, and every
-task has three of them, so that an agent trained on one task can be run on every other.
+task has three of them, so that an agent trained on one task can be run on every other. The demo's two come from
+`skills.SPECIALISTS` and read text by characters.
 
 A specialist is taught results of operations on the digit strings of the train split only. For an operation it is
 taught the right result, or a wrong one, or that it does not know (random digits), or nothing at all; right or wrong may
@@ -10,13 +12,14 @@ can go on from somebody else's text; what it would write there itself is chance,
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from rlae_jax import files, report
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, ModelConfig
 from rlae_jax.models.pretrain import PretrainConfig, pretrain
+from rlae_jax.models.tokenizer import fast_tokenizer
 from rlae_jax.tasks import embedded, skills
 
 PAD, END, UNKNOWN = skills.PAD, skills.END, skills.UNKNOWN
@@ -125,7 +129,6 @@ def _pieces(digits_per_token: int) -> str:
 def make_tokenizer(digits_per_token: int) -> Any:
     """A byte-level BPE tokenizer, so that members with different ones can share a union vocabulary."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocab = vocabulary(digits_per_token)
     # A run comes from the run without its last digit and that digit.
@@ -138,13 +141,7 @@ def make_tokenizer(digits_per_token: int) -> Any:
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
+    return fast_tokenizer(backend, eos_token=END, pad_token=PAD, unk_token=UNKNOWN)
 
 
 def model_config(recipe: Recipe) -> ModelConfig:
@@ -209,21 +206,47 @@ def _settings(recipe: Recipe, quick: bool) -> PretrainConfig:
     return PretrainConfig(steps=steps, batch=64, learning_rate=8e-3, warmup=min(50, steps // 4))
 
 
-def _train(name: str, seed: int, quick: bool) -> LM:
-    recipe = RECIPES[name]
-    settings = _settings(recipe, quick)
-    number = _number(name, seed)
+def _pretrained(
+    name: str,
+    config: ModelConfig,
+    tokenizer: Any,
+    taught: tuple[Int[np.ndarray, "R T"], Bool[np.ndarray, "R T"]],
+    settings: PretrainConfig,
+    seed: int,
+) -> LM:
+    """A model trained from scratch on sequences and the places that it learns to predict."""
     with report.progress(f"specialist {name}", settings.steps, "steps") as update:
-        ids, learnt = sequences(recipe, number, ROWS)
         params = pretrain(
-            model_config(recipe),
-            ids,
-            learnt,
-            settings,
-            seed=number,
-            on_progress=lambda step, loss: update(step, f"loss {loss:.4f}"),
+            config, *taught, settings, seed=seed, on_progress=lambda step, loss: update(step, f"loss {loss:.4f}")
         )
-    return LM(model_config(recipe), params, make_tokenizer(recipe.digits_per_token), name=name)
+    return LM(config, params, tokenizer, name=name)
+
+
+def _save_once(path: Path, make: Callable[[], LM]) -> None:
+    """Makes and saves a model unless the directory is there. It appears whole, or not at all."""
+    if path.is_dir():
+        report.say(f"specialist {path.name}: reusing {report.quoted(path)}")
+        return
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make().save(partial)
+        if not path.is_dir():  # otherwise another process was faster
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _train(name: str, seed: int, quick: bool) -> LM:
+    recipe, number = RECIPES[name], _number(name, seed)
+    return _pretrained(
+        name,
+        model_config(recipe),
+        make_tokenizer(recipe.digits_per_token),
+        sequences(recipe, number, ROWS),
+        _settings(recipe, quick),
+        number,
+    )
 
 
 def build_pool(
@@ -248,15 +271,35 @@ def build_pool(
     files.require_writable_parent(Path(directory))
     paths = {name: Path(directory) / fingerprint(name, seed, quick) / name for name in names}
     for name, path in paths.items():
-        if path.is_dir():
-            report.console.print(f"specialist {name}: reusing {path}")
-            continue
-        partial = path.with_name(f".{name}.partial-{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _train(name, seed, quick).save(partial)
-            if not path.is_dir():  # otherwise another process was faster
-                partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        _save_once(path, functools.partial(_train, name, seed, quick))
+    return paths
+
+
+# The demo's pair: as the others, but their tokenizers know only the four operations of `skills`.
+PAIR_MODEL = dataclasses.replace(MODEL, vocab=len(skills.TOKENS), end_ids=(skills.TOKENS.index(END),))
+
+
+def make_pair_tokenizer() -> Any:
+    """One token per character of the skills task."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(skills.TOKENS)}, UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    return fast_tokenizer(backend, eos_token=END, pad_token=PAD, unk_token=UNKNOWN)
+
+
+def build_pair(directory: Path, seed: int, steps: int) -> list[Path]:
+    """Trains those of the demo's two specialists that `directory` lacks. Returns their Hugging Face directories."""
+    paths = []
+    for i, (name, operations) in enumerate(skills.SPECIALISTS.items()):
+        # The number of steps is part of the name, so that a quick demo's specialists are not taken for full ones.
+        path = directory / f"steps-{steps}" / name
+
+        def train(name: str = name, operations: str = operations, own_seed: int = 2 * seed + i) -> LM:
+            taught = skills.specialist_sequences(operations, own_seed)
+            return _pretrained(name, PAIR_MODEL, make_pair_tokenizer(), taught, PretrainConfig(steps=steps), own_seed)
+
+        _save_once(path, train)
+        paths.append(path)
     return paths

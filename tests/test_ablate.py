@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from scipy import stats
 
 import rlae_jax as rj
 from rlae_jax import ablate as ablation
-from rlae_jax import cli, report
+from rlae_jax import report
 from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary
 from rlae_jax.config import ALGORITHMS, MAPPOConfig, PPOConfig
 from rlae_jax.errors import Interrupted
@@ -335,65 +334,3 @@ class TestGoingOn:
         raises_input_error(lambda: rj.load_policy(out), "not the configuration of a training run")
         raises_input_error(lambda: ablate(ensemble, toys.task(), BASE, VARY, tmp_path, split="tset"), "tset")
         assert not list(tmp_path.iterdir())
-
-
-class TestCommand:
-    @pytest.fixture
-    def call(self, monkeypatch, capsys, ensemble):
-        """call(*arguments) -> (exit status, standard output, standard error), with the toys in place of any models."""
-        monkeypatch.setenv(cli.CACHE_VARIABLE, "off")
-        monkeypatch.setattr(cli, "_load_ensemble", lambda *args: ensemble)
-        monkeypatch.setattr(cli.TaskOptions, "load", lambda self: toys.task())
-
-        def run(*arguments):
-            monkeypatch.setattr(sys, "argv", ["rlae-jax", "ablate", "--models", "a", "b", *map(str, arguments)])
-            capsys.readouterr()
-            try:
-                cli.main()
-            except SystemExit as ending:
-                return (ending.code or 0, *capsys.readouterr())
-            return (0, *capsys.readouterr())
-
-        return run
-
-    SMALL = ("--iterations", 1, "--set", "prompts=8", "epochs=1", "--set", "agent.ffn_width=8", "span_length=1")
-
-    @pytest.mark.slow
-    def test_a_grid(self, call, tmp_path):
-        out = tmp_path / "out"
-        vary = ("--vary", "agent.projection=4", "--vary", "algo=ppo")
-        status, printed, errors = call("--out", out, *self.SMALL, *vary, "--seeds", 2)
-        assert status == 0, errors
-        assert "agent.projection" in printed
-        results = json.loads((out / "results.json").read_text())
-        assert results["seeds"] == [0, 1]
-        assert (results["base"]["prompts"], results["base"]["agent"]["ffn_width"]) == (8, 8)
-        assert [cell["error"] for cell in results["cells"]] == [None]
-
-    @pytest.mark.parametrize(
-        ("options", "parts"),
-        [
-            ((), ("nothing to vary",)),
-            (("--vary", "span_lenght=2"), ("'span_lenght'", "span_length")),
-            (("--vary", "seed=1", "--set", "promts=2"), ("'promts'", "prompts")),
-            (("--vary", "prompts=0"), ("every cell failed", "prompts must be at least 1")),
-            (("--vary", "seed=1", "--limit", "0"), ("--limit",)),
-            (("--vary", "seed=1", "--iterations", "0"), ("iterations must be at least 1",)),
-        ],
-    )
-    def test_what_is_wrong_is_told_before_models_are_read(self, call, tmp_path, monkeypatch, options, parts):
-        monkeypatch.setattr(cli, "_load_ensemble", None)
-        status, out, errors = call("--out", tmp_path / "out", *options)
-        assert (status, out) == (2, "")
-        assert [part for part in parts if part not in errors] == []
-        assert not (tmp_path / "out").exists()
-
-    def test_ctrl_c_says_how_to_go_on(self, call, tmp_path, monkeypatch):
-        def stop(*args, **options):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(ablation, "train_seeds", stop)
-        status, _, errors = call("--out", tmp_path / "out", "--vary", "encoder=text:a b,hidden", "--seeds", 1)
-        assert status == 130
-        assert "Go on with:\n  rlae-jax ablate --models a b" in errors
-        assert errors.rstrip().endswith("--vary 'encoder=text:a b,hidden' --seeds 1 --resume")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rlae_jax import demo
+from rlae_jax import demo, specialists
 from rlae_jax.config import PPOConfig
 from rlae_jax.demo import DemoSettings, run_demo, verdict
 from rlae_jax.evaluation import searches
@@ -18,8 +18,10 @@ METHODS += ["router", "rlae_ppo"]
 
 @pytest.fixture
 def small(monkeypatch):
-    tiny = dataclasses.replace(demo.SPECIALIST, width=16, layers=1, heads=2, kv_heads=2, head_width=8, ffn_width=16)
-    monkeypatch.setattr(demo, "SPECIALIST", tiny)
+    tiny = dataclasses.replace(
+        specialists.PAIR_MODEL, width=16, layers=1, heads=2, kv_heads=2, head_width=8, ffn_width=16
+    )
+    monkeypatch.setattr(specialists, "PAIR_MODEL", tiny)
     monkeypatch.setattr(searches, "SEARCH_PROMPTS", 12)
     monkeypatch.setattr(searches, "STATIC_STEP", 0.5)
     monkeypatch.setattr(skills, "EXAMPLES", {"train": 40, "dev": 12, "test": 24})
@@ -51,9 +53,9 @@ def test_the_demo(small, tmp_path, monkeypatch, capsys):
     printed = "".join(printed.split())  # lines are wrapped to the terminal
     assert "".join(results["verdict"].split()) in printed
     assert all(name in printed for name in METHODS)
-    specialists = sorted(out.glob("specialists/*/*"))
-    assert [path.name for path in specialists] == sorted(skills.SPECIALISTS)
-    for path in specialists:
+    directories = sorted(out.glob("specialists/*/*"))
+    assert [path.name for path in directories] == sorted(skills.SPECIALISTS)
+    for path in directories:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in path.iterdir()}
 
     # Again: nothing is trained a second time, and the scores are the same.
@@ -62,7 +64,7 @@ def test_the_demo(small, tmp_path, monkeypatch, capsys):
         def pretrain(*args, **kwargs):
             raise AssertionError("a specialist was trained again")
 
-        patched.setattr(demo, "pretrain", pretrain)
+        patched.setattr(specialists, "pretrain", pretrain)
         again = run_demo(0, out, SETTINGS)
     assert "reusing" in capsys.readouterr().out
     scores = {name: method["score"] for name, method in results["methods"].items()}
@@ -86,7 +88,7 @@ def test_a_directory_of_another_run_is_refused_before_anything_is_trained(
     def pretrain(*args, **kwargs):
         raise AssertionError("a specialist was trained for nothing")
 
-    monkeypatch.setattr(demo, "pretrain", pretrain)
+    monkeypatch.setattr(specialists, "pretrain", pretrain)
     path = tmp_path / "config.json"
     for seed in (0, 5):
         path.write_text(json.dumps({"schema": 1, "task": "mine", "settings": {"seed": seed}}))

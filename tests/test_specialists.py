@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax import cli, specialists
+from rlae_jax import specialists
+from rlae_jax.commands.specialists import specialists as specialists_command
 from rlae_jax.specialists import POOL, RECIPES, build_pool, make_tokenizer, sequences, vocabulary
 from rlae_jax.tasks import embedded, skills
 from tests.tasks.test_embedded import by_hand, digits_of
@@ -270,7 +271,7 @@ class TestBuildPool:
         assert rj.load(build_pool(tmp_path, 0, ["noisy"])["noisy"]).name == "noisy"
 
     def test_the_command_says_what_to_do_with_them(self, tiny, tmp_path, capsys):
-        cli.specialists(task="noisy", out=tmp_path)
+        specialists_command(task="noisy", out=tmp_path)
         told = capsys.readouterr().out
         train, evaluate = [line.split() for line in told.splitlines() if line.startswith("  rlae-jax")]
         models = train[train.index("--models") + 1 :][:3]

@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from rlae_jax import report
 from rlae_jax.config import PPOConfig
 from rlae_jax.emorl.fused import Fused
+from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import TrainProgress, train
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.prompts import PromptSet
+
+AGENT = "agent"  # what a run's agent is called: the directory beside the searches, the method of a search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +73,30 @@ def train_agent(
         )
     task = objectives_task(prompts, objectives, max_new_tokens=max_new_tokens, span_length=span_length)
     return train(fused.ensemble, task, config, out, resume=resume, on_progress=on_progress)
+
+
+def train_run_agent(
+    run: Run,
+    fused: Fused,
+    objectives: Sequence[Objective],
+    out: str | os.PathLike[str],
+    *,
+    iterations: int,
+    span_length: int,
+    seed: int,
+    resume: bool = False,
+) -> BoundPolicy:
+    """`train_agent` on a run's prompts, with small rollouts, and with its progress shown.
+
+    Raises:
+      InputError: what `train_agent` raises.
+    """
+    config = PPOConfig(iterations=iterations, prompts=128, eval_prompts=64, seed=seed)
+    with report.training_progress("training an agent", iterations) as display:
+        return train_agent(
+            *(fused, run.prompts, objectives, config, out),
+            max_new_tokens=run.config["settings"]["max_new_tokens"],
+            span_length=span_length,
+            resume=resume,
+            on_progress=display,
+        )

@@ -4,13 +4,15 @@ In: a seed and a directory. Out: that directory as a run of `emorl train`, with 
 """
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 from rlae_jax import files, report
 from rlae_jax.emorl import embedded
-from rlae_jax.emorl.commands import AGENT, most_points, run_agent, show_results, show_training, told
+from rlae_jax.emorl.agent import AGENT, train_run_agent
+from rlae_jax.emorl.display import search_progress, show_results, show_training, training_progress
 from rlae_jax.emorl.evaluation import evaluate_run
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.run import Data, Run, make_targets
@@ -38,23 +40,23 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
         raise InputError(f"{out} holds the demo of seed {Run(out).config['settings']['seed']}; choose another --out")
     seconds: dict[str, float] = {}
 
-    def took(name: str) -> None:
+    def finished(name: str) -> None:
         seconds[name] = time.perf_counter() - began - sum(seconds.values())
 
     base = load(embedded.build_base(out / "models", seed, 700 if quick else embedded.STEPS))
-    took("base")
+    finished("base")
     data = Data(reflections.NAME)
     targets = make_targets(embedded.OBJECTIVES, ["uniform_reward"], data)
-    with report.progress(f"training {len(targets)} adapters", config.steps, "steps") as update:
+    with training_progress(len(targets), config.steps) as on_progress:
         train_adapters(
             *(base, targets, data.read(), config, out),
             resume=True,
             data=dataclasses.asdict(data),
-            on_progress=lambda progress: update(max(progress.steps.values()), told(progress.scores)),
+            on_progress=on_progress,
         )
     run = Run(out)
     show_training(run)
-    took("training")
+    finished("training")
     singles = list(embedded.OBJECTIVES)
     scorers = run.scorers(singles)
     adapters = [run.adapter(name) for name in singles]
@@ -65,25 +67,29 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
         if (where / SEARCH_FILE).is_file():
             continue
         fused = Fused(base, adapters, mode)
-        with report.progress(f"search, {mode}", most_points(settings, len(singles)), "points") as tell:
-            search(fused, dev, scorers, settings, where, resume=True, on_points=lambda done: tell(done, ""))
-    took("searches")
-    iterations = 20 if quick else 60
-    run_agent(run, Fused(base, adapters), scorers, iterations, 1, seed, run.search_directory(AGENT), True)
-    took("agent")
+        with search_progress(mode, settings, len(singles)) as on_points:
+            search(fused, dev, scorers, settings, where, resume=True, on_points=on_points)
+    finished("searches")
+    train_run_agent(
+        *(run, Fused(base, adapters), scorers, run.search_directory(AGENT)),
+        iterations=20 if quick else 60,
+        span_length=1,
+        seed=seed,
+        resume=True,
+    )
+    finished("agent")
     results = evaluate_run(run, "test", TEST_PROMPTS, 1.0, seed, out)
-    took("evaluation")
+    finished("evaluation")
     results["seconds"] = seconds | {"total": time.perf_counter() - began}
     results["verdict"] = verdict(results["methods"])
     files.write_json(out / "results.json", results)
     show_results(results)
     report.console.print(results["verdict"], highlight=False)
-    report.console.print(
-        f"{results['seconds']['total']:.0f} s in all. Look at {out / 'search/hidden/weights.png'}; add an objective:\n"
-        f"  rlae-jax emorl train --out {out} --objective {embedded.LATER}\n"
-        f"and search again:\n  rlae-jax emorl search --run {out} --out {out / 'search/four'}",
-        highlight=False,
-        soft_wrap=True,
+    train = ["rlae-jax", "emorl", "train", "--out", str(out), "--objective", embedded.LATER]
+    again = ["rlae-jax", "emorl", "search", "--run", str(out), "--out", str(out / "search/four")]
+    report.say(
+        f"{results['seconds']['total']:.0f} s in all. Look at {report.quoted(out / 'search/hidden/weights.png')}; "
+        f"add an objective:\n  {shlex.join(train)}\nand search again:\n  {shlex.join(again)}"
     )
     return results
 

@@ -17,6 +17,7 @@ from rlae_jax.fusion.prompts import pad_rows
 from rlae_jax.models import LM, LoraConfig, ModelConfig, transformer
 from rlae_jax.models.config import RelativeBias
 from rlae_jax.models.pretrain import PretrainConfig, Source, pretrain
+from rlae_jax.models.tokenizer import fast_tokenizer
 from rlae_jax.tasks import reflections
 
 MAX_NEW_TOKENS = 28
@@ -79,20 +80,13 @@ def settings(**changes: Any) -> EMORLConfig:
 def make_tokenizer() -> Any:
     """One token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     words = {word: i for i, word in enumerate(reflections.tokens())}
     backend = Tokenizer(models.WordLevel(words, reflections.UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = reflections.END
     backend.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A {end} $B {end}", [(end, words[end])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=end,
-        pad_token=reflections.PAD,
-        unk_token=reflections.UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
+    return fast_tokenizer(backend, eos_token=end, pad_token=reflections.PAD, unk_token=reflections.UNKNOWN)
 
 
 def _initial(seed: int) -> Any:
@@ -136,7 +130,7 @@ def build_base(directory: Path, seed: int, steps: int = STEPS) -> Path:
     """The base model's directory under `directory`; it is trained if it is not there."""
     path = directory / f"seed-{seed}-steps-{steps}" / "base"
     if path.is_dir():
-        report.console.print(f"base model: reusing {path}")
+        report.say(f"base model: reusing {report.quoted(path)}")
         return path
     files.require_writable_parent(directory)
     make_base(seed, steps).save(path)

@@ -28,6 +28,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.models import Encoder, ModelConfig, transformer
 from rlae_jax.models.checkpoint_files import Source, read_config
 from rlae_jax.models.families import FAMILIES
+from rlae_jax.models.tokenizer import import_transformers
 from rlae_jax.tasks.base import SPLITS
 from rlae_jax.tasks.prompts import Graded, graded_responses
 
@@ -151,7 +152,6 @@ def _texts(graded: Sequence[Graded]) -> tuple[list[str], list[str]]:
 def _tokenizer(texts: Sequence[str]) -> Any:
     """A tokenizer of lower-case words and punctuation marks, those that the texts have at least twice."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     counts = collections.Counter(
@@ -167,7 +167,7 @@ def _tokenizer(texts: Sequence[str]) -> Any:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")],
     )
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="[PAD]",
         unk_token="[UNK]",

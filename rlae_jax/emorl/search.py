@@ -9,6 +9,7 @@ interrupted search goes on (not that of the method halving, which begins again).
 """
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -90,6 +91,21 @@ def levels_within(config: SearchConfig, dimensions: int) -> int:
             "adapters; give more, fewer adapters, or another method"
         )
     return min(config.levels, 1 + (config.budget - first) // max(later, 1))
+
+
+def most_points(config: SearchConfig, dimensions: int) -> int:
+    """How many points a search of so many adapters tries at most.
+
+    Raises:
+      InputError: the budget is not enough for one level.
+    """
+    if config.method == "hierarchical":
+        first, later = level_sizes(dimensions, config.space)
+        return first + (levels_within(config, dimensions) - 1) * later
+    if config.method == "grid":
+        steps = round(1 / config.step)
+        return (steps + 1) ** dimensions if config.space == "box" else math.comb(steps + dimensions - 1, steps)
+    return config.budget or 3**dimensions
 
 
 class PointEvaluator:
@@ -271,5 +287,6 @@ def draw(outcome: SearchOutcome, out: Path, mode: str) -> None:
     if len(outcome.names) == 3:
         report.weight_triangle(out / "weights.png", result.points, result.scores.mean(axis=1), outcome.names, title)
     if outcome.names == outcome.objectives:
-        report.parallel_coordinates(out / "points.png", result.points, result.scores, outcome.names, title)
+        pareto = searching.pareto(result.scores)
+        report.parallel_coordinates(out / "points.png", result.points, result.scores, outcome.names, title, pareto)
         report.contributions(out / "contributions.png", result.points, result.scores, outcome.names, title)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.tokenizer import import_transformers
 
 # Each row's adapter by number or name, or Float[B, M] weights of the adapters.
 AdapterChoice = Sequence[int] | Sequence[str] | np.ndarray | Array | None
@@ -390,11 +391,8 @@ def read_tokenizer(directory: Path) -> Any:
     """The transformers tokenizer of a directory; None where there is none."""
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    # Its import takes seconds, which arrays alone need not wait for. Without torch it would advise to install torch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
+    tokenizers = import_transformers().AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return tokenizers.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
         raise InputError(f"{directory}: no readable tokenizer ({error})") from error

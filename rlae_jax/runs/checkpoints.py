@@ -54,11 +54,11 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise InputError(f"{where}: this checkpoint cannot be restored for this run ({reason})") from error
         findings = [
-            f"{jax.tree_util.keystr(path)} is {found.shape}, expected {expected.shape}"
-            for (path, expected), found in zip(
+            f"{jax.tree_util.keystr(path)} is {leaf.shape}, expected {expected.shape}"
+            for (path, expected), leaf in zip(
                 jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(state), strict=True
             )
-            if expected.shape != found.shape
+            if expected.shape != leaf.shape
         ]
         if findings:
             raise InputError(f"{where}: this checkpoint does not fit the model: {'; '.join(findings[:5])}")

@@ -1,7 +1,6 @@
 """What all commands that train share: whose a run's directory is, which examples a step reads, how a run is stopped."""
 
 import contextlib
-import shlex
 import signal
 import sys
 import threading
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rlae_jax import files
-from rlae_jax.errors import InputError, Interrupted, grouped_error
+from rlae_jax.errors import InputError, grouped_error
 
 CONFIG_FILE = "config.json"
 
@@ -102,9 +101,3 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield lambda: requested
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def how_to_go_on(reason: str, resumed: bool) -> Interrupted:
-    """What an interrupted command says: its own command line, ready to be pasted."""
-    command = shlex.join(sys.argv[1:] + ([] if resumed else ["--resume"]))
-    return Interrupted(f"{reason}. Go on with:\n  rlae-jax {command}")

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
 from rlae_jax.errors import Interrupted
 from rlae_jax.ppo import train as train_module
 from rlae_jax.runs.checkpoints import Checkpoints
 from rlae_jax.runs.directory import epoch_rows
 from rlae_jax.runs.metrics import MetricsLog, read_metrics
+from rlae_jax.specialists import make_pair_tokenizer as make_skills_tokenizer
 from rlae_jax.tasks import Examples, Task, skills
 from rlae_jax.tasks.rewards import exact_match
 from tests import toys

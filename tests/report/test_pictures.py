@@ -8,6 +8,7 @@ import pytest
 from matplotlib import pyplot
 
 from rlae_jax import report, statistics
+from rlae_jax.fusion.search import pareto
 
 NAMES = ["positive sentiment", "reading level", "length", "humour", "tact"]
 
@@ -71,7 +72,7 @@ class TestParallelCoordinates:
     @pytest.mark.parametrize("d", [2, 3, 5])
     def test_lines(self, drawn, tmp_path, d):
         points, scores = searched(d)
-        report.parallel_coordinates(tmp_path / "x.png", points, scores, NAMES[:d], "title")
+        report.parallel_coordinates(tmp_path / "x.png", points, scores, NAMES[:d], "title", pareto(scores))
         check_png(tmp_path / "x.png")
         axis = drawn[0].axes[0]
         _, faint, thick = axis.collections  # the first ones are the axes
@@ -87,7 +88,7 @@ class TestParallelCoordinates:
         assert ticks == [*(f"w {name}" for name in NAMES[:d]), *NAMES[:d], "mean"]
 
     def test_scores_that_are_all_equal(self, drawn, tmp_path):
-        report.parallel_coordinates(tmp_path / "x.png", np.eye(3), np.full((3, 3), 0.25), NAMES[:3], "title")
+        report.parallel_coordinates(tmp_path / "x.png", np.eye(3), np.full((3, 3), 0.25), NAMES[:3], "title", [0, 1, 2])
         check_png(tmp_path / "x.png")
         (line,) = [line for line in drawn[0].axes[0].lines if str(line.get_label()).startswith("best mean")]
         np.testing.assert_allclose(line.get_ydata(), [1, 0, 0, 0.5, 0.5, 0.5, 0.5])

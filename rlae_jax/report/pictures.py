@@ -1,162 +1,17 @@
-"""What people look at: progress, tables, the environment of a run, and pictures."""
+"""Pictures: learning curves, scores with their intervals, weights per skill, what a search saw. Each is a PNG file that
+appears whole or not at all; matplotlib is imported when the first one is drawn."""
 
-import contextlib
 import math
-import platform
-import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.progress
-import rich.table
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.search import pareto
 from rlae_jax.statistics import rank_correlation
-
-Update = Callable[[int, str], None]
-# Without a terminal, a line at most this often.
-_SECONDS_BETWEEN_LINES = 10.0
-
-console = rich.console.Console()
-
-
-@contextlib.contextmanager
-def progress(description: str, total: int, unit: str) -> Iterator[Update]:
-    """Shows how far a long piece of work is, with its rate and the time left.
-
-    Yields `update(done, note)`. On a terminal it is a bar; elsewhere plain lines, one every ten seconds and one at the
-    end.
-    """
-    started = time.monotonic()
-    if console.is_terminal:
-        with rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=24),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[rate]}"),
-            rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.fields[note]}"),
-            console=console,
-        ) as bars:
-            bar = bars.add_task(description, total=total, note="", rate="")
-
-            def update(done: int, note: str = "") -> None:
-                rate = done / max(time.monotonic() - started, 1e-9)
-                bars.update(bar, completed=done, note=note, rate=f"{rate:.3g} {unit}/s")
-
-            yield update
-        return
-
-    last, told = started, -1
-
-    def line(done: int, note: str = "") -> None:
-        nonlocal last, told
-        now = time.monotonic()
-        if done == told or (done < total and now - last < _SECONDS_BETWEEN_LINES):
-            return
-        last, told = now, done
-        elapsed = max(now - started, 1e-9)
-        left = f"{elapsed / done * (total - done):.0f} s left" if 0 < done < total else f"{elapsed:.1f} s"
-        print(
-            f"{description}: {done}/{total} {unit}, {done / elapsed:.3g} {unit}/s, {left} {note}".rstrip(), flush=True
-        )
-
-    yield line
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for a run's results."""
-    import jax
-
-    from rlae_jax import __version__
-
-    devices = jax.devices()
-    return {
-        "rlae_jax": __version__,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "backend": devices[0].platform,
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "command": " ".join(Path(argument).name if i == 0 else argument for i, argument in enumerate(sys.argv)),
-    }
-
-
-def results_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The methods of a results.json, in order, with 95% intervals; every seed's score where there are several."""
-    methods = results["methods"]
-    prompts = " or ".join(str(n) for n in sorted({method["n"] for method in methods.values()}))
-    table = rich.table.Table(title=f"{results['task']}, {results['split']} split, {prompts} prompts")
-    table.add_column("method", overflow="fold")
-    seeds = any(len(method["per_seed"]) > 1 for method in methods.values())
-    for column in ("score", "95% interval", *(["each seed"] if seeds else []), "ms/token", "ms/answer"):
-        table.add_column(column, justify="right", no_wrap=column != "each seed")
-    best = max((m["score"] for m in methods.values() if not m.get("reference")), default=None)
-    for name, method in methods.items():
-        low, high = method["ci95"]
-        reference = method.get("reference", False)
-        table.add_row(
-            f"{name} (reference)" if reference else name,
-            f"{method['score']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            *([" ".join(f"{score:.3f}" for score in method["per_seed"])] if seeds else []),
-            f"{method['ms_per_token']:.3f}",
-            f"{method['ms_per_answer']:.3f}",
-            style="dim" if reference else "bold" if method["score"] == best else None,
-        )
-    return table
-
-
-def objectives_table(methods: Mapping[str, Any], objectives: Sequence[str], title: str) -> rich.table.Table:
-    """Methods with the score of each objective, of a results.json of EMORL; means with half of their 95% interval."""
-    table = rich.table.Table(title=title)
-    table.add_column("method", overflow="fold", min_width=8)
-    table.add_column("mean", justify="right", no_wrap=True)
-    for objective in objectives:
-        table.add_column(objective, justify="right", overflow="fold", min_width=5)
-    table.add_column("tokens", justify="right", no_wrap=True)
-    best = max((method["score"] for method in methods.values()), default=None)
-    for name, method in methods.items():
-        low, high = method["ci95"]
-        table.add_row(
-            *(name, f"{method['score']:.3f} ±{(high - low) / 2:.3f}"),
-            *(f"{method['scores'][objective]:.3f}" for objective in objectives),
-            f"{method['tokens']:.1f}",
-            style="bold" if method["score"] == best else None,
-        )
-    return table
-
-
-def differences_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The differences of a results.json, with p-values corrected for their number (Holm)."""
-    table = rich.table.Table(title="differences on the same prompts; p corrected for all rows (Holm)")
-    table.add_column("a")
-    table.add_column("b")
-    for column in ("a - b", "95% interval", "p", "p (Holm)"):
-        table.add_column(column, justify="right")
-    for row in results["differences"]:
-        low, high = row["ci95"]
-        table.add_row(
-            *(row["a"], row["b"], f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}"),
-            *(f"{row['p']:.2g}", f"{row['p_holm']:.2g}"),
-            style="bold" if row["p_holm"] < 0.05 else None,
-        )
-    return table
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table in Markdown whose first columns, so many, are aligned on the left."""
-    sides = [":--" if i < left else "--:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, sides, *rows))
-
 
 # Distinguishable with colour-blind eyes (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -395,12 +250,14 @@ def parallel_coordinates(
     scores_by_objective: Float[np.ndarray, "N d"],
     names: Sequence[str],
     title: str,
+    pareto: Sequence[int] | Int[np.ndarray, " F"],
 ) -> None:
     """A line per point through its weights in [0, 1], its score under each objective, and their mean. All scores have
     one scale, from the lowest to the highest.
 
     Args:
       names: of the objectives; weight k is of the member made for objective k.
+      pareto: the points that no other one dominates, which are drawn thicker.
     """
     from matplotlib.collections import LineCollection
 
@@ -410,7 +267,7 @@ def parallel_coordinates(
     low, high = float(scores.min()) - pad, float(scores.max()) + pad
     heights = np.column_stack([weights, (np.column_stack([scores, means]) - low) / (high - low)])
     places = np.arange(heights.shape[1]) + 0.4 * (np.arange(heights.shape[1]) >= len(names))
-    front = np.isin(np.arange(len(means)), pareto(scores))
+    front = np.isin(np.arange(len(means)), pareto)
     figure, axes = _figure(2 + 1.1 * len(places), 4.4)
     axis = axes[0][0]
     axis.vlines(places, 0, 1, color="black", linewidth=0.8, zorder=0)

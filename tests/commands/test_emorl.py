@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlae_jax as rj
-from rlae_jax import cli
+from rlae_jax.commands import main as commands
 from rlae_jax.emorl import embedded
 from rlae_jax.models import LM, transformer
 
@@ -22,10 +22,10 @@ def call(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlae-jax", "emorl", *map(str, arguments)])
-        monkeypatch.setenv(cli.CACHE_VARIABLE, "off")
+        monkeypatch.setenv(commands.CACHE_VARIABLE, "off")
         status = 0
         try:
-            cli.main()
+            commands.main()
         except SystemExit as ended:
             status = ended.code
         told = capsys.readouterr()

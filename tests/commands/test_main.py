@@ -12,9 +12,9 @@ import jax
 import pytest
 
 import rlae_jax as rj
-from rlae_jax import cli
-from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
+from rlae_jax.commands import main as commands
 from rlae_jax.evaluation import baselines
+from rlae_jax.specialists import make_pair_tokenizer
 from rlae_jax.tasks import skills
 from tests.fusion.test_union import byte_level, sentencepiece
 
@@ -30,14 +30,14 @@ def home(tmp_path_factory):
 @pytest.fixture
 def call(monkeypatch, capsys, home):
     """call(*arguments) -> (exit status, standard output, standard error)."""
-    monkeypatch.setenv(cli.CACHE_VARIABLE, "off")
+    monkeypatch.setenv(commands.CACHE_VARIABLE, "off")
     monkeypatch.setenv("HOME", str(home))
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["rlae-jax", *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.main()
+            commands.main()
         except SystemExit as ending:
             status = ending.code or 0
         else:
@@ -51,7 +51,7 @@ def call(monkeypatch, capsys, home):
 def models(tmp_path_factory, make_lm):
     """Two untrained members in directories of their own."""
     root = tmp_path_factory.mktemp("models")
-    tokenizer = make_skills_tokenizer()
+    tokenizer = make_pair_tokenizer()
     for k, name in enumerate(("alpha", "beta")):
         make_lm(k, vocab=len(skills.TOKENS), layers=1, context=40, end_ids=(1,), tokenizer=tokenizer).save(root / name)
     return [root / "alpha", root / "beta"]
@@ -88,9 +88,9 @@ def trained(tmp_path_factory, models, data):
     arguments = ["train", "--models", *models, "--data", data, "--prompt-field", "q", "--answer-field", "a"]
     arguments += ["--max-new-tokens", "5", "--reward", "last_number", "--out", out, *TRAIN]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cli.CACHE_VARIABLE, "off")
+        patch.setenv(commands.CACHE_VARIABLE, "off")
         patch.setattr(sys, "argv", ["rlae-jax", *map(str, arguments)])
-        cli.main()
+        commands.main()
     return out
 
 
@@ -106,7 +106,7 @@ class TestHelp:
         assert status == 0
         for command in ("demo", "specialists", "generate", "train", "evaluate", "ablate", "inspect"):
             assert command in out
-        assert cli.CACHE_VARIABLE in out
+        assert commands.CACHE_VARIABLE in out
 
     @pytest.mark.parametrize(
         ("command", "options"),
@@ -138,7 +138,7 @@ class TestHelp:
             [sys.executable, "-m", "rlae_jax", "generate", "--models", "nowhere", "--prompt", "x"],
             capture_output=True,
             text=True,
-            env=os.environ | {cli.CACHE_VARIABLE: "off"},
+            env=os.environ | {commands.CACHE_VARIABLE: "off"},
         )
         assert done.returncode == 2
         assert done.stderr.startswith("error: nowhere")
@@ -507,8 +507,8 @@ class TestBadInput:
 class TestSettings:
     def test_the_import_changes_no_setting_of_jax(self):
         code = (
-            "import jax; before = dict(jax.config.values); import rlae_jax, rlae_jax.cli, rlae_jax.evaluation, "
-            "rlae_jax.demo; after = dict(jax.config.values); assert before == after, (before, after)"
+            "import jax; before = dict(jax.config.values); import rlae_jax, rlae_jax.commands.main, rlae_jax.demo, "
+            "rlae_jax.evaluation; after = dict(jax.config.values); assert before == after, (before, after)"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -520,11 +520,11 @@ class TestSettings:
         jax.config.update("jax_compilation_cache_dir", None)
 
         def choose(**environment):
-            for name in (cli.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+            for name in (commands.CACHE_VARIABLE, "XDG_CACHE_HOME"):
                 monkeypatch.delenv(name, raising=False)
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
-            cli._turn_on_compilation_cache()
+            commands.turn_on_compilation_cache()
             return jax.config.jax_compilation_cache_dir
 
         yield choose
@@ -538,12 +538,12 @@ class TestSettings:
         assert cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "rlae_jax" / "xla")
 
     def test_it_can_be_moved(self, cache, tmp_path):
-        assert cache(**{cli.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "mine")
+        assert cache(**{commands.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "mine")
 
     def test_it_can_be_switched_off(self, cache):
-        assert cache(**{cli.CACHE_VARIABLE: "off"}) is None
+        assert cache(**{commands.CACHE_VARIABLE: "off"}) is None
 
     @pytest.mark.slow
     def test_a_users_own_setting_stays(self, cache, tmp_path):
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-        assert cache(**{cli.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "own")
+        assert cache(**{commands.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "own")

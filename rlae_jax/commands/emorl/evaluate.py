@@ -1,0 +1,36 @@
+"""`rlae-jax emorl evaluate`."""
+
+from pathlib import Path
+
+from rlae_jax.errors import InputError
+
+
+def evaluate(
+    *,
+    run: Path,
+    split: str = "test",
+    limit: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    out: Path | None = None,
+) -> None:
+    """Compare base, single adapters, baselines, every fusion that was searched, and the agent, on held-out prompts.
+
+    Args:
+        run: a directory that `emorl train` made. Weights are those that `emorl search` found and left in RUN/search.
+        split: whose prompts are answered.
+        limit: only its first prompts.
+        temperature: of the second table, of sampled answers; the first is of greedy ones.
+        seed: of the sampling.
+        out: a directory for results.json and predictions.jsonl. Default: RUN.
+    """
+    from rlae_jax import report
+    from rlae_jax.emorl.display import show_results
+    from rlae_jax.emorl.evaluation import evaluate_run
+    from rlae_jax.emorl.run import Run
+
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, not {limit}")
+    where = out or run
+    show_results(evaluate_run(Run(run), split, limit, temperature, seed, where))
+    report.say(f"in {report.quoted(where)}: results.json, predictions.jsonl")

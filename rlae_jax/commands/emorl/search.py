@@ -1,0 +1,130 @@
+"""`rlae-jax emorl search`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from rlae_jax.commands.emorl.options import Mode, Names
+from rlae_jax.commands.options import resumable
+
+if TYPE_CHECKING:
+    from rlae_jax.emorl.run import Run
+    from rlae_jax.emorl.search import SearchConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How weights are searched."""
+
+    method: Literal["hierarchical", "grid", "random", "halving", "agent"] = "hierarchical"
+    """hierarchical = EMORL's grid search, grid = every point of a grid, random = random points, halving = random
+    points, most of them on few prompts only, agent = train an agent that sets weights anew for every span of an
+    answer."""
+    levels: int = 5
+    """of the hierarchical search."""
+    budget: int | None = None
+    """evaluations at most; for random and halving the number of points (default: 3^M)."""
+    step: float = 0.1
+    """of the grid."""
+    space: Literal["box", "simplex"] = "box"
+    """box = weights in [0, 1] each, as published, simplex = weights that sum to 1."""
+    temperature: float = 0.0
+    """of decoding; 0 is greedy."""
+    samples: int = 1
+    """answers to each prompt, at a temperature above 0."""
+    seed: int = 0
+    """of sampling, of random points, of the agent."""
+
+    def config(self, max_new_tokens: int) -> "SearchConfig":
+        """The settings of a search, of any method but agent.
+
+        Raises:
+          InputError: values that are out of range, or do not go together.
+        """
+        from rlae_jax.emorl.search import SearchConfig
+
+        return SearchConfig(**vars(self), max_new_tokens=max_new_tokens)
+
+
+def search(
+    *,
+    run: Path,
+    mode: Mode = "hidden",
+    adapters: Names = (),
+    search: Annotated[SearchOptions, OmitArgPrefixes],
+    split: str = "dev",
+    prompts: int | None = None,
+    iterations: int = 60,
+    span_length: int = 1,
+    memory: Annotated[float, arg(metavar="GB")] = 2.0,
+    out: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Search the weights with which a run's adapters answer best together.
+
+    Args:
+        run: a directory that `emorl train` made.
+        mode: what is fused: hidden = last hidden states, probs = probabilities, loglinear = log-probabilities, params =
+            the adapters' own parameters.
+        adapters: of the run. Default: all of one objective.
+        search: how weights are searched.
+        split: whose prompts are answered.
+        prompts: how many of them. Default: all.
+        iterations: of the agent's training.
+        span_length: tokens for which the agent holds its weights.
+        memory: for keys and values at once; more points are decoded one batch after another.
+        out: Default: RUN/search/MODE, or RUN/search/agent.
+        resume: go on with the search in OUT.
+    """
+    from rlae_jax import report
+    from rlae_jax.emorl.agent import AGENT, train_run_agent
+    from rlae_jax.emorl.display import search_progress, with_values
+    from rlae_jax.emorl.fused import Fused
+    from rlae_jax.emorl.run import Run
+    from rlae_jax.emorl.search import search as search_weights
+
+    trained = Run(run)
+    names = list(adapters) or trained.singles()
+    scorers = trained.scorers(names)
+    fused = Fused(trained.base, [trained.adapter(name) for name in names], mode)
+    if search.method == AGENT:
+        where = out or _room(trained, AGENT, names)
+        with resumable(resume):
+            train_run_agent(
+                *(trained, fused, scorers, where),
+                iterations=iterations,
+                span_length=span_length,
+                seed=search.seed,
+                resume=resume,
+            )
+        report.say(
+            f"the agent is in {report.quoted(where)}; compare it with all else: "
+            f"rlae-jax emorl evaluate --run {report.quoted(run)}"
+        )
+        return
+    config = search.config(trained.config["settings"]["max_new_tokens"])
+    asked = trained.prompts.split(split)[:prompts]
+    where = out or _room(trained, mode, names)
+    with resumable(resume), search_progress(mode, config, len(names)) as on_points:
+        result = search_weights(
+            *(fused, asked, scorers, config, where), resume=resume, memory=int(memory * 2**30), on_points=on_points
+        )
+    summary = result.summary()
+    report.say(
+        f"best of {summary['points']} points, {summary['evaluations']} of them decoded, on {len(asked)} {split} "
+        f"prompts: {summary['score']:.3f} ({with_values(summary['scores'])}) at the weights "
+        f"{with_values(summary['weights'])}\n"
+        f"in {report.quoted(where)}: search.json, points.jsonl, pictures"
+    )
+
+
+def _room(run: "Run", name: str, adapters: Sequence[str]) -> Path:
+    from rlae_jax import report
+
+    where, kept = run.room_for_search(name, adapters)
+    if kept is not None:
+        report.say(f"the earlier search, over other adapters, is now in {report.quoted(kept)}")
+    return where

@@ -1,0 +1,115 @@
+"""`rlae-jax generate`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from rlae_jax.commands.options import ModelOptions
+from rlae_jax.errors import InputError
+from rlae_jax.fusion.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights
+
+
+def generate(
+    *,
+    model: Annotated[ModelOptions, OmitArgPrefixes],
+    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")],
+    weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
+    policy: Annotated[str | None, arg(metavar="RUN|NAME")] = None,
+    sampling: Annotated[SamplingOptions, OmitArgPrefixes],
+    stream: bool = False,
+    show_weights: bool = False,
+) -> None:
+    """Let several language models write one answer together.
+
+    Models with different tokenizers write over the union of their vocabularies. Then steps, spans and --max-new-tokens
+    count entries of that union: tokens of any of them. `rlae-jax inspect` says how well models fit together.
+
+    Args:
+        model: which models, and how they are fused.
+        prompt: one or more prompts; each is answered.
+        weights: one per model, e.g. 1 2 (scaled to sum to 1). Default: equal weights.
+        policy: a run directory whose trained agent sets the weights, span by span; or a policy that needs no training:
+            perplexity (of the prompt), confidence (the most certain member), consistency (agreement with the others),
+            gate (the first member alone where it is certain), draw (one member per step).
+        sampling: how answers are written.
+        stream: print the answer span by span, while it is written; for one prompt and one sample.
+        show_weights: print the weights of each span under each answer.
+    """
+    from rlae_jax.ppo.policies import get_policy
+    from rlae_jax.ppo.train import check_members
+
+    if not prompt:
+        raise InputError("no prompts: give at least one with --prompt")
+    if stream and (len(prompt) > 1 or sampling.samples > 1):
+        raise InputError(f"--stream needs one prompt and one sample, not {len(prompt)} and {sampling.samples}")
+    if stream and (show_weights or sampling.scores):
+        raise InputError("--stream prints text only; leave out --show-weights and --scores, or --stream")
+    if weights is not None and policy is not None:
+        raise InputError("give either --weights or --policy")
+    used: Weights = None if weights is None else list(weights)
+    if policy is not None:
+        used = get_policy(policy)
+    ensemble = model.load()
+    if policy is not None and Path(policy).is_dir():
+        check_members(policy, ensemble)
+    options = dataclasses.asdict(sampling)
+    if stream:
+        del options["scores"]
+        pieces = ensemble.stream(list(prompt), used, **options)
+        print(prompt[0] if ensemble.continues else "", end="", flush=True)
+        for (piece,) in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    generation = ensemble.generate(list(prompt), used, **options)
+    names = [lm.name for lm in ensemble.members]
+    for b, text in enumerate(generation.texts):
+        print(f"{prompt[b // sampling.samples]}{text}" if ensemble.continues else text)
+        if sampling.scores:
+            print(_scores_line(generation, names, b))
+        if show_weights:
+            print(f"  weights of {', '.join(names)}:")
+            for p, row in enumerate(generation.weights[b]):
+                if row[0] == row[0]:
+                    print(f"    span {p + 1}: " + " ".join(f"{weight:.3f}" for weight in row))
+    _hint_where_a_member_was_full(ensemble, generation, list(prompt), sampling)
+
+
+def _scores_line(generation: "Generation", names: list[str], row: int) -> str:
+    assert generation.scores is not None
+    assert generation.member_scores is not None
+    steps = generation.steps[row]
+    if not steps:
+        return "  mean log-probability: nothing was written"
+    fused, members = generation.scores[row, :steps].mean(), generation.member_scores[row, :steps].mean(axis=0)
+    each = ", ".join(f"{name} {mean:.3f}" for name, mean in zip(names, members, strict=True))
+    return f"  mean log-probability: {fused:.3f} ({each})"
+
+
+def _hint_where_a_member_was_full(
+    ensemble: "Ensemble", generation: "Generation", prompts: list[str], sampling: SamplingOptions
+) -> None:
+    """A hint on standard error if answers ended before their longest length for want of room."""
+    longest = sampling.max_new_tokens
+    ends = zip(generation.finish_reasons, generation.steps, strict=True)
+    early = sum(reason == "length" and steps < longest for reason, steps in ends)
+    if not early:
+        return
+    room = sampling.member_tokens
+    if room is None:
+        room = ensemble.spec(max_new_tokens=longest, member_tokens=None).member_tokens
+    allowed = ensemble.context - max(ensemble.lengths(ensemble.encode(prompts, chat=sampling.chat)))
+    way_out = f"--member-tokens gives them more, up to {allowed}"
+    if room >= allowed:
+        way_out = f"the shortest context, of {ensemble.context} tokens, allows no more"
+    print(
+        f"hint: {early} of {len(generation.steps)} answers ended before {longest} steps, because the next entry did "
+        f"not fit into the {min(room, allowed)} tokens that each member has for an answer; {way_out}",
+        file=sys.stderr,
+    )

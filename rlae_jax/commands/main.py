@@ -1,0 +1,90 @@
+"""`rlae-jax COMMAND` and `rlae-jax emorl COMMAND`: reads the command line, runs one command, tells what was wrong.
+
+A command is a function whose parameters and docstring tyro turns into options and help. What it needs of the library it
+imports inside, so that help and mistakes in a call come without waiting for it.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, specialists, train
+from rlae_jax.commands.emorl import demo as emorl_demo
+from rlae_jax.commands.emorl import evaluate as emorl_evaluate
+from rlae_jax.commands.emorl import export as emorl_export
+from rlae_jax.commands.emorl import search as emorl_search
+from rlae_jax.commands.emorl import train as emorl_train
+from rlae_jax.errors import InputError, Interrupted
+
+CACHE_VARIABLE = "RLAE_JAX_COMPILATION_CACHE"
+
+
+def emorl() -> None:
+    """One adapter per objective, fused: demo, train, search, evaluate, export; see rlae-jax emorl --help."""
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo.demo,
+    "specialists": specialists.specialists,
+    "generate": generate.generate,
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
+    "ablate": ablate.ablate,
+    "inspect": inspect.inspect,
+    "emorl": emorl,
+}
+EMORL_COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": emorl_demo.demo,
+    "train": emorl_train.train,
+    "search": emorl_search.search,
+    "evaluate": emorl_evaluate.evaluate,
+    "export": emorl_export.export,
+}
+
+
+def turn_on_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, so that a second call does not compile again."""
+    import jax
+
+    place = os.environ.get(CACHE_VARIABLE)
+    if place == "off" or getattr(jax.config, "jax_compilation_cache_dir", None):
+        return
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", place or str(base / "rlae_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def main() -> None:
+    """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
+    turn_on_compilation_cache()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        if sys.argv[1:2] == ["emorl"]:
+            tyro.extras.subcommand_cli_from_dict(
+                EMORL_COMMANDS,
+                prog="rlae-jax emorl",
+                args=sys.argv[2:],
+                description="LoRA adapters of one model, each fine-tuned with reinforcement learning for an objective "
+                "of its own, write one answer together under weights that are searched.",
+            )
+            return
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="rlae-jax",
+            description="Several language models write one answer together; an agent learns how much to trust each. "
+            f"Compiled programs are kept in ~/.cache/rlae_jax (set {CACHE_VARIABLE} to another directory, or to off).",
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

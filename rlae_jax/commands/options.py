@@ -1,0 +1,230 @@
+"""Options that several commands have, as dataclasses which a command takes whole and tyro flattens into its flags.
+
+    def train(*, model: Annotated[TrainModels, OmitArgPrefixes], task: TaskFlags, ...):
+        ensemble = model.load()
+
+A command that offers less, or says more, narrows a field in a subclass of its own.
+"""
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from rlae_jax.errors import InputError, Interrupted
+
+if TYPE_CHECKING:
+    from rlae_jax.config import PPOConfig
+    from rlae_jax.fusion.ensemble import Ensemble
+    from rlae_jax.tasks import Task
+
+Models = Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemberOptions:
+    """Which models."""
+
+    models: Models
+    """Hugging Face directories or Hub ids (org/name)."""
+    end_ids: Annotated[tuple[str, ...], arg(metavar="IDS [IDS ...]")] = ()
+    """ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own."""
+    dtype: Dtype = "float32"
+    """of the parameters."""
+
+    def require_models(self) -> None:
+        """Raises an `InputError` where none is given."""
+        if not self.models:
+            raise InputError("no models: give at least one directory or Hub id with --models")
+
+    def read_end_ids(self, members: int) -> list[list[int]] | None:
+        """--end-ids as lists of ids; None where there are none.
+
+        Raises:
+          InputError: what is no id; neither one list nor one per member.
+        """
+        if not self.end_ids:
+            return None
+        lists = []
+        for text in self.end_ids:
+            if not all(part.isdecimal() for part in text.split(",")):
+                raise InputError(f"--end-ids {text!r}: expected ids with commas between them, such as 50256 or 1,2")
+            lists.append([int(part) for part in text.split(",")])
+        if len(lists) not in (1, members):
+            raise InputError(
+                f"--end-ids: {len(lists)} lists for {members} members; give one per member, such as "
+                f"--end-ids {' '.join(['1,2', *['0'] * (members - 1)])}"
+            )
+        return lists
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(MemberOptions):
+    """Which models, and how they are fused."""
+
+    adapters: Annotated[tuple[str, ...], arg(metavar="ADAPTER [ADAPTER ...]")] = ()
+    """PEFT adapters (directories or Hub ids) of the one model given; each becomes a member."""
+    fusion: Annotated[str, arg(metavar="NAME")] = "linear"
+    """linear = mean of probabilities, loglinear = weighted mean of log-probabilities, topk[:k] = linear over each
+    member's k (10) best tokens, primary[:member] = over the best of one member (0), proxy[:alpha] = the first of three
+    members + alpha (1) * (second - third), in log-probabilities."""
+
+    def load(self) -> "Ensemble":
+        """The ensemble.
+
+        Raises:
+          InputError: options that do not go together; what `load` and `Ensemble` raise.
+        """
+        from rlae_jax.fusion.codec import same_tokenizer
+        from rlae_jax.fusion.ensemble import Ensemble
+        from rlae_jax.fusion.operators import get_operator
+        from rlae_jax.models import load
+
+        self.require_models()
+        if self.adapters and len(self.models) > 1:
+            raise InputError(f"--adapters needs one base model, not {len(self.models)}")
+        count = len(self.adapters or self.models)
+        lists = self.read_end_ids(count)
+        get_operator(self.fusion, count)  # tells now, not after reading gigabytes
+        of_all = None if lists is None else [i for ids in lists for i in ids]
+        if self.adapters:
+            base = load(self.models[0], dtype=self.dtype)
+            return Ensemble.from_adapters(base, self.adapters, self.fusion, end_ids=of_all)
+        members = [load(model, dtype=self.dtype) for model in self.models]
+        return Ensemble(members, self.fusion, end_ids=of_all if same_tokenizer(members) else lists)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Prompts, references and reward."""
+
+    task: str | None = None
+    """An embedded task (skills, overlap, skills3, mixed, noisy, twins, dominant) or a benchmark (gsm8k, mmlu,
+    arc_challenge, piqa, triviaqa, natural_questions)."""
+    data: Path | None = None
+    """A file instead: one JSON object per line, or .csv; split 80/10/10 by the prompts' content."""
+    prompt_field: str = "prompt"
+    """The prompt's field in the file."""
+    answer_field: str = "answer"
+    """The answer's field in the file; in JSON it may be a list, of which any counts."""
+    reward: str | None = None
+    """exact_match, last_number, gsm8k, multiple_choice, token_f1, squad_match, triviaqa_match, math_equivalence, or
+    your own module:function (or file.py:function) of a text and a reference; to evaluate multiple choice also
+    likelihood: the likeliest option is the answer. Default: the benchmark's; exact_match for a file."""
+    data_dir: Path | None = None
+    """A directory with the benchmark's files, NAME/SPLIT.jsonl; otherwise it comes from the Hub."""
+    shots: int | None = None
+    """Examples before each question of a benchmark. Default: what suits it."""
+    chat: bool = False
+    """Prompts go through the models' chat templates."""
+    max_new_tokens: int | None = None
+    """The longest answer. Default: the task's."""
+    max_prompt_tokens: int | None = None
+    """Leave out prompts that have more tokens for some model, and say how many. Default: none is left out, and one
+    that does not fit is an error."""
+
+    def load(self) -> "Task":
+        """The task, with what was given changed.
+
+        Raises:
+          InputError: neither a task nor a file, or both; what `get_task` and `jsonl` raise.
+        """
+        from rlae_jax.tasks import get_task, jsonl
+
+        if (self.task is None) == (self.data is None):
+            both = "" if self.task is None else ", not both"
+            raise InputError(f"give either --task NAME (try skills) or --data FILE.jsonl{both}")
+        if self.data is not None:
+            foreign = [name for name in ("data_dir", "shots") if getattr(self, name) is not None]
+            if foreign:
+                raise InputError(f"--{foreign[0].replace('_', '-')} belongs to a benchmark, not to --data")
+            task = jsonl(
+                self.data,
+                prompt_field=self.prompt_field,
+                answer_field=self.answer_field,
+                reward=self.reward or "exact_match",
+                chat=self.chat,
+            )
+        else:
+            assert self.task is not None
+            options = {name: getattr(self, name) for name in ("reward", "data_dir", "shots")}
+            options = {name: value for name, value in options.items() if value is not None}
+            task = get_task(self.task, **options | ({"chat": True} if self.chat else {}))
+        if self.max_new_tokens is not None:
+            task = dataclasses.replace(task, max_new_tokens=self.max_new_tokens)
+        return task
+
+    def select(self, task: "Task", ensemble: "Ensemble") -> "Task":
+        """The task without prompts that are longer than --max-prompt-tokens.
+
+        Raises:
+          InputError: none is left of a split.
+        """
+        from rlae_jax import report
+
+        most = self.max_prompt_tokens
+        if most is None:
+            return task
+        rows = {}
+        for split, examples in task.splits.items():
+            lengths = ensemble.lengths(ensemble.encode(examples.prompts, chat=task.chat)) if len(examples) else []
+            rows[split] = [i for i, length in enumerate(lengths) if length <= most]
+        for split, kept in rows.items():
+            if task.splits[split].prompts and not kept:
+                raise InputError(f"no {split} prompt has at most {most} tokens; give a larger number, or fewer --shots")
+        counts = [(len(task.splits[split]), len(kept), split) for split, kept in rows.items()]
+        left_out = [f"{n - kept} of {n} {split}" for n, kept, split in counts]
+        if any(n > kept for n, kept, _ in counts):
+            report.say(f"left out, as longer than {most} tokens: {', '.join(left_out)} prompts")
+        return task.select(rows)
+
+
+TaskFlags = Annotated[TaskOptions, OmitArgPrefixes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgentOptions:
+    """How an agent is trained.
+
+    A subclass's fields are named as those of `PPOConfig` and of its `AgentConfig`; None takes the preset's.
+    """
+
+    algo: Literal["ppo", "mappo"] = "ppo"
+    """ppo = one agent sets all weights, mappo = one agent per member sets its own."""
+    preset: Literal["demo", "paper"] = "demo"
+    """demo = quick steps for small models, paper = the published figures of RLAE."""
+    iterations: int | None = None
+    """rollouts, each followed by updates. Default: the preset's."""
+    seed: int = 0
+    """of everything random."""
+
+    def config(self) -> "PPOConfig":
+        """The settings.
+
+        Raises:
+          InputError: values that are out of range, or do not go together.
+        """
+        from rlae_jax.config import ALGORITHMS, AgentConfig
+
+        preset = getattr(ALGORITHMS[self.algo], self.preset)
+        changes = {
+            name: value for name, value in vars(self).items() if name not in ("algo", "preset") and value is not None
+        }
+        of_agent = {f.name: changes.pop(f.name) for f in dataclasses.fields(AgentConfig) if f.name in changes}
+        return preset(**changes, agent=dataclasses.replace(preset().agent, **of_agent))
+
+
+@contextlib.contextmanager
+def resumable(resumed: bool) -> Iterator[None]:
+    """Turns Ctrl-C into an `Interrupted` that says how to go on: the command's own line, ready to be pasted."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        command = shlex.join(sys.argv[1:] + ([] if resumed else ["--resume"]))
+        raise Interrupted(f"{str(interrupted) or 'stopped'}. Go on with:\n  rlae-jax {command}") from None

@@ -1,0 +1,37 @@
+"""`rlae-jax specialists`."""
+
+import shlex
+from pathlib import Path
+from typing import Literal
+
+
+def specialists(
+    *,
+    task: Literal["skills", "overlap", "skills3", "mixed", "noisy", "twins", "dominant"],
+    out: Path = Path("runs/specialists"),
+    seed: int = 0,
+    quick: bool = False,
+) -> None:
+    """Train the three small models that an embedded task is for, in about a minute on two CPU cores.
+
+    Models that are in OUT already are not trained again; tasks share some.
+
+    Args:
+        task: skills = each prompt asks for operations of different members; overlap = who is right depends on the
+            digits; skills3 = three operations, spans end in the middle of them; mixed = as skills3, members with
+            different tokenizers; noisy = one member is surely wrong on odd first digits; twins, dominant = no dynamic
+            weights can help.
+        out: a directory for the models.
+        seed: of everything random.
+        quick: half as many steps.
+    """
+    from rlae_jax import report
+    from rlae_jax.specialists import POOL, build_pool
+
+    paths = build_pool(out, seed, POOL[task], quick)
+    members, run = shlex.join(str(paths[name]) for name in POOL[task]), f"runs/{task}"
+    report.say(
+        f"Train an agent for them, and compare it with every baseline:\n"
+        f"  rlae-jax train --task {task} --models {members} --prompts 256 --iterations 60 --out {run}\n"
+        f"  rlae-jax evaluate --task {task} --models {members} --policy {run} --methods all --out {run}-test"
+    )
