@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import decode as decoding
-from rlae_jax.fusion import union as vocabularies
+from rlae_jax.fusion import vocabulary as vocabularies
 from rlae_jax.fusion.feed import Lockstep, Spelling
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
 from rlae_jax.fusion.policy import EVERY_STEP, UNTRAINED, BoundPolicy, Dims, Draw, Fixed, Policy

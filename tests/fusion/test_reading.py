@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.fusion.union import spell_texts, token_bytes
+from rlae_jax.fusion.vocabulary import spell_texts, token_bytes
 from rlae_jax.models import Encoder, ModelConfig
 from rlae_jax.models.transformer import init_params
 from rlae_jax.ppo.agent import PPOAgent

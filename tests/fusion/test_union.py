@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlae_jax.fusion import union as unions
-from rlae_jax.fusion.union import UnionVocabulary, build, load_or_build, token_bytes
+from rlae_jax.fusion.vocabulary import union as unions
+from rlae_jax.fusion.vocabulary import UnionVocabulary, build, load_or_build, token_bytes
 from rlae_jax.models.lm import read_tokenizer
 
 REAL = {

@@ -11,7 +11,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.fusion.ensemble import pad_rows
-from rlae_jax.fusion.union import token_bytes
+from rlae_jax.fusion.vocabulary import token_bytes
 from rlae_jax.models.lm import read_tokenizer
 from tests.fusion.test_union import byte_level, sentencepiece
 
