@@ -16,7 +16,7 @@ from rlae_jax import cli
 from rlae_jax import evaluate as evaluation
 from rlae_jax.demo import make_tokenizer as make_skills_tokenizer
 from rlae_jax.tasks import skills
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 TRAIN = ["--iterations", "2", "--prompts", "8", "--eval-every", "1"]
 

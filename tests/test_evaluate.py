@@ -35,7 +35,7 @@ from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 SINGLES = ["single:left", "single:right"]
 

@@ -11,7 +11,7 @@ from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.policy import Confidence, Dims, Draw, Fixed
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -10,7 +10,7 @@ import rlae_jax as rj
 from rlae_jax import cli, specialists
 from rlae_jax.specialists import POOL, RECIPES, build_pool, make_tokenizer, sequences, vocabulary
 from rlae_jax.tasks import embedded, skills
-from tests.tasks.test_embedded import by_hand, digits_of
+from tests.helpers.embedded import by_hand, digits_of
 
 ROWS = 600
 GRANULARITIES = sorted({recipe.digits_per_token for recipe in RECIPES.values()})

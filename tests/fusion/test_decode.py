@@ -16,8 +16,8 @@ from rlae_jax.fusion.decode import decode_spans, prefill, row_keys
 from rlae_jax.fusion.ensemble import pad_rows
 from rlae_jax.fusion.feed import left_align_padding
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
-from tests.fusion import reference
-from tests.fusion.policies import Reader
+from tests.helpers import reference
+from tests.helpers.policies import Reader
 
 decode = jax.jit(rj.decode)
 

@@ -10,7 +10,7 @@ import rlae_jax as rj
 from rlae_jax.fusion import ensemble as ensemble_module
 from rlae_jax.fusion.ensemble import bucket, decode_texts, normalise_weights, pad_rows
 from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed
-from tests.fusion.policies import Reader
+from tests.helpers.policies import Reader
 
 V = 23
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0], [1, 2]]

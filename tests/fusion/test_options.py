@@ -14,8 +14,8 @@ import rlae_jax as rj
 from rlae_jax.fusion import ensemble as ensemble_module
 from rlae_jax.fusion import feed
 from rlae_jax.fusion.ensemble import pad_rows
-from tests.adapters import EVERY_LAYER, random_adapter
-from tests.fusion import reference
+from tests.helpers import reference
+from tests.helpers.adapters import EVERY_LAYER, random_adapter
 
 V = 23
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0]]

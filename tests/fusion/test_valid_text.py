@@ -13,7 +13,7 @@ import rlae_jax as rj
 from rlae_jax.fusion.ensemble import pad_rows
 from rlae_jax.fusion.vocabulary import token_bytes
 from rlae_jax.models.lm import read_tokenizer
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 REAL = {
     "gpt2": ("tokenizers/gpt2", (50_256,)),

@@ -20,7 +20,7 @@ from rlae_jax.ppo.gamma import LogGammas
 from rlae_jax.ppo.logistic_normal import LogisticNormal
 from rlae_jax.ppo.objective import ppo_loss
 from rlae_jax.ppo.span_choice import WithLength
-from tests.ppo.test_agent import DIMS, SMALL, observe, undecided_no_more
+from tests.helpers.agents import DIMS, SMALL, observe, undecided_no_more
 
 
 def keys(n, seed=0):

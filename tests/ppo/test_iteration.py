@@ -12,7 +12,7 @@ from rlae_jax.fusion.policy import Dims, Observation
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 B, N = 12, 9
 SEEDS = np.array([5], np.uint32)

@@ -25,7 +25,7 @@ from rlae_jax.runs.directory import epoch_rows
 from rlae_jax.runs.metrics import MetricsLog, read_metrics
 from rlae_jax.tasks import Examples, Task, skills
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 
 @pytest.fixture(scope="module")
