@@ -22,5 +22,4 @@ from rlae_jax.models import save_adapter as save_adapter
 from rlae_jax.ppo.train import load_policy as load_policy
 from rlae_jax.ppo.train import train as train
 from rlae_jax.ppo.train import train_seeds as train_seeds
-
-__version__ = "0.1.0"
+from rlae_jax.version import __version__ as __version__

@@ -75,7 +75,7 @@ def environment() -> dict[str, Any]:
     """Versions and hardware, for a run's results."""
     import jax
 
-    from rlae_jax import __version__
+    from rlae_jax.version import __version__
 
     devices = jax.devices()
     return {
