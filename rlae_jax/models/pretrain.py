@@ -61,7 +61,8 @@ def next_token_loss(
     else:
         hidden, _ = transformer.forward(config, params, source.ids, source.mask, decoder_ids=before, remat=remat)
     log_probs = transformer.target_log_probs(config, params, hidden, ids_bt[:, 1:])
-    return -jnp.sum(log_probs * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
+    predicted = predicted_bt[:, 1:]
+    return -jnp.sum(log_probs * predicted.astype(jnp.float32)) / jnp.sum(predicted).astype(jnp.float32)
 
 
 def _optimiser(train: PretrainConfig) -> optax.GradientTransformation:
