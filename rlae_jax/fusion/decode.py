@@ -195,7 +195,7 @@ def prefill(
     if "prompt" in spec.policy.reads:
         totals = [prompt_log_probs(model, *prompt) for model, prompt in zip(models, prompts, strict=True)]
         counts = jnp.sum(jnp.asarray(first_mask).astype(bool), axis=1, keepdims=True)
-        prompt_scores = jnp.concatenate(totals, axis=1) / jnp.maximum(counts - 1, 1)
+        prompt_scores = jnp.concatenate(totals, axis=1) / jnp.maximum(counts - 1, 1).astype(jnp.float32)
     k = len(spec.members)
     seen: Any = ()
     if spec.sampling.penalised:
@@ -309,7 +309,8 @@ def _take_decision(
     index: Array = jnp.full(state.done.shape, state.step // spec.span_length)
     last_length: Any = spec.span_length
     if spec.span_lengths:
-        index, last_length = state.decisions, jnp.maximum(state.span.length, 1)[:, None]
+        index = state.decisions
+        last_length = jnp.maximum(state.span.length, 1)[:, None].astype(jnp.float32)
     observation = Observation(
         hidden=tuple(h.astype(jnp.float32) for h in hidden) if "hidden" in reads else (),
         stats=member_stats(log_probs, state.span_log_probs / last_length) if "stats" in reads else (),
@@ -433,7 +434,7 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         alive = alive & ~full
     token = jnp.where(alive, token, 0)
     ended = alive & ends[token]
-    steps = state.steps + alive
+    steps = state.steps + alive.astype(jnp.int32)
     character = state.character
     if union is None:
         feed = feed._replace(pending=token)
@@ -480,7 +481,7 @@ def _step(models: tuple[Model, ...], policy_params: Any, spec: DecodeSpec, state
         row_keys=state.row_keys,
         span=span,
         span_log_probs=span_log_probs,
-        decisions=state.decisions + (due & alive),
+        decisions=state.decisions + (due & alive).astype(jnp.int32),
         next_decision=next_decision,
         trajectory=trajectory,
         limits=state.limits,

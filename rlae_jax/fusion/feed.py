@@ -17,7 +17,7 @@ length. A member whose prediction is not needed is not run: it catches up later.
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class Spelling(NamedTuple):
         return self.offsets[entries_b + 1] - self.offsets[entries_b]
 
 
+@runtime_checkable
 class FeedSpec(Protocol):
     """What a `DecodeSpec` tells about feeding."""
 
@@ -198,7 +199,7 @@ class Lockstep(NamedTuple):
                 pending = jnp.where(step == 0, model.config.start_id or 0, pending)
                 position, starts = jnp.full_like(position, step), jnp.zeros_like(starts)
             slot = cache.slots - spec.max_new_tokens - 1 + step
-            indices = jnp.arange(cache.slots)
+            indices = jnp.arange(cache.slots)[None]
             visible = (indices >= starts[:, None]) & (indices <= slot)
             pending, position, visible = (self._of_members(model, array) for array in (pending, position, visible))
             h, cache = transformer.decode_step(
@@ -253,7 +254,7 @@ class Ragged(NamedTuple):
         """Feeds the pending tokens of the rows whose prediction is needed."""
         b = len(self.fed)
         prompt_slots = self.cache.slots - self.text.shape[1] - WIDEST
-        slots = jnp.arange(self.cache.slots)
+        slots = jnp.arange(self.cache.slots)[None]
         sizes = _pass_sizes(b)
 
         def one_pass(state: "Ragged") -> "Ragged":
@@ -280,7 +281,7 @@ class Ragged(NamedTuple):
                     row = jnp.searchsorted(jnp.cumsum(more), jnp.arange(further), side="right")
                     row = jnp.minimum(row, b - 1)
                     place = jnp.clip(1 + jnp.arange(further) - first[row], 1, width - 1)
-                    later = jnp.minimum(b + first[:, None] + jnp.arange(width - 1), b + further - 1)
+                    later = jnp.minimum(b + first[:, None] + jnp.arange(width - 1)[None], b + further - 1)
                     packing = Packing(row, place, jnp.concatenate([jnp.arange(b)[:, None], later], axis=1))
                     row = jnp.concatenate([jnp.arange(b), row])[:, None]
                     place = jnp.pad(place, (b, 0))[:, None]
@@ -315,7 +316,7 @@ class Ragged(NamedTuple):
     def append(self, spelling: Spelling, entries: Int[Array, " B"], rows: Bool[Array, " B"]) -> "Ragged":
         """Adds an entry's tokens to the texts of some rows; they must fit."""
         count = jnp.where(rows, spelling.lengths(entries), 0)
-        places = jnp.arange(self.text.shape[1]) - self.written[:, None]
+        places = jnp.arange(self.text.shape[1])[None] - self.written[:, None]
         inside = (places >= 0) & (places < count[:, None])
         source = jnp.clip(spelling.offsets[entries][:, None] + places, 0, spelling.ids.shape[0] - 1)
         return self._replace(
