@@ -175,7 +175,7 @@ def sample(
     adapted = lora.Adapted(base, _stack(state.factors, config, m), _rows_of(m, m * b))
     rows = ids.reshape(m * b, t), mask.reshape(m * b, t)
     written = decoding.answers((adapted,), *rows, jnp.ones((1, 1)), keys, spec, samples=config.samples)
-    places = jnp.arange(written.tokens.shape[1])
+    places = jnp.arange(written.tokens.shape[1])[None]
     return Written(written.tokens, places < written.steps[:, None], written.ended)
 
 
