@@ -114,7 +114,8 @@ class TestMAPPOAgent:
         assert (distribution.concentration.shape, value.shape) == ((7, 3), (7,))
         for k in range(3):
             hidden = tuple(
-                h + 1.0 * (j == k) * jnp.sign(h) * jnp.arange(h.shape[1]) for j, h in enumerate(before.hidden)
+                h + 1.0 * (j == k) * jnp.sign(h) * jnp.arange(h.shape[1], dtype=jnp.float32)[None]
+                for j, h in enumerate(before.hidden)
             )
             stats_k = before.stats.at[:, k].add(0.5)
             for changed in (before._replace(hidden=hidden), before._replace(stats=stats_k)):
