@@ -14,7 +14,7 @@ import rich.table
 
 from rlae_jax import report
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.union import UnionVocabulary, load_or_build
+from rlae_jax.fusion.vocabulary import UnionVocabulary, load_or_build
 from rlae_jax.models import LM
 
 FEW_PARTNERS = 0.2  # of a vocabulary's texts: with fewer, members seldom write in common tokens

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import settings
 
@@ -36,6 +37,30 @@ ALLOWED_WARNINGS = (
     "ignore:.*SwigPy.*:DeprecationWarning",
 )
 
+
+# Broadcasting and casting are written out: where they happen by themselves they hide mistakes (as in equinox's tests).
+jax.config.update("jax_numpy_rank_promotion", os.environ.get("R", "raise"))
+jax.config.update("jax_numpy_dtype_promotion", os.environ.get("D", "strict"))
+
+
+def promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with JAX's own promotion of dtypes, for code that is not ours."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _promoting_chain(*parts: optax.GradientTransformation, chain: Any = optax.chain) -> optax.GradientTransformation:
+    return optax.GradientTransformation(*map(promoting, chain(*parts)))
+
+
+# optax counts steps in int32 and computes with them in float32; JAX adds a float32 bias to bfloat16 scores.
+optax.chain = _promoting_chain
+jax.nn.dot_product_attention = promoting(jax.nn.dot_product_attention)
 
 # The same examples in every run, and no limit on an example's time: the first one compiles.
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)

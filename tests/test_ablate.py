@@ -16,7 +16,7 @@ from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, pars
 from rlae_jax.config import ALGORITHMS, MAPPOConfig, PPOConfig
 from rlae_jax.errors import Interrupted
 from rlae_jax.runs.metrics import read_metrics
-from tests import toys
+from tests.helpers import toys
 
 BASE = dataclasses.replace(toys.SETTINGS, iterations=2, prompts=16, epochs=1, eval_every=2, eval_prompts=8, seeds=2)
 # Without a text encoder the second cell is none.

@@ -15,7 +15,7 @@ from rlae_jax import report
 from rlae_jax.inspect_members import Inspection, cache_bytes_per_token, inspect_members, show
 from rlae_jax.models import LM, transformer
 from rlae_jax.models.lm import read_tokenizer
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from rlae_jax.fusion.policy import Confidence, Dims, Draw, Fixed
 from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -11,7 +11,7 @@ from rlae_jax import specialists
 from rlae_jax.commands.specialists import specialists as specialists_command
 from rlae_jax.specialists import POOL, RECIPES, build_pool, make_tokenizer, sequences, vocabulary
 from rlae_jax.tasks import embedded, skills
-from tests.tasks.test_embedded import by_hand, digits_of
+from tests.helpers.embedded import by_hand, digits_of
 
 ROWS = 600
 GRANULARITIES = sorted({recipe.digits_per_token for recipe in RECIPES.values()})

@@ -176,7 +176,7 @@ def sample(
     keys = jax.vmap(lambda key: row_keys(key, prompts.batch // m))(step_keys(seeds, state.step, 0)).reshape(-1)
     adapted = lora.Adapted(base, _stack(state.factors, config, m), _one_hot_blocks(m, prompts.batch))
     answers = decode_batch((adapted,), prompts._replace(keys=keys), jnp.ones((1, 1)), spec, config.samples)
-    places = jnp.arange(answers.tokens.shape[1])
+    places = jnp.arange(answers.tokens.shape[1])[None]
     return Samples(answers.tokens, places < answers.steps[:, None], answers.ended)
 
 

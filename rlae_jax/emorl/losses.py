@@ -80,7 +80,7 @@ def kl_penalty(
 
 
 def _mean_of_rows(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
-    counts = jnp.maximum(jnp.sum(mask, axis=1), 1)
+    counts = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
     return jnp.mean(jnp.sum(jnp.where(mask, values, 0.0), axis=1) / counts)
 
 

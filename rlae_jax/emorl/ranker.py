@@ -134,7 +134,8 @@ def ranking_loss(scores: Float[Array, "P G"], grades: Float[Array, "P G"]) -> Fl
     """Mean of -log sigmoid(s_i - s_j) over the pairs of one prompt's responses with grade i > grade j."""
     better = grades[:, :, None] > grades[:, None, :]  # False where one of them is NaN
     losses = jax.nn.softplus(scores[:, None, :] - scores[:, :, None])
-    return jnp.sum(jnp.where(better, losses, 0.0)) / jnp.maximum(jnp.sum(better), 1)
+    pairs = jnp.maximum(jnp.sum(better), 1).astype(jnp.float32)
+    return jnp.sum(jnp.where(better, losses, 0.0)) / pairs
 
 
 def _by_prompt(graded: Sequence[Graded]) -> list[list[int]]:

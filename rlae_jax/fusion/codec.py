@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.fusion import union as vocabularies
+from rlae_jax.fusion import vocabulary as vocabularies
 from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.spec import Spelling, UnionTables
 from rlae_jax.models import LM

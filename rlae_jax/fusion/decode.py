@@ -180,7 +180,7 @@ def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec
     index: Array = jnp.full(state.done.shape, state.step // spec.span_length)
     last_length: Array | int = spec.span_length
     if decisions.span.length is not None:
-        index, last_length = decisions.taken, jnp.maximum(decisions.span.length, 1)[:, None]
+        index, last_length = decisions.taken, jnp.maximum(decisions.span.length, 1)[:, None].astype(jnp.float32)
     hidden: tuple[Array, ...] = ()
     stats: Array | tuple[()] = ()
     if prediction is not None and "hidden" in reads:
@@ -282,7 +282,7 @@ def _record(
         decisions=_remember(state, due, span, choice.written, token_log_probs, spec),
         done=state.done | choice.stuck | choice.ended | (step + 1 >= state.rows.limits),
         ended=state.ended | choice.ended,
-        steps=state.steps + choice.written,
+        steps=state.steps + choice.written.astype(jnp.int32),
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
         scores=scores,
     )
@@ -307,7 +307,7 @@ def _remember(
         # Written at every step, not only at boundaries: an in-place write of a few numbers beats a branch.
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.step // spec.span_length, axis=1)
         trajectory = jax.tree.map(write, last.trajectory, span)
-    return Decisions(span, last.taken + (due & written), trajectory, next_step, token_log_probs)
+    return Decisions(span, last.taken + (due & written).astype(jnp.int32), trajectory, next_step, token_log_probs)
 
 
 def _step(passes: tuple[ForwardPass, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState) -> DecodeState:

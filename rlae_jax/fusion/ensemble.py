@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.fusion import programs
-from rlae_jax.fusion import union as vocabulary
+from rlae_jax.fusion import programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
 from rlae_jax.fusion.generation import Continuation, Generation, read_answers, settled
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator

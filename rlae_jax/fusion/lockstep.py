@@ -66,7 +66,7 @@ class Lockstep(NamedTuple):
                 pending = jnp.where(step == 0, config.start_id or 0, pending)
                 position, starts = jnp.full_like(position, step), jnp.zeros_like(starts)
             slot = cache.slots - spec.max_new_tokens - 1 + step
-            indices = jnp.arange(cache.slots)
+            indices = jnp.arange(cache.slots)[None]
             visible = (indices >= starts[:, None]) & (indices <= slot)
             pending, position, visible = (self._of_members(run, array) for array in (pending, position, visible))
             h, cache = run.model.decode_step(pending, position, cache, slot, visible)

@@ -166,4 +166,4 @@ def prompt_log_probs(passes: tuple[ForwardPass, ...], prompts: Prompts) -> Float
         total = jnp.sum(jnp.where(real[:, :-1], log_probs, 0.0), axis=1)
         totals.append(total.reshape(run.members, -1).T)
     counts = jnp.sum(jnp.asarray(prompts.mask[0]).astype(bool), axis=1, keepdims=True)
-    return jnp.concatenate(totals, axis=1) / jnp.maximum(counts - 1, 1)
+    return jnp.concatenate(totals, axis=1) / jnp.maximum(counts - 1, 1).astype(jnp.float32)

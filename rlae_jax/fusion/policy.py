@@ -53,6 +53,7 @@ class Dims(NamedTuple):
         return len(self.widths)
 
 
+@runtime_checkable
 class Distribution(Protocol):
     """A distribution over actions, one per row. N agents with a likelihood each give [B, N]."""
 
@@ -227,8 +228,8 @@ class Gate:
         del params
         sure_b = observation.stats[:, self.member, STATS.index("top_prob")] >= self.threshold
         k = observation.stats.shape[1]
-        alone, together = jnp.arange(k) == self.member, jnp.full((k,), 1 / k)
-        return Deterministic(jnp.where(sure_b[:, None], alone, together)), jnp.zeros(sure_b.shape[0])
+        alone, together = (jnp.arange(k) == self.member).astype(jnp.float32), jnp.full((k,), 1 / k)
+        return Deterministic(jnp.where(sure_b[:, None], alone[None], together[None])), jnp.zeros(sure_b.shape[0])
 
 
 class OneHot(NamedTuple):

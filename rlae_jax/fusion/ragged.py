@@ -76,7 +76,7 @@ class RaggedMember(NamedTuple):
         """Feeds the pending tokens of the rows whose prediction is needed."""
         b = len(self.fed)
         prompt_slots = self.cache.slots - self.text.shape[1] - WIDEST
-        slots = jnp.arange(self.cache.slots)
+        slots = jnp.arange(self.cache.slots)[None]
         sizes = _pass_sizes(b)
 
         def one_pass(state: "RaggedMember") -> "RaggedMember":
@@ -103,7 +103,7 @@ class RaggedMember(NamedTuple):
                     row = jnp.searchsorted(jnp.cumsum(more), jnp.arange(further), side="right")
                     row = jnp.minimum(row, b - 1)
                     place = jnp.clip(1 + jnp.arange(further) - first[row], 1, width - 1)
-                    later = jnp.minimum(b + first[:, None] + jnp.arange(width - 1), b + further - 1)
+                    later = jnp.minimum(b + first[:, None] + jnp.arange(width - 1)[None], b + further - 1)
                     packing = Packing(row, place, jnp.concatenate([jnp.arange(b)[:, None], later], axis=1))
                     row = jnp.concatenate([jnp.arange(b), row])[:, None]
                     place = jnp.pad(place, (b, 0))[:, None]
@@ -135,7 +135,7 @@ class RaggedMember(NamedTuple):
     def append(self, spelling: Spelling, entries: Int[Array, " B"], rows: Bool[Array, " B"]) -> "RaggedMember":
         """Adds an entry's tokens to the texts of some rows; they must fit."""
         count = jnp.where(rows, spelling.lengths(entries), 0)
-        places = jnp.arange(self.text.shape[1]) - self.written[:, None]
+        places = jnp.arange(self.text.shape[1])[None] - self.written[:, None]
         inside = (places >= 0) & (places < count[:, None])
         source = jnp.clip(spelling.offsets[entries][:, None] + places, 0, spelling.ids.shape[0] - 1)
         return self._replace(

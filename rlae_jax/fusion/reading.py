@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.errors import InputError
-from rlae_jax.fusion import union as vocabularies
+from rlae_jax.fusion import vocabulary as vocabularies
 from rlae_jax.models import Encoder, ModelConfig, transformer
 from rlae_jax.models.lm import require_tokenizer
 
@@ -50,7 +50,7 @@ class TextReader:
         c = text.ids.shape[1]
         first = self.offsets[tokens_b]
         added = jnp.where(rows, self.offsets[tokens_b + 1] - first, 0)
-        source = jnp.arange(c) + added[:, None]  # the place in old text and new ids together
+        source = jnp.arange(c)[None] + added[:, None]  # the place in old text and new ids together
         kept = jnp.take_along_axis(text.ids, jnp.minimum(source, c - 1), axis=1)
         place = jnp.clip(first[:, None] + source - c, 0, self.ids.shape[0] - 1)
         return Text(jnp.where(source < c, kept, self.ids[place]), jnp.minimum(text.lengths + added, c))
@@ -63,9 +63,9 @@ class TextReader:
             [jnp.zeros((b, n), jnp.int32), text.ids, jnp.tile(jnp.array(self.after, jnp.int32), (b, 1))], axis=1
         )
         start = c - text.lengths
-        columns = start[:, None] + jnp.arange(n)
+        columns = start[:, None] + jnp.arange(n)[None]
         ids = ids.at[jnp.arange(b)[:, None], columns].set(jnp.array(self.before, jnp.int32))
-        mask = jnp.arange(ids.shape[1]) >= start[:, None]
+        mask = jnp.arange(ids.shape[1])[None] >= start[:, None]
         types = jnp.zeros_like(ids) if self.config.token_types > 1 else None
         hidden = transformer.Model(self.config, self.params).forward(ids, mask, types_bt=types)[0]
         return jnp.take_along_axis(hidden, start[:, None, None], axis=1)[:, 0].astype(jnp.float32)

@@ -262,7 +262,8 @@ class Attention(nnx.Module):
         k, v = self.keys_values(x_btd, angles) if keys_values is None else keys_values
         if self.window:
             t = mask_bts.shape[-1]
-            mask_bts = mask_bts & (np.arange(t)[None, :] > np.arange(t)[:, None] - self.window)
+            recent = np.arange(t)[None, :] > np.arange(t)[:, None] - self.window
+            mask_bts = mask_bts & recent[None]
         out = attend(self._queries(x_btd, angles), k, v, mask_bts, self.config, self.scale, bias_1nts)
         return self.o(out), (k, v)
 
@@ -281,7 +282,7 @@ class Attention(nnx.Module):
             for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
         )
         if self.window:
-            visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1]) > slot - self.window)
+            visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1])[None] > slot - self.window)
         return self.read(x_btd, angles, (keys, values), visible_bs, bias_bns), (keys, values)
 
     def chunk(
@@ -306,11 +307,11 @@ class Attention(nnx.Module):
             of_rows = (cache, new, behind_bs, slot_b)
             (cache_r, new_r, behind, slot) = of_rows if rows is None else jax.tree.map(lambda a: a[rows], of_rows)
             behind = jnp.broadcast_to(behind[:, None], (*places.shape, behind.shape[1]))
-            among = jnp.arange(w) <= places[..., None]
+            among = jnp.arange(w)[None, None] <= places[..., None]
             if self.window:
                 first_seen = slot[:, None] + places - self.window  # and one more
-                behind = behind & (jnp.arange(behind.shape[-1]) > first_seen[..., None])
-                among = among & (jnp.arange(w) > places[..., None] - self.window)
+                behind = behind & (jnp.arange(behind.shape[-1])[None, None] > first_seen[..., None])
+                among = among & (jnp.arange(w)[None, None] > places[..., None] - self.window)
             return attend_behind(q, cache_r, new_r, behind, among, self.config, self.scale)
 
         if packing is None:

@@ -37,6 +37,11 @@ def kernel_inputs(einsum: str) -> int:
     return sum(letter not in output for letter in kernel)
 
 
+def _along(array: Array, x: Array) -> Array:
+    """An array whose axes are the last ones of `x`."""
+    return lax.broadcast_to_rank(array, x.ndim)
+
+
 class Linear(nnx.Module):
     """A linear map written as an einsum over named axes; adapters derive their two factors from the same string.
 
@@ -68,7 +73,7 @@ class Linear(nnx.Module):
         out = jnp.einsum(self.einsum, x, self.kernel[...], precision=self.precision)
         if self.delta is not None:
             out = out + self.delta(x)
-        return out if self.bias is None else out + self.bias[...]
+        return out if self.bias is None else out + _along(self.bias[...], out)
 
 
 class RMSNorm(nnx.Module):
@@ -83,8 +88,8 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         if self.offset:
-            return (normed * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        return self.scale[...] * normed.astype(x.dtype)
+            return (normed * _along(self.offset + self.scale[...].astype(jnp.float32), x)).astype(x.dtype)
+        return _along(self.scale[...], x) * normed.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -101,7 +106,8 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         if self.scale is not None and self.bias is not None:
-            normed = normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+            scale, bias = (_along(part[...].astype(jnp.float32), x) for part in (self.scale, self.bias))
+            normed = normed * scale + bias
         return normed.astype(x.dtype)
 
 
@@ -128,7 +134,7 @@ class FeedForward(nnx.Module):
 
 def rotary_angles(positions_bt: Array, frequencies: np.ndarray) -> Float[Array, "B T half"]:
     """Radians by which each pair turns at each position."""
-    return positions_bt[..., None].astype(jnp.float32) * frequencies
+    return positions_bt[..., None].astype(jnp.float32) * frequencies[None, None]
 
 
 def rotate(x_btnh: Array, angles: Float[Array, "B T half"], scale: float = 1.0) -> Array:

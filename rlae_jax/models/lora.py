@@ -212,7 +212,7 @@ def for_rows(
     rank = next(iter(stack.params.values()))["b"].shape[1]
     a = {p: jnp.moveaxis(leaf["a"], 0, -2).reshape(*leaf["a"].shape[1:-1], -1) for p, leaf in stack.params.items()}
     b = {p: leaf["b"].reshape(-1, *leaf["b"].shape[2:]) for p, leaf in stack.params.items()}
-    rows = jnp.repeat(jnp.asarray(weights, jnp.float32) * stack.scales, rank, axis=1)
+    rows = jnp.repeat(jnp.asarray(weights, jnp.float32) * stack.scales[None], rank, axis=1)
     return Adapters(a, b, rows, () if key is None or not dropout else (jnp.float32(dropout), key))
 
 

@@ -62,7 +62,8 @@ def next_token_loss(
     else:
         hidden, _ = model.forward(source.ids, source.mask, decoder_ids=before, remat=remat)
     log_probs = model.target_log_probs(hidden, ids_bt[:, 1:])
-    return -jnp.sum(log_probs * predicted_bt[:, 1:]) / jnp.sum(predicted_bt[:, 1:])
+    predicted = predicted_bt[:, 1:]
+    return -jnp.sum(log_probs * predicted.astype(jnp.float32)) / jnp.sum(predicted).astype(jnp.float32)
 
 
 def _optimiser(train: PretrainConfig) -> optax.GradientTransformation:

@@ -250,7 +250,7 @@ class Transformer(nnx.Module):
         real = mask_bt.astype(bool)
         mask_bts = jnp.broadcast_to(real[:, None, :], (len(ids_bt), t, t))
         if self.config.causal:
-            mask_bts = mask_bts & jnp.tri(t, dtype=bool)
+            mask_bts = mask_bts & jnp.tri(t, dtype=bool)[None]
         positions_bt = positions(mask_bt)
         angles = self._angles(positions_bt)
         relative = self._relative(t)

@@ -41,7 +41,8 @@ def init_mlp(key: Key[Array, ""], inputs: int, width: int, outputs: int) -> Mlp:
 
 def apply_mlp(mlp: Mlp, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     """w2 tanh(w1 x + b1) + b2."""
-    return jnp.tanh(x @ mlp["w1"] + mlp["b1"]) @ mlp["w2"] + mlp["b2"]
+    b1, b2 = (jax.lax.broadcast_to_rank(mlp[name], x.ndim) for name in ("b1", "b2"))
+    return jnp.tanh(x @ mlp["w1"] + b1) @ mlp["w2"] + b2
 
 
 def _normed(x: Float[Array, "B D"]) -> Float[Array, "B D"]:

@@ -167,7 +167,7 @@ def exact_tokens(experience: Rollout, batch: Batch) -> Float[Array, " B"]:
     )
     n, r = experience.tokens.shape[1], batch.references.shape[1]
     width = max(n, r)
-    places = jnp.arange(width)
+    places = jnp.arange(width)[None]
     written = jnp.pad(experience.tokens, ((0, 0), (0, width - n)))
     expected = jnp.pad(batch.references, ((0, 0), (0, width - r)))
     same = (written == expected) | (places >= batch.reference_lengths[:, None])
@@ -181,7 +181,8 @@ def shaped_reward(
     """score - member_cost (mean number of members in use - 1) - length_cost steps / max_new_tokens."""
     in_use = jnp.sum(experience.weights > 0.05, axis=-1)
     further = jnp.sum(jnp.where(experience.mask, in_use - 1, 0), axis=1) / jnp.maximum(experience.mask.sum(axis=1), 1)
-    return score - config.member_cost * further - config.length_cost * experience.steps / spec.max_new_tokens
+    steps = experience.steps.astype(jnp.float32)
+    return score - config.member_cost * further - config.length_cost * steps / spec.max_new_tokens
 
 
 def learn(
@@ -227,9 +228,10 @@ def learn(
 
         def part(rows: Int[Array, " M"]) -> tuple[Any, Any]:
             taken = jax.tree.map(lambda leaf: leaf[rows], flat)
-            return jax.tree.map(lambda leaf: leaf * jnp.sum(taken.mask), jax.grad(loss_of, has_aux=True)(params, taken))
+            real = jnp.sum(taken.mask).astype(jnp.float32)
+            return jax.tree.map(lambda leaf: leaf * real, jax.grad(loss_of, has_aux=True)(params, taken))
 
-        total = jnp.maximum(jnp.sum(flat.mask[rows]), 1)
+        total = jnp.maximum(jnp.sum(flat.mask[rows]), 1).astype(jnp.float32)
         parts = rows.reshape(accumulate, -1)
         sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(part, parts))
         return jax.tree.map(lambda leaf: leaf / total, sums)

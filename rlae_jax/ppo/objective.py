@@ -41,7 +41,7 @@ def masked_gae(
 
 def masked_mean(x: Array, mask: Array) -> Float[Array, ""]:
     """Mean over the places where the mask is True; 0 if there is none."""
-    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
 
 
 def normalise(x: Array, mask: Array) -> Array:
@@ -107,5 +107,5 @@ def ppo_loss(
         value=value_loss,
         entropy=mean_entropy,
         approx_kl=masked_mean(estimated_kl, mask),
-        clip_fraction=masked_mean(clipped, mask),
+        clip_fraction=masked_mean(clipped.astype(jnp.float32), mask),
     )

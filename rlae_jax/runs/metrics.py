@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlae_jax import files
 from rlae_jax.errors import InputError
@@ -32,6 +32,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where metrics go besides the file."""
 

@@ -9,7 +9,7 @@ import rlae_jax as rj
 from rlae_jax import ablate as ablation
 from rlae_jax.commands import main as commands
 from rlae_jax.commands.options import ModelOptions, TaskOptions
-from tests import toys
+from tests.helpers import toys
 
 
 @pytest.fixture(scope="module")

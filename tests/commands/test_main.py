@@ -16,7 +16,7 @@ from rlae_jax.commands import main as commands
 from rlae_jax.evaluation import baselines
 from rlae_jax.specialists import make_pair_tokenizer
 from rlae_jax.tasks import skills
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 TRAIN = ["--iterations", "2", "--prompts", "8", "--eval-every", "1"]
 

@@ -16,7 +16,7 @@ from rlae_jax.emorl.search import PointEvaluator, SearchConfig, level_sizes, lev
 from rlae_jax.fusion.search import Scores, hierarchical, pareto, search_size
 from rlae_jax.models import LM, transformer
 from rlae_jax.tasks import reflections
-from tests.adapters import random_adapter
+from tests.helpers.adapters import random_adapter
 
 NAMES = ("red", "green", "blue")
 PROMPTS = reflections.prompts().split("dev")[:3]

@@ -13,8 +13,8 @@ from rlae_jax.emorl import fine_tune, losses
 from rlae_jax.emorl.fine_tune import EMORLConfig
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.models import LoraConfig, lora
-from tests.adapters import add_by_hand
 from tests.data import hf
+from tests.helpers.adapters import add_by_hand
 
 M, B, K, N = 3, 4, 2, 6
 SEEDS = np.array([3, 5, 8], np.uint32)

@@ -9,7 +9,7 @@ import rlae_jax as rj
 from rlae_jax.emorl import fused as fused_module
 from rlae_jax.emorl.fused import MODES, Fused, _batch_size
 from rlae_jax.fusion.prompts import pad_rows
-from tests.adapters import EVERY_LAYER, add_by_hand, random_adapter
+from tests.helpers.adapters import EVERY_LAYER, add_by_hand, random_adapter
 
 N = 7
 ROWS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]

@@ -63,7 +63,7 @@ class TestGradients:
                         ratio = jnp.exp(chosen(z, tokens)[b, t] - chosen(old, tokens)[b, t])
                         a = advantages[b, t]
                         row -= jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a)
-                total += row / mask[b].sum()
+                total += row / int(mask[b].sum())
             return total / B
 
         np.testing.assert_allclose(loss(logits), written_out(logits), rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.evaluation import Method, baseline_methods, baselines, evaluate
 from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims
-from tests import toys
+from tests.helpers import toys
 
 
 @dataclasses.dataclass(frozen=True)

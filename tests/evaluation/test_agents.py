@@ -13,7 +13,7 @@ from rlae_jax.evaluation import (
     router_config,
 )
 from rlae_jax.runs.directory import CONFIG_FILE
-from tests import toys
+from tests.helpers import toys
 
 
 class TestRouter:

@@ -15,7 +15,7 @@ from rlae_jax.evaluation import answers as answering
 from rlae_jax.evaluation.methods import Pick
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 SINGLES = ["single:left", "single:right"]
 

@@ -18,7 +18,7 @@ from rlae_jax.evaluation.policies import Replay, replay
 from rlae_jax.evaluation.searches import schedule_weights, static_weights
 from rlae_jax.tasks import Task
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 SINGLES = ["single:left", "single:right"]
 

@@ -11,7 +11,7 @@ from rlae_jax.evaluation import (
     searches,
 )
 from rlae_jax.evaluation.searches import Budget, search_size, simplex_grid, static_weights
-from tests import toys
+from tests.helpers import toys
 
 
 class TestGrid:

@@ -9,7 +9,7 @@ from rlae_jax.evaluation import (
     transfer_matrix,
 )
 from rlae_jax.evaluation.policies import Replay
-from tests import toys
+from tests.helpers import toys
 
 
 class TestTransfer:

@@ -20,13 +20,10 @@ from rlae_jax.fusion import members, programs
 from rlae_jax.fusion.policy import Confidence, Dims
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.models import transformer
-from tests.adapters import EVERY_LAYER, add_by_hand, random_adapter
-from tests.fusion.policies import Reader
+from tests.helpers.adapters import EVERY_LAYER, PROMPTS, N, add_by_hand, random_adapter, write
+from tests.helpers.policies import Reader
 
-# Five rows are filled up to a bucket of six.
-PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0], [1, 2]]
 B = len(PROMPTS)
-N = 9
 END_IDS = (6, 18)
 SAMPLED = {"temperature": 1.3, "seed": 5}
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -62,11 +59,6 @@ def stacked(lm, trio) -> rj.Ensemble:
 def alone(merged) -> Callable[..., Any]:
     """alone(m, **options) -> what merged model m writes by itself."""
     return lambda m, **options: write(rj.Ensemble([merged[m]]), **options)
-
-
-def write(ensemble: rj.Ensemble, rows: list[list[int]] = PROMPTS, **options: Any) -> rj.Generation:
-    ids, mask = pad_rows(rows, 8)
-    return ensemble.generate(prompt_ids=ids, prompt_mask=mask, **{"max_new_tokens": N} | options)
 
 
 def assert_same(one: rj.Generation, other: rj.Generation) -> None:

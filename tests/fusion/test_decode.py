@@ -16,8 +16,8 @@ from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.members import left_align_padding
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays, row_keys
-from tests.fusion import reference
-from tests.fusion.policies import Reader
+from tests.helpers import reference
+from tests.helpers.policies import Reader
 
 decode = jax.jit(rj.decode)
 

@@ -12,7 +12,7 @@ from rlae_jax.fusion.codec import decode_texts
 from rlae_jax.fusion.policy import BoundPolicy, Confidence, Dims, Fixed
 from rlae_jax.fusion.prompts import bucket, pad_rows
 from rlae_jax.fusion.weights import normalise_weights
-from tests.fusion.policies import Reader
+from tests.helpers.policies import Reader
 
 V = 23
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0], [1, 2]]

@@ -12,7 +12,7 @@ from rlae_jax.fusion.policy import BoundPolicy, Dims, slice_rows
 from rlae_jax.fusion.prompts import Prompts, pad_rows, prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
-from tests.fusion.test_union import byte_level
+from tests.helpers.tokenizers import byte_level
 
 ROWS, N, L = 12, 7, 2
 AGENT = PPOAgent(AgentConfig(projection=6, span_embedding=4, ffn_width=16))

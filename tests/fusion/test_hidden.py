@@ -8,11 +8,9 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.models import transformer
-from tests.adapters import add_by_hand, random_adapter
-from tests.fusion.test_adapters import PROMPTS, write
+from tests.helpers.adapters import PROMPTS, N, add_by_hand, random_adapter, write
 
 END_IDS = (6, 18)
-N = 9
 TARGETS = ("q", "k", "v", "o", "up", "down")
 WEIGHTS = np.array([[0.2, 0.9, 0.4], [1.0, 0.0, 0.3], [0.5, 0.5, 0.5], [0.0, 0.7, 0.1], [1.0, 1.0, 0.0]])
 

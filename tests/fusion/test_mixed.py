@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import rlae_jax as rj
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Draw
-from tests.fusion.mixed_reference import Mixed
+from tests.helpers.mixed_reference import Mixed
 
 PROMPTS = ["Once upon a time", "x", "Żółw 你好, мир", "\tdef f(x):\n        return"]
 N = 8

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from rlae_jax.fusion.operators import Candidates, Proxy, get_operator, linear, loglinear
-from tests.fusion import reference
+from tests.helpers import reference
 
 B, K, V = 3, 4, 11
 OPERATORS = {"linear": linear, "loglinear": loglinear}

@@ -15,8 +15,8 @@ from rlae_jax.fusion import programs
 from rlae_jax.fusion.prompts import pad_rows
 from rlae_jax.fusion.state import answers_of
 from rlae_jax.models import transformer
-from tests.adapters import EVERY_LAYER, random_adapter
-from tests.fusion import reference
+from tests.helpers import reference
+from tests.helpers.adapters import EVERY_LAYER, random_adapter
 
 V = 23
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0]]

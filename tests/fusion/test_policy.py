@@ -9,8 +9,8 @@ from scipy import stats
 import rlae_jax as rj
 from rlae_jax.fusion.policy import BoundPolicy, Consistency, Dims, Draw, Gate, Observation, OneHot, Perplexity
 from rlae_jax.fusion.prompts import pad_rows
-from tests.fusion import reference
-from tests.fusion.reference import log_softmax
+from tests.helpers import reference
+from tests.helpers.reference import log_softmax
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0]]
 N = 6

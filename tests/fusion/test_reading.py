@@ -12,11 +12,11 @@ import rlae_jax as rj
 from rlae_jax.config import AgentConfig
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.fusion.reading import read_prompts
-from rlae_jax.fusion.union import spell_texts, token_bytes
+from rlae_jax.fusion.vocabulary import spell_texts, token_bytes
 from rlae_jax.models import Encoder, ModelConfig
 from rlae_jax.models.transformer import init_params
 from rlae_jax.ppo.agent import PPOAgent
-from tests.fusion.test_union import byte_level
+from tests.helpers.tokenizers import byte_level
 
 PROMPTS = ["Once upon a time", "x", "two and two are four, and more", "Żółw 你好"]
 N, L = 10, 2

@@ -11,7 +11,7 @@ from scipy import stats
 
 from rlae_jax.fusion.operators import get_operator
 from rlae_jax.fusion.sampling import Sampling, SamplingOptions, argmax, choose_token, truncate
-from tests.fusion import reference
+from tests.helpers import reference
 
 # One shape, so that every example runs the same compiled program.
 SHAPE = (4, 9)

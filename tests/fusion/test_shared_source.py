@@ -9,7 +9,7 @@ import rlae_jax as rj
 from rlae_jax.emorl import fused as fused_module
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.fusion.prompts import pad_rows, row_keys
-from tests.adapters import random_adapter
+from tests.helpers.adapters import random_adapter
 
 ROWS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7]]
 N = 6

@@ -12,9 +12,9 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.fusion.prompts import pad_rows
 from rlae_jax.fusion.state import answers_of
-from rlae_jax.fusion.union import token_bytes
+from rlae_jax.fusion.vocabulary import token_bytes
 from rlae_jax.models.lm import read_tokenizer
-from tests.fusion.test_union import byte_level, sentencepiece
+from tests.helpers.tokenizers import byte_level, sentencepiece
 
 REAL = {
     "gpt2": ("tokenizers/gpt2", (50_256,)),

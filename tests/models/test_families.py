@@ -6,12 +6,10 @@ logits of the whole text. Live comparisons draw their seed anew in every run; me
 RLAE_JAX_TEST_SEED repeats it.
 """
 
-import contextlib
 import dataclasses
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 
 import rlae_jax as rj
 from tests.data import hf
+from tests.helpers.telling import telling
 
 # Largest absolute difference over the largest absolute value of the reference.
 TOLERANCE = 2e-5
@@ -85,16 +84,6 @@ def live_problem(family: str, index: int, directory: Path) -> Problem:
         inputs = hf.make_inputs(seed, kind, stored.config, stored.token_types)
         reference = hf.refer(model, kind, inputs)
     return Problem(f"{where} {case}", kind, directory, stored.load, inputs, reference, model)
-
-
-@contextlib.contextmanager
-def telling(where: str) -> Iterator[None]:
-    """Whatever is raised inside, an assertion or not, says for which configuration."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(where)
-        raise
 
 
 def difference(actual: Any, expected: np.ndarray) -> float:

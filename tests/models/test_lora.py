@@ -26,10 +26,10 @@ from safetensors.numpy import load_file, save_file
 import rlae_jax as rj
 from rlae_jax.models import lm as lm_module
 from rlae_jax.models import lora, transformer
-from tests.adapters import EVERY_LAYER, add_by_hand, leaf_at, random_adapter
 from tests.data import hf
 from tests.data.make_adapters import ADAPTERS, CASES, make_adapter, refer
-from tests.models.test_families import telling
+from tests.helpers.adapters import EVERY_LAYER, add_by_hand, leaf_at, random_adapter
+from tests.helpers.telling import telling
 
 # The stored adapters were made for bases of other names.
 pytestmark = pytest.mark.filterwarnings("ignore:.*by its shapes alone")

@@ -57,7 +57,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
     rng = np.random.default_rng(0)
     ids = jnp.asarray(rng.integers(0, lm.config.vocab, (batch, total)))
     starts = jnp.asarray(np.concatenate([[0], rng.integers(0, t, batch - 1)]))
-    mask = (jnp.arange(total) >= starts[:, None]).astype(int)
+    mask = (jnp.arange(total)[None] >= starts[:, None]).astype(int)
     whole = np.asarray(lm.hidden(ids, mask))
 
     model = transformer.Model(lm.config, lm.params)
@@ -68,7 +68,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
     step = jax.jit(transformer.Model.decode_step)
     slots = jnp.arange(total + 3)
     for slot in range(t, total):
-        visible = (slots >= starts[:, None]) & (slots <= slot)
+        visible = (slots[None] >= starts[:, None]) & (slots[None] <= slot)
         hidden, cache = step(model, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
         np.testing.assert_allclose(hidden, whole[:, slot], rtol=0, atol=1e-5)
 

@@ -8,32 +8,15 @@ import numpy as np
 import pytest
 
 from rlae_jax.config import PRESETS, AgentConfig, PPOConfig
-from rlae_jax.fusion.policy import OBSERVATION_PARTS, STATS, Dims, Observation, Policy
+from rlae_jax.fusion.policy import OBSERVATION_PARTS, Observation, Policy
 from rlae_jax.ppo.agent import PPOAgent
+from tests.helpers.agents import DIMS, SMALL, observe, undecided_no_more
 
-DIMS = Dims((6, 4, 5), 3, text=7)
-SMALL = {"projection": 3, "span_embedding": 4, "ffn_width": 8}
 SUBSETS = [(part,) for part in OBSERVATION_PARTS] + [OBSERVATION_PARTS[1:], OBSERVATION_PARTS]
-
-
-def observe(batch=7, seed=0, spans=3, scale=1.0):
-    rng = np.random.default_rng(seed)
-    return Observation(
-        hidden=tuple(jnp.asarray(rng.normal(0, scale, (batch, width)), jnp.float32) for width in DIMS.widths),
-        stats=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members, len(STATS))), jnp.float32),
-        span=jnp.asarray(rng.integers(0, spans, batch), jnp.int32),
-        prompt=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members)), jnp.float32),
-        text=jnp.asarray(rng.normal(0, scale, (batch, DIMS.text)), jnp.float32),
-    )
 
 
 def keep(observation, reads):
     return Observation(*(value if name in reads else () for name, value in observation._asdict().items()))
-
-
-def undecided_no_more(params):
-    """The output layers start near zero; larger ones make differences visible."""
-    return params | {name: params[name] | {"w2": params[name]["w2"] * 100} for name in ("actor", "critic")}
 
 
 @pytest.mark.parametrize("reads", SUBSETS, ids="+".join)

@@ -20,7 +20,7 @@ from rlae_jax.ppo.gamma import LogGammas
 from rlae_jax.ppo.logistic_normal import LogisticNormal
 from rlae_jax.ppo.objective import ppo_loss
 from rlae_jax.ppo.span_choice import WithLength
-from tests.ppo.test_agent import DIMS, SMALL, observe, undecided_no_more
+from tests.helpers.agents import DIMS, SMALL, observe, undecided_no_more
 
 
 def keys(n, seed=0):
@@ -114,7 +114,8 @@ class TestMAPPOAgent:
         assert (distribution.concentration.shape, value.shape) == ((7, 3), (7,))
         for k in range(3):
             hidden = tuple(
-                h + 1.0 * (j == k) * jnp.sign(h) * jnp.arange(h.shape[1]) for j, h in enumerate(before.hidden)
+                h + 1.0 * (j == k) * jnp.sign(h) * jnp.arange(h.shape[1], dtype=jnp.float32)[None]
+                for j, h in enumerate(before.hidden)
             )
             stats_k = before.stats.at[:, k].add(0.5)
             for changed in (before._replace(hidden=hidden), before._replace(stats=stats_k)):

@@ -69,7 +69,7 @@ class TestNumericalIntegration:
         w = np.random.default_rng(0).dirichlet(np.ones(len(alpha)), 50)
         w = (w + 1e-3) / (w + 1e-3).sum(axis=1, keepdims=True)
         expected = np.log(w) @ (np.array(alpha) - 1.0) - log_z
-        ours = Dirichlet(jnp.array(alpha)).log_prob(jnp.asarray(w))
+        ours = Dirichlet(jnp.array([alpha])).log_prob(jnp.asarray(w))
         np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-4)
 
 
@@ -78,7 +78,7 @@ def test_the_density_of_pairs_integrates_to_the_mass_between_the_clamps(alpha):
     t = np.linspace(-13.8, 13.8, 20_001)
     w = 1 / (1 + np.exp(-t))
     points = jnp.asarray(np.stack([w, 1 - w], axis=-1), jnp.float32)
-    density = np.exp(np.asarray(Dirichlet(jnp.array(alpha)).log_prob(points), np.float64))
+    density = np.exp(np.asarray(Dirichlet(jnp.array([alpha])).log_prob(points), np.float64))
     mass = np.trapezoid(density * w * (1 - w), t)
     first, last = scipy.special.betainc(*alpha, w[[0, -1]])
     np.testing.assert_allclose(mass, last - first, rtol=2e-3)

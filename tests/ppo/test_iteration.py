@@ -13,7 +13,7 @@ from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 B, N = 12, 9
 SEEDS = np.array([5], np.uint32)

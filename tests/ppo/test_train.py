@@ -25,7 +25,7 @@ from rlae_jax.runs.metrics import MetricsLog, read_metrics
 from rlae_jax.specialists import make_pair_tokenizer as make_skills_tokenizer
 from rlae_jax.tasks import Examples, Task, skills
 from rlae_jax.tasks.rewards import exact_match
-from tests import toys
+from tests.helpers import toys
 
 
 @pytest.fixture(scope="module")

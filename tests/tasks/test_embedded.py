@@ -6,28 +6,9 @@ import pytest
 
 from rlae_jax.tasks import embedded, skills
 from rlae_jax.tasks.base import SPLITS
+from tests.helpers.embedded import by_hand, digits_of
 
 NAMES = list(embedded.FORMS)
-
-
-def by_hand(prompt):
-    """The answer to a prompt, by arithmetic on lists of digits."""
-    letters = "".join(itertools.takewhile(str.isalpha, prompt))
-    digits = [ord(character) - ord("0") for character in prompt[len(letters) : -1]]
-    n = len(digits)
-    results = {
-        "r": [digits[n - 1 - i] for i in range(n)],
-        "i": [0 if d == 9 else d + 1 for d in digits],
-        "s": [d for value in range(10) for d in digits if d == value],
-        "c": [9 - d for d in digits],
-        "d": [d + d if d < 5 else d + d - 10 for d in digits],
-        "t": [digits[(i + 1) % n] for i in range(n)],
-    }
-    return "".join(str(d) for letter in letters for d in results[letter])
-
-
-def digits_of(prompt):
-    return prompt.strip("".join(embedded.OPERATIONS) + "=")
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from rlae_jax.fusion.union import UnionVocabulary
+from rlae_jax.fusion.vocabulary import UnionVocabulary
 from rlae_jax.models import LM
-from tests.fusion import reference
-from tests.fusion.reference import log_softmax
+from tests.helpers import reference
+from tests.helpers.reference import log_softmax
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""LoRA adapters for tests: random in both factors, and merged by hand."""
+"""LoRA adapters for tests: random in both factors, and merged by hand; prompts to write after with them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import rlae_jax as rj
+from rlae_jax.fusion.ensemble import pad_rows
 
+# Five rows are filled up to a bucket of six.
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0], [1, 2]]
+N = 9
 EVERY_LAYER = (r".*",)  # the output head too, which `targets=None` leaves out
 
 
@@ -44,3 +48,9 @@ def add_by_hand(lm: rj.LM, adapters: Sequence[rj.Adapter], weights: Sequence[flo
             change = weight * adapter.config.alpha / adapter.config.rank * np.tensordot(a, b, axes=1)
             layer["kernel"] = np.asarray(layer["kernel"], np.float64) + change
     return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), params, lm.params)
+
+
+def write(ensemble: rj.Ensemble, rows: list[list[int]] = PROMPTS, **options: Any) -> rj.Generation:
+    """What the ensemble writes after rows of ids."""
+    ids, mask = pad_rows(rows, 8)
+    return ensemble.generate(prompt_ids=ids, prompt_mask=mask, **{"max_new_tokens": N} | options)

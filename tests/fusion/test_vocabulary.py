@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlae_jax.fusion import union as unions
-from rlae_jax.fusion.union import UnionVocabulary, build, load_or_build, token_bytes
+from rlae_jax.errors import InputError
+from rlae_jax.fusion.vocabulary import UnionVocabulary, build, load_or_build, token_bytes
+from rlae_jax.fusion.vocabulary import union as unions
+from rlae_jax.fusion.vocabulary.rows import join
+from rlae_jax.fusion.vocabulary.utf8 import utf8_states
 from rlae_jax.models.lm import read_tokenizer
+from tests.helpers.tokenizers import BYTE_CHARACTERS, byte_level, sentencepiece
 
 REAL = {
     "gpt2": "tokenizers/gpt2",
@@ -25,7 +29,6 @@ REAL = {
     "mistral_v3": "tokenizers/mistral_v3",
     "stories": "models/stories260K",
 }
-BYTE_CHARACTERS = {byte: chr(code) for code, byte in unions._byte_alphabet().items()}
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +39,6 @@ def real(shared: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def pair(real: dict[str, Any]) -> UnionVocabulary:
     return build([real["gpt2"], real["mistral_v3"]], ["gpt2", "mistral_v3"], [[50256], [2]])
-
-
-def byte_level(words: Sequence[bytes], added: Sequence[AddedToken] = (), lacking: bytes = b"") -> Any:
-    """The bytes but for `lacking`, then `words`, then added tokens, the last "</s>"."""
-    characters = [BYTE_CHARACTERS[byte] for byte in range(256) if byte not in lacking]
-    tokens = dict.fromkeys([*characters, *("".join(BYTE_CHARACTERS[byte] for byte in word) for word in words)])
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(list(added))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-
-
-def sentencepiece(words: Sequence[str], byte_fallback: bool = True) -> Any:
-    """<unk>, <s>, </s>, the byte tokens, then `words`, "▁" for a space."""
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
-    tokens = dict.fromkeys(["<unk>", "<s>", "</s>", *fallback, *words])
-    model = models.BPE(
-        {token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=byte_fallback, fuse_unk=True
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([steps[0], decoders.ByteFallback(), steps[1]] if byte_fallback else steps)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=0
-    )
 
 
 def check_union(union: UnionVocabulary, tokenizers: Sequence[Any], end_ids: Sequence[Sequence[int]]) -> None:
@@ -406,7 +382,7 @@ class TestUtf8:
         )
     )
     def test_against_pythons_decoder(self, pieces: list[bytes]) -> None:
-        states = unions.utf8_states(*unions._join(pieces))
+        states = utf8_states(*join(pieces))
         assert states.shape == (8, len(pieces))
         for u, piece in enumerate(pieces):
             for state, prefix in enumerate(self.PREFIXES):
@@ -423,7 +399,7 @@ class TestUtf8:
                 assert states[state, u] == expected, (prefix, piece)
 
     def test_states_are_reached(self) -> None:
-        states = unions.utf8_states(*unions._join(self.PREFIXES[1:]))
+        states = utf8_states(*join(self.PREFIXES[1:]))
         np.testing.assert_array_equal(states[0], range(1, 8))
 
 
@@ -483,7 +459,7 @@ class TestFiles:
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
             try:
                 loaded = UnionVocabulary.load(path)
-            except unions.InputError:
+            except InputError:
                 continue
             self.assert_equal(loaded, union)
         raises_input_error(lambda: UnionVocabulary.load(tmp_path / "absent.npz"), "absent.npz")
@@ -491,7 +467,7 @@ class TestFiles:
     def test_other_format(self, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build(*small).save(tmp_path / "union.npz")
         monkeypatch.setattr(unions, "FORMAT", unions.FORMAT + 1)
-        with pytest.raises(unions.InputError, match="format"):
+        with pytest.raises(InputError, match="format"):
             UnionVocabulary.load(tmp_path / "union.npz")
 
     def test_unwritable_cache(self, small: Any, tmp_path: Path) -> None:
