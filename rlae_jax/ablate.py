@@ -189,7 +189,8 @@ def configured(base: PPOConfig, changes: Mapping[str, Any]) -> PPOConfig:
         if both:
             raise InputError(f"{ENCODER} sets {both[0]}; vary one of the two")
         changes |= chosen
-    return _with_changes(base, changes, ALGORITHMS[algorithm])
+    config: PPOConfig = _with_changes(base, changes, ALGORITHMS[algorithm])
+    return config
 
 
 def _with_changes(config: Any, changes: Mapping[str, Any], kind: Callable[..., Any]) -> Any:

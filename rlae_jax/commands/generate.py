@@ -12,7 +12,9 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from rlae_jax.fusion.ensemble import Ensemble, Generation, Weights
+    from rlae_jax.fusion.ensemble import Ensemble
+    from rlae_jax.fusion.generation import Generation
+    from rlae_jax.fusion.weights import Weights
 
 
 def generate(

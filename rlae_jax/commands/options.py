@@ -217,7 +217,8 @@ class AgentOptions:
             name: value for name, value in vars(self).items() if name not in ("algo", "preset") and value is not None
         }
         of_agent = {f.name: changes.pop(f.name) for f in dataclasses.fields(AgentConfig) if f.name in changes}
-        return preset(**changes, agent=dataclasses.replace(preset().agent, **of_agent))
+        config: PPOConfig = preset(**changes, agent=dataclasses.replace(preset().agent, **of_agent))
+        return config
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ from rlae_jax.evaluation.results import (
     rewards_of,
     write_results,
 )
-from rlae_jax.fusion.ensemble import Ensemble, Weights
+from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.weights import Weights
 from rlae_jax.models import LM, Adapter
 from rlae_jax.ppo.train import load_policy
 from rlae_jax.runs.directory import CONFIG_FILE

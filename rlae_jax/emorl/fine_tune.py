@@ -126,17 +126,20 @@ def begin(model: ModelConfig, config: EMORLConfig, seed: int) -> TrainingState:
     factors = lora.init(config.lora, transformer.linears(model), jax.random.key(seed))
     value = jnp.zeros(model.hidden_width)
     state = TrainingState(factors, value, _optimiser(config).init((factors, value)), jnp.int32(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
+    alone: TrainingState = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
+    return alone
 
 
 def join(states: list[TrainingState]) -> TrainingState:
     """Several adapters as one stack."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
+    joined: TrainingState = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
+    return joined
 
 
 def take(state: TrainingState, m: int) -> TrainingState:
     """Adapter m, alone in its axis."""
-    return jax.tree.map(lambda leaf: leaf[m : m + 1], state)
+    taken: TrainingState = jax.tree.map(lambda leaf: leaf[m : m + 1], state)
+    return taken
 
 
 def _stack(factors: lora.Factors, config: EMORLConfig, members: int) -> lora.Stack:

@@ -142,7 +142,8 @@ class PointDecoder:
     @functools.cached_property
     def _read(self) -> DecodeState:
         """The state before the first token, with every prompt's keys and values under every adapter."""
-        return _prefill(self.fused.ensemble.params, self.prompts, self.spec)
+        state: DecodeState = _prefill(self.fused.ensemble.params, self.prompts, self.spec)
+        return state
 
     @functools.cached_property
     def at_once(self) -> int:

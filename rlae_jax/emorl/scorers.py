@@ -364,4 +364,5 @@ def combine(
     if how == "sum":
         return np.asarray(scores, np.float64) @ w
     total = np.log(np.clip(scores, _EDGE, 1 - _EDGE)) @ w
-    return total if how == "log" else np.exp(total)
+    combined: Float[np.ndarray, " N"] = total if how == "log" else np.exp(total)
+    return combined

@@ -155,7 +155,8 @@ class _Split:
 
     def take(self, places: Int[np.ndarray, " n"]) -> Prompts:
         """Some of the prompts."""
-        return jax.tree.map(lambda leaf: leaf[places], self.prompts)
+        taken: Prompts = jax.tree.map(lambda leaf: leaf[places], self.prompts)
+        return taken
 
 
 def _tokenise(ensemble: Ensemble, texts: Sequence[str], max_new_tokens: int) -> _Split:
@@ -384,9 +385,10 @@ class _Loop:
             if learner.weights is not None:
                 learner.weights.step()
             rewards[m] = scorers.combine(scores, config.combination, learner.reward_weights())
-        return fine_tune.update(
+        after: tuple[TrainingState, dict[str, Any]] = fine_tune.update(
             self.base.params, stack, prompts, samples, rewards, seeds, self.base.config, self._static
         )
+        return after
 
     @property
     def _static(self) -> EMORLConfig:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.ensemble import Ensemble, Weights
+from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.weights import Weights
 from rlae_jax.fusion.policy import BoundPolicy
 
 

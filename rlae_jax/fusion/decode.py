@@ -169,9 +169,12 @@ def _decide(
 
         return _act(policy_params, observation, jax.vmap(own_key)(state.rows.keys, index), spec)
 
-    if not spec.span_lengths:
-        return lax.cond(due, take, lambda: last.span)
-    return lax.cond(jnp.any(due), lambda: _select_rows(due, take(), last.span), lambda: last.span)
+    def take_where_due() -> Span:
+        return _select_rows(due, take(), last.span)
+
+    some, decide = (jnp.any(due), take_where_due) if spec.span_lengths else (due, take)
+    span: Span = lax.cond(some, decide, lambda: last.span)
+    return span
 
 
 def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec) -> Observation:
@@ -197,9 +200,10 @@ def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec
     )
 
 
-def _select_rows(rows: Bool[Array, " B"], new: Any, old: Any) -> Any:
+def _select_rows(rows: Bool[Array, " B"], new: Span, old: Span) -> Span:
     """Leaves [B, ...] of `new` in some rows and of `old` in the others."""
-    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), new, old)
+    selected: Span = jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), new, old)
+    return selected
 
 
 def _fuse(
@@ -401,7 +405,8 @@ def decode_batch(
 
     split = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(groups, n, *leaf.shape[1:]), prompts)
     answers = lax.map(of_group, (jnp.arange(groups) * n, split))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), answers)
+    joined: Answers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), answers)
+    return joined
 
 
 def _row_groups(params: tuple[MemberParams, ...], prompts: Prompts, spec: DecodeSpec, samples: int) -> int:

@@ -152,7 +152,8 @@ def prompt_cache(run: ForwardPass, ids: Array, real: Array) -> transformer.Cache
     if groups <= 1 or b % size:
         return read(inputs)
     grouped = lax.map(read, jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), inputs))
-    return jax.tree.map(lambda leaf: leaf.reshape(b, *leaf.shape[2:]), grouped)
+    cache: transformer.Cache = jax.tree.map(lambda leaf: leaf.reshape(b, *leaf.shape[2:]), grouped)
+    return cache
 
 
 def prompt_log_probs(passes: tuple[ForwardPass, ...], prompts: Prompts) -> Float[Array, "B K"]:

@@ -82,7 +82,8 @@ def lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, lo
 
 def on_host(answers: Answers, rows: int) -> Answers:
     """Answers as host arrays, without what fills their bucket."""
-    return jax.tree.map(lambda leaf: leaf[:rows], jax.device_get(answers))
+    kept: Answers = jax.tree.map(lambda leaf: leaf[:rows], jax.device_get(answers))
+    return kept
 
 
 def run(job: Job) -> Answers:

@@ -81,7 +81,8 @@ def fill_rows(tree: T, batch: int) -> T:
         missing = batch - len(leaf)
         return np.concatenate([leaf, np.repeat(leaf[:1], missing, axis=0)]) if missing else leaf
 
-    return jax.tree.map(fill, tree)
+    filled: T = jax.tree.map(fill, tree)
+    return filled
 
 
 def make_prompts(

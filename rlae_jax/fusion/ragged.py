@@ -240,7 +240,8 @@ class Ragged(NamedTuple):
 
     def repeat(self, batch: int, times: int) -> "Ragged":
         del batch
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
+        repeated: Ragged = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, axis=0), self)
+        return repeated
 
     def lengthen(self, old: DecodeSpec, longer: DecodeSpec) -> "Ragged":
         room = longer.member_tokens - old.member_tokens

@@ -112,7 +112,7 @@ def _init_team(key: Key[Array, ""], config: AgentConfig, joint: int) -> dict[str
 
 
 def _with_length(
-    params: dict[str, Any], config: AgentConfig, of_weights: Any, joint: Float[Array, "B I"]
+    params: dict[str, Any], config: AgentConfig, of_weights: Distribution, joint: Float[Array, "B I"]
 ) -> Distribution:
     if not config.span_lengths:
         return of_weights

@@ -73,7 +73,8 @@ class AgentsInBlocks:
         """Each block under its own agent."""
         blocks = jax.tree.map(lambda leaf: leaf.reshape(self.agents, -1, *leaf.shape[1:]), observation)
         both = jax.vmap(self.policy.apply)(params, blocks)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
+        joined: tuple[Distribution, Array] = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
+        return joined
 
     def slice_rows(self, params: Any, start: Array | int, n: int, total: int) -> tuple["AgentsInBlocks", Any]:
         """The agent whose rows they are."""
@@ -226,15 +227,19 @@ def learn(
     def gradients_of(params: Any, rows: Int[Array, " M"]) -> tuple[Any, PPOLoss]:
         """The minibatch's, as the sum over its parts of what each has a share in."""
 
-        def part(rows: Int[Array, " M"]) -> tuple[Any, Any]:
+        def part(rows: Int[Array, " M"]) -> tuple[Any, PPOLoss]:
             taken = jax.tree.map(lambda leaf: leaf[rows], flat)
             real = jnp.sum(taken.mask).astype(jnp.float32)
-            return jax.tree.map(lambda leaf: leaf * real, jax.grad(loss_of, has_aux=True)(params, taken))
+            weighted: tuple[Any, PPOLoss] = jax.tree.map(
+                lambda leaf: leaf * real, jax.grad(loss_of, has_aux=True)(params, taken)
+            )
+            return weighted
 
         total = jnp.maximum(jnp.sum(flat.mask[rows]), 1).astype(jnp.float32)
         parts = rows.reshape(accumulate, -1)
         sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(part, parts))
-        return jax.tree.map(lambda leaf: leaf / total, sums)
+        means: tuple[Any, PPOLoss] = jax.tree.map(lambda leaf: leaf / total, sums)
+        return means
 
     def update(carry: tuple[Any, Any, Array], rows: Int[Array, " M"]) -> tuple[tuple[Any, Any, Array], Any]:
         params, optimiser_state, stopped = carry

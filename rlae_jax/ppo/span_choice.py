@@ -25,7 +25,7 @@ class WithLength(NamedTuple):
         return self._join(self.of_weights.mode(), jnp.argmax(self.logits, axis=-1))
 
     def log_prob(self, action: Float[Array, "B A+1"]) -> Float[Array, " B *N"]:
-        of_weights = self.of_weights.log_prob(action[:, :-1])
+        of_weights: Float[Array, "B *N"] = self.of_weights.log_prob(action[:, :-1])
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
         of_length = jnp.take_along_axis(log_probs, self._place(action)[:, None], axis=-1)
         if of_weights.ndim == 1:
@@ -34,10 +34,12 @@ class WithLength(NamedTuple):
 
     def entropy(self) -> Float[Array, " B"]:
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
-        return self.of_weights.entropy() - jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+        of_weights: Float[Array, " B"] = self.of_weights.entropy()
+        return of_weights - jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
     def to_weights(self, action: Float[Array, "B A+1"]) -> Float[Array, "B K"]:
-        return self.of_weights.to_weights(action[:, :-1])
+        weights: Float[Array, "B K"] = self.of_weights.to_weights(action[:, :-1])
+        return weights
 
     def to_length(self, action: Float[Array, "B A+1"]) -> Int[Array, " B"]:
         """How many steps the action holds."""

@@ -129,7 +129,8 @@ class _Split:
 
     def read_text(self, places: Any) -> Text | None:
         """What the agent's encoder reads of some of them."""
-        return jax.tree.map(lambda leaf: leaf[np.asarray(places)], self.text)
+        text: Text | None = jax.tree.map(lambda leaf: leaf[np.asarray(places)], self.text)
+        return text
 
 
 def _tokenise(
@@ -330,7 +331,10 @@ def _iterate(
 ) -> tuple[ppo.LearnerState, dict[str, Array]]:
     batch = split.batch(ensemble, rows, spec)
     if rewards_tokens(ensemble, task):
-        return ppo.iterate(learner, ensemble.params, batch, seeds, spec, config)
+        after: tuple[ppo.LearnerState, dict[str, Array]] = ppo.iterate(
+            learner, ensemble.params, batch, seeds, spec, config
+        )
+        return after
     iteration = learner.iteration[0]
     experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
     answered = np.repeat(rows, config.samples)
@@ -339,7 +343,10 @@ def _iterate(
         [column[i] for i in answered] for column in (split.examples.prompts, split.examples.references)
     )
     scores = pool.submit(asked, texts, references).result()
-    return ppo.learn_from_text(learner, experience, scores, seeds, spec, config)
+    learnt: tuple[ppo.LearnerState, dict[str, Array]] = ppo.learn_from_text(
+        learner, experience, scores, seeds, spec, config
+    )
+    return learnt
 
 
 def _nth(tree: Any, e: int) -> Any:
@@ -367,7 +374,8 @@ def _keep_best(state: TrainState, dev: Float[np.ndarray, " E"]) -> TrainState:
 
 
 def _abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    abstract: TrainState = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    return abstract
 
 
 def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Row], experience: ppo.Rollout | Answers) -> list[str]:

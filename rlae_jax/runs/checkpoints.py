@@ -31,7 +31,8 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The iteration of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     def save(self, iteration: int, state: Any) -> None:
         """Writes a checkpoint; older ones go once it is complete."""

@@ -50,12 +50,13 @@ def resolve(source: str) -> Callable[[str, str], Any]:
             if error.name is None or not (module_name + ".").startswith(error.name + "."):
                 raise
             raise LookupError(f"there is no module {error.name!r}") from error
-    found = getattr(module, name, None)
-    if found is None:
+    function = getattr(module, name, None)
+    if function is None:
         raise LookupError(f"{module_name} has no {name!r}")
-    if not callable(found):
-        raise LookupError(f"{name!r} of {module_name} is no function but {type(found).__name__}")
-    return found
+    if not callable(function):
+        raise LookupError(f"{name!r} of {module_name} is no function but {type(function).__name__}")
+    checked: Callable[[str, str], Any] = function
+    return checked
 
 
 def _module_of_file(path: Path) -> Any:

@@ -12,6 +12,7 @@ Everything here is a function of fixed seeds.
 """
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -20,7 +21,7 @@ from rlae_jax.tasks.base import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
 
 DIGITS = 4
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[str], str]] = {
     "r": lambda digits: digits[::-1],
     "i": lambda digits: "".join(str((int(d) + 1) % 10) for d in digits),
     "s": lambda digits: "".join(sorted(digits)),

@@ -113,7 +113,9 @@ def _matching(
     starts, lengths = tokens[1][ids], np.diff(tokens[1])[ids]
     bytes_before, controls_before = offsets_of(lengths), offsets_of(lengths == 0)
     piece_lengths = np.diff(pieces[1])
-    good = (np.diff(bytes_before[rows]) == piece_lengths) & (np.diff(controls_before[rows]) == 0)
+    good: Bool[np.ndarray, " N"] = (np.diff(bytes_before[rows]) == piece_lengths) & (
+        np.diff(controls_before[rows]) == 0
+    )
     written = tokens[0][ranges(starts, lengths)]
     kept = piece_lengths[good]
     same = written[ranges(bytes_before[rows[:-1][good]], kept)] == pieces[0][ranges(pieces[1][:-1][good], kept)]

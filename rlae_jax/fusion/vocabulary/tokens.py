@@ -43,7 +43,8 @@ def parts_of(backend: Tokenizer) -> dict[str, Any]:
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if getattr(backend, part) is not None:
             setattr(frame, part, getattr(backend, part))
-    return json.loads(frame.to_str())
+    state: dict[str, Any] = json.loads(frame.to_str())
+    return state
 
 
 def is_byte_level(parts: dict[str, Any]) -> bool | None:
