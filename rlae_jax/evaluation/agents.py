@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rlae_jax import report
 from rlae_jax.config import PPOConfig
@@ -41,12 +40,8 @@ def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: 
     agent = dataclasses.replace(config.agent, span_lengths=())
     longest = task.max_new_tokens
     config = dataclasses.replace(config, agent=agent, span_length=longest, max_new_tokens=longest)
-    with report.progress("training router", config.iterations, "iterations") as update:
-
-        def show(progress: Any) -> None:
-            update(progress.iteration, f"reward {progress.metrics['reward']:.3f}")
-
-        return train_seeds(ensemble, task, config, out, resume=True, on_progress=show)
+    with report.training_progress("training router", config.iterations) as display:
+        return train_seeds(ensemble, task, config, out, resume=True, on_progress=display)
 
 
 def router_config(runs: Sequence[Path]) -> PPOConfig | None:

@@ -13,8 +13,8 @@ from jaxtyping import Float
 
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
-from rlae_jax.fusion.weights import Weights
 from rlae_jax.fusion.policy import BoundPolicy
+from rlae_jax.fusion.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.weights import Weights
 from rlae_jax.fusion.policy import NAMED_POLICIES
+from rlae_jax.fusion.weights import Weights
 from rlae_jax.ppo.train import load_policy
 
 

@@ -25,7 +25,7 @@ class WithLength(NamedTuple):
         return self._join(self.of_weights.mode(), jnp.argmax(self.logits, axis=-1))
 
     def log_prob(self, action: Float[Array, "B A+1"]) -> Float[Array, " B *N"]:
-        of_weights: Float[Array, "B *N"] = self.of_weights.log_prob(action[:, :-1])
+        of_weights: Float[Array, " B *N"] = self.of_weights.log_prob(action[:, :-1])
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
         of_length = jnp.take_along_axis(log_probs, self._place(action)[:, None], axis=-1)
         if of_weights.ndim == 1:
