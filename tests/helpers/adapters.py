@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rlae_jax as rj
-from rlae_jax.fusion.ensemble import pad_rows
+from rlae_jax.fusion.prompts import pad_rows
 
 # Five rows are filled up to a bucket of six.
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0], [1, 2]]
