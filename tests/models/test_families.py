@@ -68,9 +68,7 @@ class Problem:
 def stored_problem(family: str, case: str, directory: Path) -> Problem:
     stored = hf.read_stored(family, case)
     hf.write_checkpoint(directory, stored.config, stored.tensors, stored.seed)
-    with np.load(hf.REFERENCE / f"{family}.npz") as file:
-        arrays = {name.removeprefix(f"{case}."): file[name] for name in file.files if name.startswith(f"{case}.")}
-    arrays = {name: value.astype(np.int64) if value.dtype == np.int8 else value for name, value in arrays.items()}
+    arrays = hf.read_reference(family, case)
     return Problem(f"{family} {case}", hf.FAMILIES[family].kind, directory, stored.load, arrays, arrays)
 
 

@@ -83,7 +83,7 @@ def family_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], rj.LM
 
     def load(family: str) -> rj.LM:
         if family not in loaded:
-            stored = hf.Stored(**next(iter(json.loads((hf.REFERENCE / f"{family}.json").read_text()).values())))
+            stored = hf.read_stored(family, next(iter(hf.FAMILIES[family].cases)))
             directory = tmp_path_factory.mktemp("family") / family
             hf.write_checkpoint(directory, stored.config, stored.tensors, stored.seed)
             loaded[family] = rj.load(directory, **stored.load)

@@ -5,15 +5,13 @@ tests/data/reference, and `sample`, which draws a random case for live compariso
 without torch; `torch_models` builds and runs it with transformers.
 """
 
-from tests.data.hf.cases import Case as Case
 from tests.data.hf.cases import Fields as Fields
 from tests.data.hf.cases import Kind as Kind
-from tests.data.hf.checkpoints import BATCH as BATCH
 from tests.data.hf.checkpoints import DECODER_LENGTH as DECODER_LENGTH
-from tests.data.hf.checkpoints import LENGTH as LENGTH
 from tests.data.hf.checkpoints import REFERENCE as REFERENCE
 from tests.data.hf.checkpoints import Stored as Stored
 from tests.data.hf.checkpoints import make_inputs as make_inputs
+from tests.data.hf.checkpoints import read_reference as read_reference
 from tests.data.hf.checkpoints import read_stored as read_stored
 from tests.data.hf.checkpoints import write_checkpoint as write_checkpoint
 from tests.data.hf.families import FAMILIES as FAMILIES

@@ -60,6 +60,13 @@ def read_stored(family: str, case: str) -> Stored:
     return Stored(**json.loads((REFERENCE / f"{family}.json").read_text())[case])
 
 
+def read_reference(family: str, case: str) -> dict[str, np.ndarray]:
+    """The inputs of a stored case and what `torch_models.refer` gave for them."""
+    with np.load(REFERENCE / f"{family}.npz") as file:
+        arrays = {name.removeprefix(f"{case}."): file[name] for name in file.files if name.startswith(f"{case}.")}
+    return {name: value.astype(np.int64) if value.dtype == np.int8 else value for name, value in arrays.items()}
+
+
 def write_checkpoint(directory: Path, config: Fields, tensors: dict[str, Any], seed: int) -> None:
     """config.json and model.safetensors; needs no torch."""
     directory.mkdir(parents=True, exist_ok=True)
