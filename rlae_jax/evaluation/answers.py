@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlae_jax.evaluation.methods import AnyMethod, Method, Pick, Shuffled, policy_of
 from rlae_jax.evaluation.policies import replay
@@ -216,7 +216,7 @@ class Answerer:
             sum(one.tokens for one in members),
         )
 
-    def _agreement(self, texts: Sequence[Sequence[str]]) -> Float[np.ndarray, "K N"]:
+    def _agreement(self, texts: Sequence[Sequence[str]]) -> Int[np.ndarray, "K N"]:
         """How many members' answers say the same as each member's. Two answers are the same if the reward takes the one
         for the other, so that what it takes no notice of makes no difference here either, or if their texts are."""
         stripped = np.array([[text.strip() for text in column] for column in texts])

@@ -85,7 +85,7 @@ def test_the_directory_scores_as_reported(path, trained):
     out, report, _ = trained
     encoder = load_encoder(out)
     assert encoder.labels == ("reflection",)
-    scorer = scorers.get_scorer(f"reflection={out}")
+    scorer = scorers.get_objective(f"reflection={out}")
     for split, graded in graded_responses(path).items():
         prompts, responses = [one.prompt for one in graded], [one.response for one in graded]
         scores = scorer(prompts, responses)

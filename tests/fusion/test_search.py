@@ -175,7 +175,7 @@ class TestHalving:
     def test_costs_decide_between_equally_good_points(self, levels):
         """Then the round before does. With `again` a round sees all of its prompts anew."""
         rng = np.random.default_rng(levels)
-        scores, costs = rng.integers(levels, size=(60, 20)), rng.integers(3, size=60)
+        scores, costs = rng.integers(levels, size=(60, 20)), rng.integers(3, size=60).astype(float)
         asked = []
 
         def evaluate(left, rows):
@@ -183,7 +183,7 @@ class TestHalving:
             asked.append((places.tolist(), len(rows)))
             return scores[np.ix_(places, rows)][..., None]
 
-        found = successive_halving(evaluate, np.arange(60)[:, None], 20, first=2, again=True, costs=costs)
+        found = successive_halving(evaluate, np.arange(60.0)[:, None], 20, first=2, again=True, costs=costs)
         left = list(range(60))
         for seen, kept in halving_rounds(60, 20, 2):
             assert asked.pop(0) == (left, seen)
