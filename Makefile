@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint bench clean
+.PHONY: help install demo test test-all test-fast lint bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,12 +22,14 @@ install: .venv/installed ## make .venv and install the package with its test and
 demo: .venv/installed ## train two specialists and a weight agent, compare it with every baseline (SEED=0 OUT=runs/demo)
 	$(BIN)/rlae-jax demo --seed $(SEED) --out $(OUT)
 
-test: .venv/installed ## all tests
+test: .venv/installed ## the tests, but for a few that guard against rare mistakes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not rare'
+
+test-all: .venv/installed ## all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Most of their time is compilation, which LLVM's lowest level takes 40% off.
 test-fast: .venv/installed ## the tests that matter most
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not rare'
 
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/ruff check .

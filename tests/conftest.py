@@ -26,6 +26,10 @@ from rlae_jax.models import LM, ModelConfig
 from rlae_jax.models.transformer import abstract_params
 from tests.data import hf
 
+# Nearly all of the suite's time is compilation, of which LLVM's lowest level saves two fifths. XLA reads this when it
+# starts, here and in the processes that tests start; whoever has set flags means them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 NO_SHARED = "the shared directory is absent (RLAE_JAX_SHARED, or ../shared beside the repository)"
 NO_TORCH = "torch is not installed"
 
@@ -39,8 +43,8 @@ ALLOWED_WARNINGS = (
 
 
 # Broadcasting and casting are written out: where they happen by themselves they hide mistakes (as in equinox's tests).
-jax.config.update("jax_numpy_rank_promotion", os.environ.get("R", "raise"))
-jax.config.update("jax_numpy_dtype_promotion", os.environ.get("D", "strict"))
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def promoting(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -239,6 +239,7 @@ class TestAGrid:
         assert (tmp_path / "x.png").is_file()
 
     @pytest.mark.slow
+    @pytest.mark.rare
     def test_a_cells_own_answer_length_is_scored(self, ensemble, tmp_path):
         # An answer is a digit and the end; after one step it has no end, but its text is right all the same.
         base = dataclasses.replace(BASE, seeds=1)
@@ -301,6 +302,7 @@ class TestGoingOn:
         assert json.loads((out / "results.json").read_text())["cells"][0]["error"] == "MemoryError: no room"
 
     @pytest.mark.slow
+    @pytest.mark.rare  # interrupting and going on are `ppo.train`'s, and tested there
     def test_ctrl_c(self, ensemble, tmp_path):
         out = tmp_path / "out"
         vary = {"agent.projection": [4]}

@@ -27,7 +27,7 @@ def settings(**changes):
     )
 
 
-@pytest.fixture(scope="module", params=["decoder", "t5"])
+@pytest.fixture(scope="module", params=["decoder", pytest.param("t5", marks=pytest.mark.rare)])
 def lm(request, make_lm, tmp_path_factory):
     if request.param == "decoder":
         return make_lm(0, layers=1, sharpness=3.0, end_ids=(6, 18))

@@ -19,7 +19,7 @@ SAMPLED = {"temperature": 1.0, "samples": 2, "seed": 5}
 TARGETS = ("q", "k", "v", "o", "up", "down")
 
 
-@pytest.fixture(scope="module", params=["decoder", "t5"])
+@pytest.fixture(scope="module", params=["decoder", pytest.param("t5", marks=pytest.mark.rare)])
 def lm(request, make_lm, stored_checkpoint):
     if request.param == "decoder":
         return make_lm(0, layers=1, sharpness=3.0, end_ids=(6, 18))

@@ -415,6 +415,7 @@ def command(tmp_path_factory, make_lm):
 
 
 @pytest.mark.slow
+@pytest.mark.rare  # the same in one process: test_a_run_that_died_ends_as_if_it_had_not
 def test_sigkill_and_resume(command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = command.start(whole)
