@@ -22,11 +22,11 @@ install: .venv/installed ## make .venv and install the package with its test and
 demo: .venv/installed ## train two specialists and a weight agent, compare it with every baseline (SEED=0 OUT=runs/demo)
 	$(BIN)/rlae-jax demo --seed $(SEED) --out $(OUT)
 
-test: .venv/installed ## the tests, but for a few that guard against rare mistakes
+test: .venv/installed ## the tests, but for the few that guard against rare mistakes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not rare'
 
-test-all: .venv/installed ## all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test-all: test ## those and the few
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m rare
 
 test-fast: .venv/installed ## the tests that matter most
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not rare'
