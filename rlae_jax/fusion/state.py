@@ -115,7 +115,7 @@ class Answers(NamedTuple):
 
 
 def _span_mask(taken: Int[Array, " B"], trajectory: Span) -> Bool[Array, "B P"]:
-    return taken[:, None] > np.arange(trajectory.value.shape[1])
+    return taken[:, None] > np.arange(trajectory.value.shape[1])[None]
 
 
 def answers_of(state: DecodeState) -> Answers:
