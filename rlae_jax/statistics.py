@@ -117,7 +117,7 @@ def sign_flip_p(differences: Float[np.ndarray, " N"], flips: int = FLIPS, seed: 
         for i in range(fewer):
             term = term * (n - i) // (i + 1)
             total += term
-        return min(1.0, 2 * total / 2**n)
+        return float(min(1.0, 2 * total / 2**n))
     rng = np.random.default_rng(seed)
     observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()  # sums of the same numbers may differ in the last digits
     reached, rows = 0, max(_CELLS // n, 1)

@@ -34,7 +34,8 @@ class Exp3(NamedTuple):
     @property
     def probabilities(self) -> Float[np.ndarray, " K"]:
         w = np.array(self.weights)
-        return (1 - self.gamma) * w / w.sum() + self.gamma / len(w)
+        p: Float[np.ndarray, " K"] = (1 - self.gamma) * w / w.sum() + self.gamma / len(w)
+        return p
 
     def paid(self, arm: int, reward: float) -> "Exp3":
         """w_i exp(gamma reward / (p_i K)) for the arm i that was pulled."""
@@ -68,7 +69,8 @@ class DynaOpt:
     def weights(self) -> Float[np.ndarray, " M"]:
         """Of the objectives; they sum to 1."""
         w = np.array(self._inner.weights)
-        return w / w.sum()
+        shares: Float[np.ndarray, " M"] = w / w.sum()
+        return shares
 
     def step(self) -> None:
         """A training step was done."""

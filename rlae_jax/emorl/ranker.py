@@ -229,7 +229,7 @@ def _run_steps(
         scores = transformer.scoring_head(config, params, hidden, mask)[:, 0]
         return ranking_loss(scores.reshape(batch.grades.shape), batch.grades)
 
-    def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
+    def step(carry: tuple[Any, Any], key: Array) -> tuple[tuple[Any, Any], Array]:
         params, optimiser_state = carry
         prompts_key, words_key = jax.random.split(key)
         drawn = jax.random.randint(prompts_key, (BATCH,), 0, len(rows.grades))

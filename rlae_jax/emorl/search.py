@@ -126,7 +126,8 @@ class PointEvaluator:
 
     def __call__(self, points: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N M"]:
         """Mean scores over the prompts."""
-        return self._scores(self.decoder, self._prompts, points).mean(axis=1)
+        means: Float[np.ndarray, "N M"] = self._scores(self.decoder, self._prompts, points).mean(axis=1)
+        return means
 
     def on(self, points: Float[np.ndarray, "N d"], rows: Any) -> Float[np.ndarray, "N n M"]:
         """Scores on some of the prompts, which follow each other."""
@@ -143,7 +144,8 @@ class PointEvaluator:
         flat = [text for own in texts for text in own]
         scores = np.stack([objective(asked, flat) for objective in self._objectives], axis=-1)
         self._on_points(self.decoded)
-        return scores.reshape(len(points), len(prompts), self._samples, -1).mean(axis=2)
+        means: Float[np.ndarray, "N n M"] = scores.reshape(len(points), len(prompts), self._samples, -1).mean(axis=2)
+        return means
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,7 +84,8 @@ class Answers:
     @property
     def rewards(self) -> Float[np.ndarray, " N"]:
         """The objectives' mean."""
-        return self.scores.mean(axis=1)
+        means: Float[np.ndarray, " N"] = self.scores.mean(axis=1)
+        return means
 
 
 def with_room_for_options(ensemble: Ensemble, task: Task) -> Task:
@@ -226,4 +227,5 @@ class Answerer:
             pending = [pool.submit(self._examples.prompts, texts[i], texts[j]) for i, j in pairs]
             for (i, j), scores in zip(pairs, pending, strict=True):
                 same[i, j] |= scores.result() == 1
-        return (same | same.swapaxes(0, 1)).sum(axis=1)
+        votes: Int[np.ndarray, "K N"] = (same | same.swapaxes(0, 1)).sum(axis=1)
+        return votes
