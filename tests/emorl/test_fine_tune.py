@@ -193,7 +193,7 @@ class TestTokenAdvantages:
 
     def test_lambda_one_is_the_reward_minus_the_value(self):
         values = jnp.asarray(np.random.default_rng(1).random((2, 4)), jnp.float32)
-        mask = jnp.arange(4) < jnp.array([4, 2])[:, None]
+        mask = jnp.arange(4)[None] < jnp.array([4, 2])[:, None]
         found, _ = losses.token_advantages(jnp.array([1.0, 0.5]), values, mask, 1.0)
         expected = jnp.where(mask, jnp.array([[1.0], [0.5]]) - values, 0.0)
         np.testing.assert_allclose(jnp.where(mask, found, 0.0), expected, atol=1e-6)
