@@ -1,6 +1,6 @@
 """Settings of a training run: frozen dataclasses, one per concern, with two named presets.
 
-A run writes its settings to `config.json`; `fingerprint` is what decides whether a directory belongs to a run.
+A run writes its settings to `config.json`, by which `runs.directory` knows whether a directory belongs to a run.
 """
 
 import dataclasses

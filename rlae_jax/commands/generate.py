@@ -52,6 +52,7 @@ def generate(
         raise InputError(f"--stream needs one prompt and one sample, not {len(prompt)} and {sampling.samples}")
     if stream and (show_weights or sampling.scores):
         raise InputError("--stream prints text only; leave out --show-weights and --scores, or --stream")
+    sampling.check()
     if weights is not None and policy is not None:
         raise InputError("give either --weights or --policy")
     used: Weights = None if weights is None else list(weights)

@@ -22,7 +22,7 @@ from rlae_jax.fusion import programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
 from rlae_jax.fusion.generation import Continuation, Generation, read_answers, settled
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
-from rlae_jax.fusion.policy import BoundPolicy, Dims, Draw, Fixed, Policy
+from rlae_jax.fusion.policy import BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.programs import Job
 from rlae_jax.fusion.prompts import Prompts, Row, make_prompts, read_ids
 from rlae_jax.fusion.reading import Text, TextReader, make_reader, read_prompts
@@ -194,7 +194,7 @@ class Ensemble:
         options = dataclasses.replace(options or SamplingOptions(), **fields)
         options.check()
         alone = self.shared is not None or any(lm.config.encoder is not None for lm in self.members)
-        ragged = self.union is not None or (isinstance(policy, Draw) and not alone)
+        ragged = self.union is not None or (getattr(policy, "draws_members", False) and not alone)
         room = options.member_tokens
         if room is None:
             room = self.codec.room(options.max_new_tokens)
@@ -307,8 +307,7 @@ class Ensemble:
         """Everything of a call before anything is compiled."""
         if (prompts is None) == (prompt_ids is None):
             raise InputError("give either prompts or prompt_ids")
-        if options.samples < 1:
-            raise InputError(f"samples must be at least 1, not {options.samples}")
+        options.check()
         stop = self._check_stop(options.stop)
         if prompts is not None:
             rows = self.encode(prompts, chat=options.chat)

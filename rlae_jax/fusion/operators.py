@@ -9,6 +9,7 @@ With different tokenizers V is the union vocabulary and a member's log-probabili
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,7 @@ def _number(text: str) -> float:
         raise InputError(f"fusion proxy:{text}: expected a number") from None
 
 
-# Names; some take a number after a colon.
+# What each name makes; those with a parameter take a number after a colon.
 OPERATORS: dict[str, Any] = {
     "linear": lambda: linear,
     "loglinear": lambda: loglinear,
@@ -147,7 +148,7 @@ def get_operator(fusion: str | FusionOperator, members: int) -> FusionOperator:
         operator = fusion
     else:
         name, *number = fusion.split(":", 1)
-        if name not in OPERATORS or (number and name in ("linear", "loglinear", "hidden")):
+        if name not in OPERATORS or (number and not inspect.signature(OPERATORS[name]).parameters):
             raise InputError(f"fusion {fusion!r} is unknown; use one of {', '.join(OPERATORS)}, or a pure function")
         operator = OPERATORS[name](*number)
     if isinstance(operator, Proxy) and members != 3:

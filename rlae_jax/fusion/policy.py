@@ -12,7 +12,7 @@ its action holds. Fixed weights are a policy too, so decoding has one path. Trai
 
 Parameters are the same for all rows of a batch, unless the policy has a method `slice_rows`, which takes those of some
 rows (see the function of that name); with `params_per_row` they may have a leading B axis. A policy may say the
-`span_length` that it is made for.
+`span_length` that it is made for, and that it `draws_members`.
 """
 
 import dataclasses
@@ -156,7 +156,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """All weight on the member whose next-token entropy is lowest. With `span_length=1` it chooses at every step."""
+    """All weight on the member whose next-token entropy is lowest, chosen anew at every step."""
 
     reads: tuple[str, ...] = ("stats",)
     span_length: ClassVar[int] = 1  # it decides anew at every step
@@ -265,6 +265,7 @@ class Draw:
 
     reads: tuple[str, ...] = ()
     params_per_row: ClassVar[bool] = True
+    draws_members: ClassVar[bool] = True  # actions are sampled, and members that nobody has drawn are not run
     span_length: ClassVar[int] = 1  # it decides anew at every step
 
     def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 K"]:

@@ -60,6 +60,8 @@ class SamplingOptions:
             )
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise InputError(f"min_new_tokens must be between 0 and max_new_tokens, not {self.min_new_tokens}")
+        if self.samples < 1:
+            raise InputError(f"samples must be at least 1, not {self.samples}")
         if self.member_tokens is not None and self.member_tokens < 1:
             raise InputError(f"member_tokens must be at least 1, not {self.member_tokens}")
         if not self.temperature >= 0 or self.temperature == float("inf"):
@@ -104,7 +106,7 @@ class Sampling:
         options = SamplingOptions() if options is None else options
         options.check()
         greedy = options.temperature == 0
-        if greedy:  # what is cut off never holds the maximum
+        if greedy:  # what these cut off never holds the maximum
             options = dataclasses.replace(options, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         return cls(
             float(options.temperature),

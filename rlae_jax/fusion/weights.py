@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion.operators import FusionOperator, Hidden
-from rlae_jax.fusion.policy import NAMED_POLICIES, BoundPolicy, Dims, Draw, Fixed, Policy
+from rlae_jax.fusion.policy import NAMED_POLICIES, BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.sampling import DEFAULT_SPAN_LENGTH
 
 Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | str | Policy | BoundPolicy | None
@@ -123,6 +123,7 @@ def bind_weights(
     if isinstance(weights, Policy):
         if "prompt" in weights.reads and not continues:
             raise InputError(f"{type(weights).__name__} reads how likely a prompt is; an encoder-decoder cannot say")
-        return PolicyForBatch(weights, weights.init(jax.random.key(0), dims), isinstance(weights, Draw))
+        params = weights.init(jax.random.key(0), dims)
+        return PolicyForBatch(weights, params, getattr(weights, "draws_members", False))
     normalised = normalise_weights(weights, batch, k, given=isinstance(fusion, Hidden))
     return PolicyForBatch(Fixed(), normalised, False)

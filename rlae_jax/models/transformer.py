@@ -5,7 +5,7 @@ per row and the key/value cache. Out: last hidden states [B, T, D] after the fin
 and the keys and values to cache. One class serves decoders, encoders and encoder-decoders of every family; a
 `ModelConfig` says what it is made of.
 
-The modules declare parameters and hold no state: `_split` gives the static graph once per configuration, a method of
+The modules declare parameters and hold no state: `_declared` gives the static graph once per configuration, a method of
 `Model` puts arrays into it while a program is traced, and what runs is a function of plain arrays. Calling a module
 through `nnx.jit` walks its whole graph at every call, which costs more than decoding a token on a small model.
 

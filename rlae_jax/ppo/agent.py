@@ -86,7 +86,7 @@ def _read(
     if "prompt" in config.reads:
         of_members.append(observation.prompt[..., None])
     if "span" in config.reads:
-        # Answers longer than in training reuse the last span's embedding.
+        # An answer that was extended beyond those of training reuses the last span's embedding.
         last = params["span_embedding"].shape[0] - 1
         shared.append(params["span_embedding"][jnp.minimum(observation.span, last)])
     if "text" in config.reads:
