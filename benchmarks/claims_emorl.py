@@ -134,7 +134,7 @@ def find_weights(out: Path, plan: Plan, seed: int, name: str) -> None:
     if name == "agent":
         ppo = PPOConfig(iterations=plan.iterations, prompts=128, eval_prompts=64, eval_every=20, seed=seed)
         train_agent(
-            *(fused_of(out, plan, seed), run.prompts, run.scorers(THREE), ppo, where),
+            *(fused_of(out, plan, seed), run.prompts, run.objectives(THREE), ppo, where),
             max_new_tokens=embedded.MAX_NEW_TOKENS,
             span_length=1,
             resume=True,
@@ -149,7 +149,7 @@ def find_weights(out: Path, plan: Plan, seed: int, name: str) -> None:
             seed=seed,
         )
         dev = run.prompts.split("dev")[: plan.search_prompts]
-        search(fused_of(out, plan, seed, mode, adapters), dev, run.scorers(adapters), config, where, resume=True)
+        search(fused_of(out, plan, seed, mode, adapters), dev, run.objectives(adapters), config, where, resume=True)
 
 
 def fused_of(out: Path, plan: Plan, seed: int, mode: str = "hidden", adapters: Sequence[str] = THREE) -> Fused:
@@ -178,7 +178,7 @@ def answer_tests(out: Path, plan: Plan, seed: int, part: str) -> None:
     if part == "three":
         methods[AGENT] = evaluation.fusion(fused_of(out, plan, seed), rj.load_policy(run.search_directory("agent")))
     evaluation.evaluate(
-        *(methods, run.prompts.split("test")[: plan.test_prompts], run.scorers(names)),
+        *(methods, run.prompts.split("test")[: plan.test_prompts], run.objectives(names)),
         task=run.prompts.name,
         split="test",
         max_new_tokens=embedded.MAX_NEW_TOKENS,
@@ -213,7 +213,7 @@ def time_training(out: Path, plan: Plan) -> dict[str, float]:
     every = settings(plan, 0).validate_every
     config = dataclasses.replace(settings(plan, 0), steps=every * plan.timed_rounds, window=10_000)
     singles = make_targets(THREE, [], DATA)
-    (uniform,) = (target for target in make_targets(THREE, ["uniform_reward"], DATA) if len(target.scorers) > 1)
+    (uniform,) = (target for target in make_targets(THREE, ["uniform_reward"], DATA) if len(target.objectives) > 1)
     kinds = {"stacked": singles, **{target.name: [target] for target in singles}, "uniform_reward": [uniform]}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     with report.progress("times of training", 3 * len(kinds), "runs") as update:

@@ -22,8 +22,6 @@ from rlae_jax.ppo.train import TrainProgress, train
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.prompts import PromptSet
 
-AGENT = "agent"  # what a run's agent is called: the directory beside the searches, the method of a search
-
 
 @dataclasses.dataclass(frozen=True)
 class MeanScore:

@@ -11,11 +11,11 @@ from typing import Any
 
 from rlae_jax import files, report
 from rlae_jax.emorl import embedded
-from rlae_jax.emorl.agent import AGENT, train_run_agent
+from rlae_jax.emorl.agent import train_run_agent
 from rlae_jax.emorl.display import search_progress, show_results, show_training, training_progress
 from rlae_jax.emorl.evaluation import evaluate_run
 from rlae_jax.emorl.fused import Fused
-from rlae_jax.emorl.run import Data, Run, make_targets
+from rlae_jax.emorl.run import AGENT, Data, Run, make_targets
 from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
 from rlae_jax.emorl.train import train_adapters
 from rlae_jax.errors import InputError
@@ -58,7 +58,7 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
     show_training(run)
     finished("training")
     singles = list(embedded.OBJECTIVES)
-    scorers = run.scorers(singles)
+    objectives = run.objectives(singles)
     adapters = [run.adapter(name) for name in singles]
     dev = run.prompts.split("dev")
     settings = SearchConfig(max_new_tokens=config.max_new_tokens, seed=seed, levels=2 if quick else 3)
@@ -68,10 +68,10 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
             continue
         fused = Fused(base, adapters, mode)
         with search_progress(mode, settings, len(singles)) as on_points:
-            search(fused, dev, scorers, settings, where, resume=True, on_points=on_points)
+            search(fused, dev, objectives, settings, where, resume=True, on_points=on_points)
     finished("searches")
     train_run_agent(
-        *(run, Fused(base, adapters), scorers, run.search_directory(AGENT)),
+        *(run, Fused(base, adapters), objectives, run.search_directory(AGENT)),
         iterations=20 if quick else 60,
         span_length=1,
         seed=seed,

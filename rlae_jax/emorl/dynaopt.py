@@ -34,8 +34,8 @@ class Exp3(NamedTuple):
     @property
     def probabilities(self) -> Float[np.ndarray, " K"]:
         w = np.array(self.weights)
-        probabilities: Float[np.ndarray, " K"] = (1 - self.gamma) * w / w.sum() + self.gamma / len(w)
-        return probabilities
+        p: Float[np.ndarray, " K"] = (1 - self.gamma) * w / w.sum() + self.gamma / len(w)
+        return p
 
     def paid(self, arm: int, reward: float) -> "Exp3":
         """w_i exp(gamma reward / (p_i K)) for the arm i that was pulled."""

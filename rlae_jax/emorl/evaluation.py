@@ -190,7 +190,7 @@ def evaluate_run(
     return evaluate(
         methods,
         run.prompts.split(split)[:limit],
-        run.scorers(run.singles()),
+        run.objectives(run.singles()),
         task=run.prompts.name,
         split=split,
         max_new_tokens=run.config["settings"]["max_new_tokens"],

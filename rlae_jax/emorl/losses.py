@@ -6,6 +6,7 @@ end token among them. All losses are means over rows, and want only log-probabil
 
 from typing import NamedTuple
 
+import chex
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -54,6 +55,7 @@ def clipped_loss(
     clip: float = 0.2,
 ) -> Clipped:
     """PPO's clipped objective over tokens: mean_b of the mean over a row's tokens, as GRPO weighs them."""
+    chex.assert_equal_shape([log_probs, old_log_probs, mask, advantages])
     log_ratio = jnp.where(mask, log_probs - lax.stop_gradient(old_log_probs), 0.0)
     ratio = jnp.exp(log_ratio)
     advantages = lax.stop_gradient(advantages)

@@ -161,7 +161,7 @@ class Run:
             )
         return names
 
-    def scorers(self, names: Sequence[str]) -> list[Objective]:
+    def objectives(self, names: Sequence[str]) -> list[Objective]:
         """The objectives of these adapters.
 
         Raises:

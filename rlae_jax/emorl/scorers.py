@@ -361,8 +361,6 @@ def combine(
     w = np.full(m, 1 / m) if weights is None else np.asarray(weights, np.float64)
     if w.shape != (m,):
         raise InputError(f"{len(w)} weights for {m} objectives")
-    if how == "sum":
-        return np.asarray(scores, np.float64) @ w
-    total = np.log(np.clip(scores, _EDGE, 1 - _EDGE)) @ w
-    combined: Float[np.ndarray, " N"] = total if how == "log" else np.exp(total)
-    return combined
+    terms = np.asarray(scores, np.float64) if how == "sum" else np.log(np.clip(scores, _EDGE, 1 - _EDGE))
+    total: Float[np.ndarray, " N"] = terms @ w
+    return np.exp(total) if how == "product" else total

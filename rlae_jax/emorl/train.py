@@ -55,11 +55,11 @@ class Target:
 
     Attributes:
       weighting: of several objectives: "equal", or by DynaOpt, repaired or as its reference has it.
-      specs: what commands make the scorers of again, see `scorers.get_objective`.
+      specs: what commands make the objectives of again, see `scorers.get_objective`.
     """
 
     name: str
-    scorers: tuple[Objective, ...]
+    objectives: tuple[Objective, ...]
     weighting: str = "equal"
     specs: tuple[str, ...] = ()
 
@@ -70,7 +70,7 @@ class Target:
 
     def config(self) -> dict[str, Any]:
         """What decides whether a directory is this target's."""
-        names = [scorer.name for scorer in self.scorers]
+        names = [objective.name for objective in self.objectives]
         return {"objectives": names, "weighting": self.weighting, "specs": list(self.specs)}
 
 
@@ -279,7 +279,9 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig) -> _L
     log = MetricsLog(directory, -1 if newest is None else newest)
     weights = None
     if target.weighting != "equal":
-        weights = DynaOpt([s.name for s in target.scorers], seed, target.weighting == "dynaopt_reference")
+        weights = DynaOpt(
+            [objective.name for objective in target.objectives], seed, target.weighting == "dynaopt_reference"
+        )
     learner = _Learner(target, directory, seed, saved, checkpoints, log, [], weights)
     done = 0
     for row in read_metrics(directory):
@@ -304,7 +306,7 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     if not (learner.directory / ADAPTER).is_dir():
         save_adapter(adapter, base, learner.directory / ADAPTER)
     per_step = config.batch * config.samples
-    found = {
+    record = {
         "steps": learner.step,
         "converged": converged([row["dev"] for row in rows], config.window, config.threshold),
         "best_step": best["iteration"],
@@ -316,7 +318,7 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
         "seconds": sum(row["seconds"] for row in rows),
         "seconds_shared": sum(row["seconds"] / row["adapters"] for row in rows),
     }
-    files.write_json(learner.directory / TRAINING_FILE, found)
+    files.write_json(learner.directory / TRAINING_FILE, record)
     learner.close()
 
 
@@ -381,7 +383,7 @@ class _Loop:
         for m, learner in enumerate(learners):
             own = slice(m * rewards.shape[1], (m + 1) * rewards.shape[1])
             questions = [self.train.texts[i] for i in asked[own]]
-            scores = np.stack([scorer(questions, texts[own]) for scorer in learner.target.scorers], axis=1)
+            scores = np.stack([score(questions, texts[own]) for score in learner.target.objectives], axis=1)
             if learner.weights is not None:
                 learner.weights.step()
             rewards[m] = scorers.combine(scores, config.combination, learner.reward_weights())
@@ -415,13 +417,15 @@ class _Loop:
         took = time.perf_counter() - began
         for i, learner in enumerate(learners):
             own = texts[i * n : (i + 1) * n]
-            found = {scorer.name: float(scorer(self.dev.texts, own).mean()) for scorer in learner.target.scorers}
-            score = float(np.mean(list(found.values())))
+            scores = {
+                objective.name: float(objective(self.dev.texts, own).mean()) for objective in learner.target.objectives
+            }
+            score = float(np.mean(list(scores.values())))
             if score > learner.saved.best_score:
                 best = jax.tree.map(jnp.copy, learner.saved.state.factors)
                 learner.saved = learner.saved._replace(best=best, best_score=np.float32(score))
             own_means = means.get(learner.target.name, {})
-            values: dict[str, Any] = {"dev": score, "scores": found, **own_means}
+            values: dict[str, Any] = {"dev": score, "scores": scores, **own_means}
             if learner.weights is not None:
                 values["weights"] = learner.reward_weights()
             values |= {"seconds": took, "adapters": m, "validated": n, "trained": bool(own_means)}

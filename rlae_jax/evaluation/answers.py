@@ -84,8 +84,8 @@ class Answers:
     @property
     def rewards(self) -> Float[np.ndarray, " N"]:
         """The objectives' mean."""
-        rewards: Float[np.ndarray, " N"] = self.scores.mean(axis=1)
-        return rewards
+        means: Float[np.ndarray, " N"] = self.scores.mean(axis=1)
+        return means
 
 
 def with_room_for_options(ensemble: Ensemble, task: Task) -> Task:
@@ -227,5 +227,5 @@ class Answerer:
             pending = [pool.submit(self._examples.prompts, texts[i], texts[j]) for i, j in pairs]
             for (i, j), scores in zip(pairs, pending, strict=True):
                 same[i, j] |= scores.result() == 1
-        votes: Float[np.ndarray, "K N"] = (same | same.swapaxes(0, 1)).sum(axis=1)
+        votes: Int[np.ndarray, "K N"] = (same | same.swapaxes(0, 1)).sum(axis=1)
         return votes

@@ -62,8 +62,9 @@ class Codec(Protocol):
         """Each row's tokens as ids of the first member."""
         ...
 
-    def from_first_member_ids(self, ids: Sequence[int]) -> list[int]:
-        """Tokens that are the first member's ids."""
+    def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
+        """A text's tokens, in the first member's segmentation; `joined`: as they continue the prompt, if the tokenizer
+        segments the prompt alike with and without them."""
         ...
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
@@ -119,8 +120,8 @@ class TokenCodec:
     def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         return [list(row) for row in tokens]
 
-    def from_first_member_ids(self, ids: Sequence[int]) -> list[int]:
-        return list(ids)
+    def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
+        return _continuation(self.members[0], prompt, text, joined)
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         return [len(row) for row in rows]
@@ -187,8 +188,8 @@ class UnionCodec:
         ids, offsets = self.union.spell_ids[0], self.union.spell_offsets[0]
         return [[i for e in row for i in ids[offsets[e] : offsets[e + 1]].tolist()] for row in tokens]
 
-    def from_first_member_ids(self, ids: Sequence[int]) -> list[int]:
-        return [int(self.union.own[0][i]) for i in ids]
+    def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
+        return [int(self.union.own[0][i]) for i in _continuation(self.members[0], prompt, text, joined)]
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         return [max(map(len, row)) for row in rows]
@@ -273,6 +274,17 @@ def _encode(lm: LM, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
     if empty:
         raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
+    return ids
+
+
+def _continuation(lm: LM, prompt: str, text: str, joined: bool) -> list[int]:
+    """One member's ids of a text that continues a prompt; see `Codec.continuation`."""
+    tokenizer = lm.require_tokenizer()
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if joined:
+        before, whole = (tokenizer(t)["input_ids"] for t in (prompt, prompt + text))
+        if whole[: len(before)] == before:
+            ids = whole[len(before) :]
     return ids
 
 

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import programs, vocabulary
@@ -24,7 +24,7 @@ from rlae_jax.fusion.generation import Continuation, Generation, read_answers, s
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Draw, Fixed, Policy
 from rlae_jax.fusion.programs import Job
-from rlae_jax.fusion.prompts import Prompts, Row, fill_rows, make_prompts, read_ids
+from rlae_jax.fusion.prompts import Prompts, Row, make_prompts, read_ids
 from rlae_jax.fusion.reading import Text, TextReader, make_reader, read_prompts
 from rlae_jax.fusion.sampling import DEFAULT_SPAN_LENGTH, Sampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec
@@ -330,17 +330,7 @@ class Ensemble:
             spec = dataclasses.replace(spec, member_tokens=room)
         filled = self.prompts(rows, spec, seed=seed, limits=limits, forced=forced, text=text)
         params = self.params_for(adapters, batch)
-        return self._filled(Job(rows, filled, policy_params, spec, params, options.samples, stop))
-
-    def _filled(self, job: Job) -> Job:
-        """A job whose choices per row cover the rows that fill its bucket."""
-        batch, filled = len(job.rows), job.prompts.batch
-        policy_params, params = job.policy_params, job.params
-        if getattr(job.spec.policy, "params_per_row", False) and len(policy_params) == batch:
-            policy_params = np.repeat(fill_rows(np.asarray(policy_params), filled), job.samples, axis=0)
-        if self.shared is None:
-            params = tuple(_fill_adapters(p, batch, filled) for p in params)
-        return dataclasses.replace(job, policy_params=policy_params, params=params)
+        return Job(rows, filled, policy_params, spec, params, options.samples, stop).fill()
 
     def _check_stop(self, stop: Sequence[str]) -> tuple[str, ...]:
         """The stop strings; raises an `InputError` for a bare string, empty strings, or members without a tokenizer."""
@@ -414,15 +404,19 @@ class Ensemble:
     def _finish(self, job: Job, keep: bool, start: Any = None) -> Generation:
         """Runs a job in chunks, looking for stop strings, to its end."""
         steps = _STOP_STEPS if job.stop else job.spec.max_new_tokens
-
-        def stopped(answers: Answers) -> np.ndarray:
-            return np.array([reason == "stop" for reason in read_answers(self.codec, job, answers).finish_reasons])
-
-        *_, (answers, state) = programs.run_in_chunks(job, steps, stopped if job.stop else None, start)
+        *_, (answers, state) = programs.run_in_chunks(job, steps, self._stopped(job), start)
         generation = read_answers(self.codec, job, answers)
         if not keep:
             return generation
         return dataclasses.replace(generation, continuation=Continuation(job, state))
+
+    def _stopped(self, job: Job) -> Callable[[Answers], Bool[np.ndarray, " B"]] | None:
+        """What tells which rows a stop string has ended; None without stop strings."""
+
+        def stopped(answers: Answers) -> Bool[np.ndarray, " B"]:
+            return np.array([reason == "stop" for reason in read_answers(self.codec, job, answers).finish_reasons])
+
+        return stopped if job.stop else None
 
     def extend(self, generation: Generation, max_new_tokens: int = 64) -> Generation:
         """Goes on from where answers ended for want of room, without reading anything again.
@@ -479,12 +473,9 @@ class Ensemble:
         checked, limits = self._options(max_new_tokens, len(prompts), options)
         job = self._job(prompts, weights, checked, seed=seed, limits=limits, adapters=adapters)
 
-        def stopped(answers: Answers) -> np.ndarray:
-            return np.array([reason == "stop" for reason in read_answers(self.codec, job, answers).finish_reasons])
-
         def pieces() -> Iterator[list[str]]:
             given = [""] * job.answers
-            for answers, _ in programs.run_in_chunks(job, job.spec.span_length, stopped if job.stop else None):
+            for answers, _ in programs.run_in_chunks(job, job.spec.span_length, self._stopped(job)):
                 generation = read_answers(self.codec, job, answers)
                 ends = zip(generation.texts, answers.done, generation.finish_reasons, strict=True)
                 ready = [text if done or reason == "stop" else settled(text, job.stop) for text, done, reason in ends]
@@ -518,7 +509,7 @@ class Ensemble:
         rows = [prompt for prompt, n in zip(prompts, counts, strict=True) for _ in range(n)]
         texts = [text for own in options for text in own]
         joined = not chat and self.continues
-        forced = [self._continuation(row, text, joined) for row, text in zip(rows, texts, strict=True)]
+        forced = [self.codec.continuation(row, text, joined) for row, text in zip(rows, texts, strict=True)]
         empty = [("options without a token", repr(text)) for text, ids in zip(texts, forced, strict=True) if not ids]
         if empty:
             raise grouped_error("options that cannot be scored", empty, "each must have at least one token")
@@ -536,16 +527,6 @@ class Ensemble:
         written = np.arange(asked.max_new_tokens) < lengths[:, None]
         totals = np.sum(np.where(written, answers.scores.fused, 0.0), axis=1)
         return [part.astype(np.float32) for part in np.split(totals, np.cumsum(counts)[:-1])]
-
-    def _continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
-        """A text's tokens (entries, in the first member's segmentation); `joined`: as they continue the prompt, if the
-        tokenizer segments the prompt alike with and without them."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if joined:
-            before, whole = (self.tokenizer(t)["input_ids"] for t in (prompt, prompt + text))
-            if whole[: len(before)] == before:
-                ids = whole[len(before) :]
-        return self.codec.from_first_member_ids(ids)
 
     def run(
         self,
@@ -572,18 +553,10 @@ class Ensemble:
         """
         prompts = self.prompts(rows, spec, seed=seed, limits=limits, text=text)
         params = self.params if params is None else params
-        return programs.run(self._filled(Job(list(rows), prompts, policy_params, spec, params, samples, ())))
+        return programs.run(Job(list(rows), prompts, policy_params, spec, params, samples, ()).fill())
 
 
 def _batch(prompts: Sequence[str] | None, prompt_ids: Any) -> int:
     """How many prompts there seem to be, before they are checked."""
     given = prompt_ids if prompts is None else prompts
     return len(given) if given is not None else 0
-
-
-def _fill_adapters(params: Any, batch: int, filled: int) -> Any:
-    """Parameters whose choice of adapters, one per row, covers the rows that fill a bucket."""
-    if not isinstance(params, lora.Adapted) or params.weights.shape[0] != batch or batch == 1:
-        return params
-    missing = filled - batch
-    return params._replace(weights=jnp.concatenate([params.weights, jnp.repeat(params.weights[:1], missing, axis=0)]))

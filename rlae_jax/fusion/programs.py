@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from rlae_jax.fusion import decode as decoding
-from rlae_jax.fusion.prompts import Prompts, Row
+from rlae_jax.fusion.prompts import Prompts, Row, fill_rows
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
+from rlae_jax.models import lora
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,10 +33,28 @@ class Job:
     samples: int  # answers per row, which share its prefill
     stop: tuple[str, ...]
 
+    def fill(self) -> "Job":
+        """The job with a choice of weights and adapters for the rows, too, that fill its bucket."""
+        batch, filled = len(self.rows), self.prompts.batch
+        policy_params, params = self.policy_params, self.params
+        if getattr(self.spec.policy, "params_per_row", False) and len(policy_params) == batch:
+            policy_params = np.repeat(fill_rows(np.asarray(policy_params), filled), self.samples, axis=0)
+        if not self.spec.shared_base:
+            params = tuple(_fill_choice(p, batch, filled) for p in params)
+        return dataclasses.replace(self, policy_params=policy_params, params=params)
+
     @property
     def answers(self) -> int:
         """How many answers are wanted."""
         return len(self.rows) * self.samples
+
+
+def _fill_choice(params: Any, batch: int, filled: int) -> Any:
+    """Parameters whose choice of adapters, one per row, covers the rows that fill a bucket."""
+    if not isinstance(params, lora.Adapted) or params.weights.shape[0] != batch or batch == 1:
+        return params
+    missing = filled - batch
+    return params._replace(weights=jnp.concatenate([params.weights, jnp.repeat(params.weights[:1], missing, axis=0)]))
 
 
 @functools.partial(jax.jit, static_argnames="samples")

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,8 +139,15 @@ def prompts_from_arrays(
       ids, mask: [B, T], or a tuple of each member's.
       key: row b draws from fold_in(key, b), or from key[b]; None where keys are drawn later.
       active: rows that are False write nothing.
+
+    Raises:
+      AssertionError: ids and masks of other shapes.
     """
     each, masks = ((x,) if not isinstance(x, tuple | list) else tuple(x) for x in (ids, mask))
+    chex.assert_rank([*each, *masks], 2)
+    chex.assert_equal_shape_prefix([*each, *masks], 1)
+    for own, real in zip(each, masks, strict=True):
+        chex.assert_equal_shape([own, real])
     b = each[0].shape[0]
     return Prompts(
         ids=tuple(map(jnp.asarray, each)),

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -9,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 def terminal_rewards(score: Float[Array, " B"], mask: Bool[Array, "P B"]) -> Float[Array, "P B"]:
     """Each row's score at its last real span, zero elsewhere."""
+    chex.assert_shape(score, mask.shape[1:])
     following = jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
     return jnp.where(mask & ~following, score[None], 0.0)
 
@@ -26,6 +28,7 @@ def masked_gae(
 
     V and A after a row's last real span are 0: the answer is finished, and nothing after it may leak in.
     """
+    chex.assert_equal_shape([rewards, values, mask])
 
     def backwards(carry: tuple[Array, Array], span: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         next_value, next_advantage = carry
@@ -87,6 +90,8 @@ def ppo_loss(
     agents: each has its own ratio and its own clip, the advantage is the team's, and the surrogate is the mean over
     agents (MAPPO, Yu et al., 2022, arXiv 2103.01955, eq. 1 of its appendix).
     """
+    chex.assert_equal_shape([advantage, value, old_value, target, entropy, mask])
+    chex.assert_equal_shape([log_prob, old_log_prob])
     per_agent = (..., *[None] * (log_prob.ndim - mask.ndim))
     log_ratio = jnp.where(mask[per_agent], log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)

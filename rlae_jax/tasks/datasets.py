@@ -290,10 +290,10 @@ def load(
         compares_texts,
         chat,
     )
-    found = _from_hub(name, benchmark) if data_dir is None else _from_files(name, benchmark, Path(data_dir))
+    by_role = _from_hub(name, benchmark) if data_dir is None else _from_files(name, benchmark, Path(data_dir))
     if subset is not None:
-        found = _only(name, found, subset)
-    splits, examples = _deal(name, found, n_shots, limit)
+        by_role = _only(name, by_role, subset)
+    splits, examples = _deal(name, by_role, n_shots, limit)
 
     def make(items: Sequence[Item]) -> Examples:
         return Examples(
@@ -363,7 +363,7 @@ def _from_files(name: str, benchmark: Benchmark, directory: Path) -> dict[str, l
     directory = directory / name if (directory / name).is_dir() else directory
     if not directory.is_dir():
         raise InputError(f"{name}: there is no directory {directory}")
-    found = {}
+    by_role = {}
     for role, names in benchmark.splits.items():
         paths = [
             path
@@ -379,20 +379,20 @@ def _from_files(name: str, benchmark: Benchmark, directory: Path) -> dict[str, l
             located = [(f"line {number}", row) for number, row in rows]
             items += _items(str(path), benchmark, columns, located, findings)
         if items:
-            found[role] = items
-    if not found.keys() & {"train", "test"}:
+            by_role[role] = items
+    if not by_role.keys() & {"train", "test"}:
         wanted = ", ".join(f"{stem}.jsonl" for role in ("train", "test") for stem in benchmark.splits[role])
         present = sorted(path.name for path in directory.iterdir())
         listing = ", ".join(present[:10]) + (", ..." if len(present) > 10 else "") or "nothing"
         raise InputError(f"{name}: no examples in {directory}; expected one of {wanted} (or .csv), found {listing}")
-    return found
+    return by_role
 
 
 def _from_hub(name: str, benchmark: Benchmark) -> dict[str, list[Item]]:
     # Takes a second and more, and is not needed for files.
     import datasets
 
-    found = {}
+    by_role = {}
     for role, names in benchmark.splits.items():
         where = f"{benchmark.hub}{f' ({benchmark.config})' if benchmark.config else ''}, split {names[0]}"
         try:
@@ -404,8 +404,8 @@ def _from_hub(name: str, benchmark: Benchmark) -> dict[str, list[Item]]:
                 "if this machine is offline, give a directory with its files"
             ) from error
         located = ((f"row {number}", row) for number, row in enumerate(data))
-        found[role] = _items(where, benchmark, list(data.column_names), located, [])
-    return found
+        by_role[role] = _items(where, benchmark, list(data.column_names), located, [])
+    return by_role
 
 
 def _items(where: str, benchmark: Benchmark, columns: Sequence[str], rows: Any, findings: Findings) -> list[Item]:
@@ -427,37 +427,37 @@ def _items(where: str, benchmark: Benchmark, columns: Sequence[str], rows: Any, 
     return items
 
 
-def _only(name: str, found: Mapping[str, list[Item]], subset: str) -> dict[str, list[Item]]:
+def _only(name: str, by_role: Mapping[str, list[Item]], subset: str) -> dict[str, list[Item]]:
     """The items of one subject. Training questions of no subject are for all."""
     subject = subset.replace("_", " ")
-    subjects = {item.subject for items in found.values() for item in items if item.subject}
+    subjects = {item.subject for items in by_role.values() for item in items if item.subject}
     if subject not in subjects:
         has = f"use one of {', '.join(sorted(subjects))}" if subjects else f"{name} has none"
         raise InputError(f"{name}: subset {subset!r} is unknown; {has}")
-    kept = {role: [item for item in items if item.subject in ("", subject)] for role, items in found.items()}
+    kept = {role: [item for item in items if item.subject in ("", subject)] for role, items in by_role.items()}
     return {role: items for role, items in kept.items() if items}
 
 
 def _deal(
-    name: str, found: Mapping[str, list[Item]], shots: int, limit: int
+    name: str, by_role: Mapping[str, list[Item]], shots: int, limit: int
 ) -> tuple[dict[str, list[Item]], Callable[[Item], Sequence[Item]]]:
     """The three splits, and which shots go before an item."""
-    if "train" in found and "test" in found:
-        tested = _contents(found["test"])
-        train = [item for item in found["train"] if content_hash(item.question) not in tested]
-        if "dev" in found:
-            dev = [item for item in found["dev"] if content_hash(item.question) not in tested]
+    if "train" in by_role and "test" in by_role:
+        tested = _contents(by_role["test"])
+        train = [item for item in by_role["train"] if content_hash(item.question) not in tested]
+        if "dev" in by_role:
+            dev = [item for item in by_role["dev"] if content_hash(item.question) not in tested]
         else:
             dev = [item for item in train if split_of(item.question) == "dev"]
-        splits = {"train": train, "dev": dev, "test": found["test"]}
+        splits = {"train": train, "dev": dev, "test": by_role["test"]}
     else:
         splits = {split: [] for split in SPLITS}
-        for item in found.get("test") or found["train"]:
+        for item in by_role.get("test") or by_role["train"]:
             splits[split_of(item.question)].append(item)
     tested, choosing = _contents(splits["test"]), _contents(splits["dev"])
     splits["train"] = [item for item in splits["train"] if content_hash(item.question) not in choosing]
 
-    pool = [item for item in found.get("shots", ()) if content_hash(item.question) not in tested | choosing]
+    pool = [item for item in by_role.get("shots", ()) if content_hash(item.question) not in tested | choosing]
     pool = pool or splits["train"][:shots]
     if len(pool) < shots:
         raise InputError(f"{name}: {shots} shots need as many examples to show, there are {len(pool)}")

@@ -23,5 +23,5 @@ def math_equivalence(text: str, reference: str) -> float:
     """
     marked = reference if any(mark in reference for mark in _MARKS) else f"${reference}$"
     expected = parse(marked, parsing_timeout=None)
-    found = parse(text, parsing_timeout=None)
-    return float(bool(expected and found) and verify(expected, found, timeout_seconds=None))
+    answer = parse(text, parsing_timeout=None)
+    return float(bool(expected and answer) and verify(expected, answer, timeout_seconds=None))

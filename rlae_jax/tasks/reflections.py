@@ -116,12 +116,12 @@ def pairs(rows: int, seed: int) -> list[tuple[str, str]]:
     them in dev or test."""
     held_out = {_content(prompt) for split in ("dev", "test") for prompt in prompts().splits[split]}
     rng = np.random.default_rng((seed, 1))
-    found: list[tuple[str, str]] = []
-    while len(found) < rows:
+    written: list[tuple[str, str]] = []
+    while len(written) < rows:
         prompt = draw_prompt(rng)
         if _content(prompt) not in held_out:
-            found.append((prompt, (clean, noisy)[len(found) % 2](prompt, rng)))
-    return found
+            written.append((prompt, (clean, noisy)[len(written) % 2](prompt, rng)))
+    return written
 
 
 def _content(prompt: str) -> frozenset[str]:

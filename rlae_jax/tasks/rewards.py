@@ -76,12 +76,12 @@ _NUMBER = re.compile(
 
 def numbers_in(text: str) -> list[Decimal]:
     """The numbers written in a text, exactly: "1,234.50", "-$3", "$5.", ".5", "−٤٢"."""
-    found = []
+    numbers = []
     for match in _NUMBER.finditer(text.translate(_SAME)):
         value = Decimal(match["value"].replace(",", ""))
         # Not unary minus, which rounds to the context's precision.
-        found.append(value.copy_negate() if match["minus"] or match["inner"] else value)
-    return found
+        numbers.append(value.copy_negate() if match["minus"] or match["inner"] else value)
+    return numbers
 
 
 @any_of
@@ -178,8 +178,8 @@ def letter_of(text: str) -> str:
     if first := _FIRST.match(text):
         return first[1]
     for pattern in (_SAID, _ALONE):
-        if found := list(pattern.finditer(text)):
-            return next(group for group in found[-1].groups() if group).upper()
+        if matches := list(pattern.finditer(text)):
+            return next(group for group in matches[-1].groups() if group).upper()
     return ""
 
 

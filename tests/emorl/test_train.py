@@ -159,7 +159,7 @@ class TestARun:
         asked = PROMPTS.split("dev")
         for name, adapter in adapters.items():
             texts = rj.Ensemble([base.with_adapter(adapter)]).generate(asked, max_new_tokens=6).texts
-            objectives = (ONE if name == "novelty" else BOTH).scorers
+            objectives = (ONE if name == "novelty" else BOTH).objectives
             score = np.mean([objective(asked, texts).mean() for objective in objectives])
             assert score == pytest.approx(training_of(out, name)["best_dev"])
 

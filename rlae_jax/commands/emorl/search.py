@@ -80,21 +80,21 @@ def search(
         resume: go on with the search in OUT.
     """
     from rlae_jax import report
-    from rlae_jax.emorl.agent import AGENT, train_run_agent
+    from rlae_jax.emorl.agent import train_run_agent
     from rlae_jax.emorl.display import search_progress, with_values
     from rlae_jax.emorl.fused import Fused
-    from rlae_jax.emorl.run import Run
+    from rlae_jax.emorl.run import AGENT, Run
     from rlae_jax.emorl.search import search as search_weights
 
     trained = Run(run)
     names = list(adapters) or trained.singles()
-    scorers = trained.scorers(names)
+    objectives = trained.objectives(names)
     fused = Fused(trained.base, [trained.adapter(name) for name in names], mode)
     if search.method == AGENT:
         where = out or _room(trained, AGENT, names)
         with resumable(resume):
             train_run_agent(
-                *(trained, fused, scorers, where),
+                *(trained, fused, objectives, where),
                 iterations=iterations,
                 span_length=span_length,
                 seed=search.seed,
@@ -110,7 +110,7 @@ def search(
     where = out or _room(trained, mode, names)
     with resumable(resume), search_progress(mode, config, len(names)) as on_points:
         result = search_weights(
-            *(fused, asked, scorers, config, where), resume=resume, memory=int(memory * 2**30), on_points=on_points
+            *(fused, asked, objectives, config, where), resume=resume, memory=int(memory * 2**30), on_points=on_points
         )
     summary = result.summary()
     report.say(
