@@ -19,7 +19,8 @@ from rlae_jax.models.config import ModelConfig, RelativeBias, Rope
 from rlae_jax.models.layers import Linear, RMSNorm, rotate
 from rlae_jax.models.rope import frequencies
 
-LayerCache = tuple[Float[Array, "B G H S"], Float[Array, "B G H S"]]
+# [B, G, H, S]. Rows and slots differ between what is cached and what is new, so that they are not checked by name.
+LayerCache = tuple[Float[Array, "_B G H _S"], Float[Array, "_B G H _S"]]
 Angles = dict[Rope, Float[Array, "B T half"]]  # of each rope that the model uses, at the tokens' positions
 LOWEST = float(np.finfo(np.float32).min)
 _SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rlae_jax.errors import InputError
@@ -47,17 +48,18 @@ class Encoder:
     def apply(
         self,
         params: transformer.Params | lora.Adapted,
-        ids: Int[Array, "B T"],
-        mask: Array,
-        token_types: Int[Array, "B T"] | None = None,
+        ids: ArrayLike,
+        mask: ArrayLike,
+        token_types: ArrayLike | None = None,
     ) -> Float[Array, "B labels"]:
         """Scores, float32, of whole texts under any parameters of this model's shape, before any softmax.
 
         Args:
           params: like `self.params`, or a `lora.Adapted`.
-          mask: 1 where there is a token, 0 for padding on either side; positions follow the mask, and the head reads
-            the first token.
-          token_types: which segment a token belongs to, for models that know segments; all 0 if left out.
+          ids: Int[B, T].
+          mask: [B, T], 1 where there is a token, 0 for padding on either side; positions follow the mask, and the head
+            reads the first token.
+          token_types: Int[B, T], which segment a token belongs to, for models that know segments; all 0 if left out.
 
         Raises:
           InputError: the checkpoint has no head; token types for a model without, or more tokens than positions; ids
@@ -71,22 +73,22 @@ class Encoder:
     def apply_hidden(
         self,
         params: transformer.Params | lora.Adapted,
-        ids: Int[Array, "B T"],
-        mask: Array,
-        token_types: Int[Array, "B T"] | None = None,
+        ids: ArrayLike,
+        mask: ArrayLike,
+        token_types: ArrayLike | None = None,
     ) -> Float[Array, "B T D"]:
         """The last layer's states; arguments as in `apply`. What stands in padding means nothing."""
         hidden: Array = _hidden(self.config, params, *self._inputs(ids, mask, token_types))
         return hidden
 
     def logits(
-        self, ids: Int[Array, "B T"], mask: Array | None = None, token_types: Int[Array, "B T"] | None = None
+        self, ids: ArrayLike, mask: ArrayLike | None = None, token_types: ArrayLike | None = None
     ) -> Float[Array, "B labels"]:
         """`apply` with this model's parameters; no mask means no padding."""
         return self.apply(self.params, *self._inputs(ids, mask, token_types))
 
     def hidden(
-        self, ids: Int[Array, "B T"], mask: Array | None = None, token_types: Int[Array, "B T"] | None = None
+        self, ids: ArrayLike, mask: ArrayLike | None = None, token_types: ArrayLike | None = None
     ) -> Float[Array, "B T D"]:
         """`apply_hidden` with this model's parameters; no mask means no padding."""
         return self.apply_hidden(self.params, *self._inputs(ids, mask, token_types))

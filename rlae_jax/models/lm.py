@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, hub, lora, peft_files, transformer
@@ -47,16 +48,17 @@ class LM:
     def apply(
         self,
         params: transformer.Params | lora.Adapted,
-        ids: Int[Array, "B T"],
-        mask: Array,
-        decoder_ids: Int[Array, "B T"] | None = None,
+        ids: ArrayLike,
+        mask: ArrayLike,
+        decoder_ids: ArrayLike | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits, float32, of `ids` under any parameters of this model's shape.
 
         Args:
           params: like `self.params`, or a `lora.Adapted` with any stack of adapters.
-          mask: 1 where there is a token, 0 for padding on either side; positions follow the mask.
-          decoder_ids: of an encoder-decoder, whose `ids` go to the encoder; the first is the start token.
+          ids: Int[B, T].
+          mask: [B, T], 1 where there is a token, 0 for padding on either side; positions follow the mask.
+          decoder_ids: Int[R, T] of an encoder-decoder, whose `ids` go to the encoder; the first is the start token.
 
         Raises:
           InputError: ids that are no [B, T] of whole numbers, another shape of the mask, decoder ids missing or in the
@@ -67,9 +69,9 @@ class LM:
 
     def logits(
         self,
-        ids: Int[Array, "B T"],
-        mask: Array | None = None,
-        decoder_ids: Int[Array, "B T"] | None = None,
+        ids: ArrayLike,
+        mask: ArrayLike | None = None,
+        decoder_ids: ArrayLike | None = None,
         *,
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T V"]:
@@ -80,9 +82,9 @@ class LM:
 
     def hidden(
         self,
-        ids: Int[Array, "B T"],
-        mask: Array | None = None,
-        decoder_ids: Int[Array, "B T"] | None = None,
+        ids: ArrayLike,
+        mask: ArrayLike | None = None,
+        decoder_ids: ArrayLike | None = None,
         *,
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T D"]:
@@ -93,12 +95,12 @@ class LM:
 
     def log_probs(
         self,
-        ids: Int[Array, "B T"],
-        mask: Array | None = None,
-        decoder_ids: Int[Array, "B T"] | None = None,
+        ids: ArrayLike,
+        mask: ArrayLike | None = None,
+        decoder_ids: ArrayLike | None = None,
         *,
         adapters: AdapterChoice = None,
-    ) -> Float[Array, "B T-1"]:
+    ) -> Float[Array, "B _"]:
         """log p(token t + 1 | tokens up to t) of the text (the decoder's, if there are two), without [B, T, V]."""
         inputs = self._inputs(ids, mask, decoder_ids)
         log_probs: Array = _log_probs(self.config, self.adapted(adapters, len(inputs[0])), *inputs)

@@ -295,8 +295,8 @@ class Transformer(nnx.Module):
 
     def chunk(
         self,
-        ids_bt: Int[Array, "B W"],
-        positions_bt: Int[Array, "B W"],
+        ids_bt: Int[Array, "_B _W"],
+        positions_bt: Int[Array, "_B _W"],
         count_b: Int[Array, " B"],
         cache: Cache,
         behind_bs: Bool[Array, "B S"],
@@ -446,10 +446,10 @@ class Model:
         ids_bt: Int[Array, "B T"],
         mask_bt: Array,
         *,
-        decoder_ids: Int[Array, "B T"] | None = None,
+        decoder_ids: Int[Array, "R W"] | None = None,
         types_bt: Int[Array, "B T"] | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "_B _T D"], Cache]:
         """Last hidden states [B, T, D] (after the final norm) and every layer's keys and values.
 
         Args:
@@ -489,8 +489,8 @@ class Model:
 
     def decode_chunk(
         self,
-        ids_bt: Int[Array, "B W"],
-        positions_bt: Int[Array, "B W"],
+        ids_bt: Int[Array, "_B _W"],
+        positions_bt: Int[Array, "_B _W"],
         count_b: Int[Array, " B"],
         cache: Cache,
         behind_bs: Bool[Array, "B S"],

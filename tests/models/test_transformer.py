@@ -316,7 +316,9 @@ class TestPretraining:
     @pytest.fixture(scope="class")
     def loss(self, lm, rows):
         ids, predicted, _ = rows
-        return jax.jit(lambda params, source: next_token_loss(lm.config, params, ids, predicted, source))
+        return jax.jit(
+            lambda params, source: next_token_loss(lm.config, params, *map(jnp.asarray, (ids, predicted)), source)
+        )
 
     def test_the_loss_by_hand(self, lm, rows, loss):
         ids, predicted, source = rows
