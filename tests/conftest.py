@@ -62,8 +62,14 @@ def _promoting_chain(*parts: optax.GradientTransformation, chain: Any = optax.ch
     return optax.GradientTransformation(*map(promoting, chain(*parts)))
 
 
+def _promoting_schedule(make: Callable[..., optax.Schedule]) -> Callable[..., optax.Schedule]:
+    return lambda *args, **kwargs: promoting(make(*args, **kwargs))
+
+
 # optax counts steps in int32 and computes with them in float32; JAX adds a float32 bias to bfloat16 scores.
 optax.chain = _promoting_chain
+for _name in ("linear_schedule", "cosine_decay_schedule", "join_schedules"):
+    setattr(optax, _name, _promoting_schedule(getattr(optax, _name)))
 jax.nn.dot_product_attention = promoting(jax.nn.dot_product_attention)
 
 # The same examples in every run, and no limit on an example's time: the first one compiles.
