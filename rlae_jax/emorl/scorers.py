@@ -205,7 +205,7 @@ def classifier(
 
     def score(prompts: Sequence[str], responses: Sequence[str]) -> Any:
         inputs = encoder.encode(prompts, responses) if pairs else encoder.encode(responses)
-        return jax.nn.softmax(encoder.logits(*inputs), axis=-1) @ jnp.asarray(worth)
+        return jax.nn.softmax(encoder.logits(*inputs), axis=-1) @ jnp.asarray(worth, jnp.float32)
 
     return Objective(name, _in_batches(score))
 
