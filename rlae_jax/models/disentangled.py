@@ -142,4 +142,4 @@ class TokenConvolution(nnx.Module):
             feature_group_count=self.groups,
             precision=self.precision,
         )
-        return self.act(out + self.bias[...])
+        return self.act(out + self.bias[...][None, None])

@@ -49,7 +49,7 @@ class Encoder:
         self,
         params: transformer.Params | lora.Adapted,
         ids: ArrayLike,
-        mask: ArrayLike,
+        mask: ArrayLike | None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "B labels"]:
         """Scores, float32, of whole texts under any parameters of this model's shape, before any softmax.
@@ -74,7 +74,7 @@ class Encoder:
         self,
         params: transformer.Params | lora.Adapted,
         ids: ArrayLike,
-        mask: ArrayLike,
+        mask: ArrayLike | None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "B T D"]:
         """The last layer's states; arguments as in `apply`. What stands in padding means nothing."""

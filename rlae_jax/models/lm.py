@@ -49,7 +49,7 @@ class LM:
         self,
         params: transformer.Params | lora.Adapted,
         ids: ArrayLike,
-        mask: ArrayLike,
+        mask: ArrayLike | None,
         decoder_ids: ArrayLike | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits, float32, of `ids` under any parameters of this model's shape.

@@ -205,7 +205,7 @@ def _directions(
 
 
 def weight_triangle(
-    path: Path, points: Float[np.ndarray, "N 3"], scores: Float[np.ndarray, " N"], names: Sequence[str], title: str
+    path: Path, points: Float[np.ndarray, "N d"], scores: Float[np.ndarray, " N"], names: Sequence[str], title: str
 ) -> None:
     """Scores of three weights over their direction, w / sum w, on which alone greedily decoded hidden states depend. Of
     points in one direction the best is on top; w = 0 has none and is left out.

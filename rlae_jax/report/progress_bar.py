@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import rich.progress
 
@@ -151,6 +151,7 @@ class _Lines:
             print(f"{self._description}: {', '.join(parts)} {note}".rstrip(), flush=True)
 
 
+@runtime_checkable
 class Iteration(Protocol):
     """What a training loop tells of an iteration that is done."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from rlae_jax.fusion.vocabulary.rows import Ids, join, offsets_of, ranges
+from rlae_jax.fusion.vocabulary.rows import Ids, Offsets, join, offsets_of, ranges
 from rlae_jax.fusion.vocabulary.tokens import MARKER, Tokens, is_byte_level, nodes, parts_of, read_tokens
 from rlae_jax.fusion.vocabulary.utf8 import utf8_states
 
@@ -45,7 +45,7 @@ class Speller:
         for i, token in texts:
             self.ids[self.tokenizer.token_to_id(token.content)] = i
 
-    def encode(self, texts: list[str]) -> tuple[Ids, Ids]:
+    def encode(self, texts: list[str]) -> tuple[Ids, Offsets]:
         """(ids, offsets), a row per text; what the tokenizer cannot write may be missing or unknown tokens."""
         try:
             rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -56,7 +56,7 @@ class Speller:
         return self.ids[flat], offsets_of(lengths)
 
 
-def canonical_ids(tokens: Tokens, encode: Callable[[list[str]], tuple[Ids, Ids]]) -> dict[bytes, int]:
+def canonical_ids(tokens: Tokens, encode: Callable[[list[str]], tuple[Ids, Offsets]]) -> dict[bytes, int]:
     """The id of each byte string that the tokenizer itself emits for it: occurrence 0."""
     index: dict[bytes, int] = {}
     contested: dict[bytes, list[int]] = {}
@@ -105,15 +105,15 @@ def _longest_match(piece: bytes, index: dict[bytes, int], longest: int) -> list[
 
 
 def _matching(
-    pieces: tuple[np.ndarray, Ids], spellings: tuple[Ids, Ids], tokens: tuple[np.ndarray, Ids]
-) -> Bool[np.ndarray, " N"]:
+    pieces: tuple[np.ndarray, Offsets], spellings: tuple[Ids, Offsets], tokens: tuple[np.ndarray, Offsets]
+) -> Bool[np.ndarray, " P"]:
     """Which spellings' tokens concatenate to exactly their piece. All arguments are (data, offsets); a token without
     bytes is a control token, and no part of a text."""
     ids, rows = spellings
     starts, lengths = tokens[1][ids], np.diff(tokens[1])[ids]
     bytes_before, controls_before = offsets_of(lengths), offsets_of(lengths == 0)
     piece_lengths = np.diff(pieces[1])
-    good: Bool[np.ndarray, " N"] = (np.diff(bytes_before[rows]) == piece_lengths) & (
+    good: Bool[np.ndarray, " P"] = (np.diff(bytes_before[rows]) == piece_lengths) & (
         np.diff(controls_before[rows]) == 0
     )
     written = tokens[0][ranges(starts, lengths)]
@@ -130,8 +130,8 @@ def spell(
     partner: Int[np.ndarray, " U"],
     speller: Speller,
     index: dict[bytes, int],
-    token_table: tuple[np.ndarray, Ids],
-) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " U+1"]]:
+    token_table: tuple[np.ndarray, Offsets],
+) -> tuple[Ids, Offsets]:
     """One member's ids for every entry, as (ids, offsets).
 
     Args:
@@ -163,9 +163,7 @@ def spell(
     return spelled, offsets.astype(np.int32)
 
 
-def spell_texts(
-    pieces: Sequence[bytes | None], tokenizer: Any, name: str
-) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " V+1"]]:
+def spell_texts(pieces: Sequence[bytes | None], tokenizer: Any, name: str) -> tuple[Ids, Offsets]:
     """A tokenizer's ids for each of many byte strings, as (ids, offsets). None where there are no bytes, or where it
     cannot write them.
 

@@ -33,13 +33,13 @@ class UnionVocabulary:
     """U entries, K members with V_k ids each. Entries 0..V_0 - 1 are the first member's ids in order."""
 
     end: int  # the members' first end ids share this entry
-    byte_data: UInt8[np.ndarray, " N"]  # entry e's bytes are byte_data[byte_offsets[e] : byte_offsets[e + 1]]
-    byte_offsets: Int[np.ndarray, " U+1"]
-    own: tuple[Int[np.ndarray, " V"], ...]  # a member's id -> entry; -1 for unused ids
+    byte_data: UInt8[np.ndarray, " _N"]  # entry e's bytes are byte_data[byte_offsets[e] : byte_offsets[e + 1]]
+    byte_offsets: Int[np.ndarray, " O"]  # O = U + 1
+    own: tuple[Int[np.ndarray, " _V"], ...]  # a member's id -> entry; -1 for unused ids
     partner: tuple[Int[np.ndarray, " U"], ...]  # entry -> the member's id that is exactly this entry, or -1
     # Entry -> the member's ids that spell it: the partner if there is one; nothing for others' control tokens.
-    spell_ids: tuple[Int[np.ndarray, " N"], ...]
-    spell_offsets: tuple[Int[np.ndarray, " U+1"], ...]
+    spell_ids: tuple[Int[np.ndarray, " _N"], ...]
+    spell_offsets: tuple[Int[np.ndarray, " O"], ...]
     choosable: Bool[np.ndarray, " U"]  # every member can write it
     ends: Bool[np.ndarray, " U"]  # ends a text: the shared end and the members' further end ids
     control: Bool[np.ndarray, " U"]  # has no bytes
@@ -55,7 +55,7 @@ class UnionVocabulary:
         """U."""
         return len(self.control)
 
-    def entry_bytes(self, entry: int) -> bytes:
+    def entry_bytes(self, entry: int | np.integer) -> bytes:
         """What the entry adds to the text; nothing for control tokens and ends."""
         return self.byte_data[self.byte_offsets[entry] : self.byte_offsets[entry + 1]].tobytes()
 

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from rlae_jax.fusion.vocabulary.rows import Ids
+from rlae_jax.fusion.vocabulary.rows import Offsets
 
 _DEAD = 8
 
@@ -26,7 +26,7 @@ def _utf8_steps() -> Int[np.ndarray, "9 256"]:
     return steps
 
 
-def utf8_states(data: UInt8[np.ndarray, " N"], offsets: Ids) -> Int[np.ndarray, "8 U"]:
+def utf8_states(data: UInt8[np.ndarray, " N"], offsets: Offsets) -> Int[np.ndarray, "8 U"]:
     """From each of 8 states the state after each byte string, -1 where a character would break.
 
     A string without bytes stands for a control token, which may not come within a character: 0 -> 0, otherwise -1.
