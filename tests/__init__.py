@@ -6,8 +6,12 @@ import tests.helpers.typechecker
 
 CHECKED = (
     "rlae_jax.files",
+    "rlae_jax.fusion.operators",
+    "rlae_jax.fusion.search",
     "rlae_jax.fusion.vocabulary",
     "rlae_jax.models",
+    "rlae_jax.ppo.dirichlet",
+    "rlae_jax.ppo.objective",
     "rlae_jax.report",
     "rlae_jax.runs",
     "rlae_jax.statistics",
