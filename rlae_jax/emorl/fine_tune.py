@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from rlae_jax.config import SCHEDULES
 from rlae_jax.emorl import losses
@@ -151,7 +151,7 @@ def _one_hot_blocks(members: int, rows: int) -> Float[Array, "R M"]:
     return jnp.repeat(jnp.eye(members), rows // members, axis=0)
 
 
-def step_keys(seeds: Int[Array, " M"], steps: Int[Array, " M"], purpose: int) -> Key[Array, " M"]:
+def step_keys(seeds: Integer[Array, " M"], steps: Int[Array, " M"], purpose: int) -> Key[Array, " M"]:
     """Functions of an adapter's seed and step alone, so that a resumed run draws what an uninterrupted one does."""
 
     def one(seed: Array, step: Array) -> Array:
@@ -165,7 +165,7 @@ def sample(
     base: transformer.Params,
     state: TrainingState,
     prompts: Prompts,
-    seeds: Int[Array, " M"],
+    seeds: Integer[Array, " M"],
     spec: DecodeSpec,
     config: EMORLConfig,
 ) -> Samples:
@@ -266,7 +266,7 @@ def update(
     prompts: Prompts,
     samples: Samples,
     rewards: Float[Array, "M R"],
-    seeds: Int[Array, " M"],
+    seeds: Integer[Array, " M"],
     model: ModelConfig,
     config: EMORLConfig,
 ) -> tuple[TrainingState, dict[str, Float[Array, " M"]]]:

@@ -45,9 +45,9 @@ DEFAULT_MEMORY = 2 << 30  # bytes of keys and values that a batch of points may 
 class PointAnswers:
     """What N points answer to B prompts, S samples each."""
 
-    tokens: Int[np.ndarray, "N B*S T"]
-    steps: Int[np.ndarray, "N B*S"]  # the end token included
-    ended: Bool[np.ndarray, "N B*S"]
+    tokens: Int[np.ndarray, "N BS T"]
+    steps: Int[np.ndarray, "N BS"]  # the end token included
+    ended: Bool[np.ndarray, "N BS"]
 
 
 class Fused:

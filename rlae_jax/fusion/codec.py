@@ -7,7 +7,7 @@ prompt's ids, or with different tokenizers a tuple of each member's; a chosen to
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +19,7 @@ from rlae_jax.fusion.spec import Spelling, UnionTables
 from rlae_jax.models import LM
 
 
+@runtime_checkable
 class Codec(Protocol):
     """See the module's text."""
 

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import programs, vocabulary
@@ -359,10 +360,10 @@ class Ensemble:
         weights: Weights = None,
         *,
         max_new_tokens: int | Sequence[int] = 64,
-        seed: int | Sequence[int] | Int[Array, " B"] = 0,
+        seed: int | Sequence[int] | ArrayLike = 0,
         keep: bool = False,
-        prompt_ids: Int[Array, "B T"] | None = None,
-        prompt_mask: Array | None = None,
+        prompt_ids: ArrayLike | Sequence[Sequence[int]] | None = None,
+        prompt_mask: ArrayLike | Sequence[Sequence[int]] | None = None,
         adapters: AdapterChoice = None,
         **options: Any,
     ) -> Generation:

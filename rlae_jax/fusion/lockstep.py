@@ -17,9 +17,9 @@ from rlae_jax.models import transformer
 class RowSubsets(NamedTuple):
     """What the members of a shared base run, where no member has a say in all rows: R rows each."""
 
-    rows: Int[Array | np.ndarray, " M*R"]  # which of the batch's B rows each of them is
+    rows: Int[Array | np.ndarray, " MR"]  # which of the batch's B rows each of them is
     # Where each member's rows of the batch are among them; anywhere for those in which it has no say.
-    places: Int[Array | np.ndarray, " M*B"]
+    places: Int[Array | np.ndarray, " MB"]
 
 
 class Lockstep(NamedTuple):

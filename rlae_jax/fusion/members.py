@@ -6,7 +6,7 @@ states of the loop with the same few functions (`Members`); the loop does not kn
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Prediction(NamedTuple):
     log_probs: tuple[Float[Array, "B V"], ...]  # of the common vocabulary; -inf where a member lacks an entry
 
 
+@runtime_checkable
 class Members(Protocol):
     """What the loop asks of its members. `token` is Int[B], an id or an entry of the union vocabulary."""
 

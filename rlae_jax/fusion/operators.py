@@ -23,7 +23,7 @@ from rlae_jax.errors import InputError
 FusionOperator = Callable[..., Array]  # (log_probs, weights) -> fused; hashable
 
 
-def linear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B V"]:
+def linear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B K"]) -> Float[Array, "B V"]:
     """log sum_k w_k p_k: the weighted mean of probabilities (RLAE, arXiv 2506.00439, section 3).
 
     Summed in the log domain, so that a token improbable to every member keeps its order, and so that a one-hot weight
@@ -39,7 +39,7 @@ def linear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "B 
     return shift + jnp.log(total)
 
 
-def loglinear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B V"]:
+def loglinear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B K"]) -> Float[Array, "B V"]:
     """sum_k w_k log p_k, up to each row's normaliser: the weighted geometric mean (product of experts)."""
     # A member with weight 0 has no say, not even by a probability of 0 (0 * -inf).
     terms = [jnp.where(weights[:, k, None] > 0, weights[:, k, None] * log_p, 0.0) for k, log_p in enumerate(log_probs)]
@@ -65,7 +65,7 @@ class Candidates:
     def __call__(
         self,
         log_probs: tuple[Float[Array, "B V"], ...],
-        weights: Float[Array, "B K"],
+        weights: Float[Array, "#B K"],
         read: tuple[Float[Array, "B V"], ...] | None = None,
     ) -> Float[Array, "B V"]:
         """`read` is like `log_probs`, but through first tokens where a member lacks one; by default the same."""
@@ -91,7 +91,9 @@ class Proxy:
 
     alpha: float = 1.0
 
-    def __call__(self, log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B V"]:
+    def __call__(
+        self, log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B K"] | None
+    ) -> Float[Array, "B V"]:
         del weights
         base, expert, anti = log_probs
         both = jnp.isfinite(expert) & jnp.isfinite(anti)
@@ -107,7 +109,7 @@ class Hidden:
     Greedily it depends on the direction of the weights alone; their size is an inverse temperature when sampling.
     """
 
-    def __call__(self, hidden: tuple[Float[Array, "B D"], ...], weights: Float[Array, "B K"]) -> Float[Array, "B D"]:
+    def __call__(self, hidden: tuple[Float[Array, "B D"], ...], weights: Float[Array, "#B K"]) -> Float[Array, "B D"]:
         """The fused state. Unlike those of other operators, the arguments are states rather than log-probabilities."""
         total = sum(weights[:, k, None] * h.astype(jnp.float32) for k, h in enumerate(hidden))
         return jnp.asarray(total).astype(hidden[0].dtype)

@@ -66,6 +66,7 @@ class Distribution(Protocol):
         ...
 
 
+@runtime_checkable
 class ChoosesLength(Distribution, Protocol):
     """What a policy with `span_lengths` gives."""
 

@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Integer, Key
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion.reading import Text
@@ -45,7 +45,7 @@ def row_keys(key: Key[Array, ""] | Key[Array, " B"], batch: int) -> Key[Array, "
 
 
 @functools.partial(jax.jit, static_argnames="batch")
-def keys_of_seeds(seed: Int[Array, ""] | Int[Array, " B"], batch: int) -> Key[Array, " B"]:
+def keys_of_seeds(seed: Integer[Array | np.ndarray, "*B"], batch: int) -> Key[Array, " B"]:
     """Row b's key: fold_in(key(seed), b), or key(seed[b]) if there is a seed per row."""
     if seed.ndim:
         return jax.vmap(jax.random.key)(seed)
@@ -158,7 +158,7 @@ def prompts_from_arrays(
     )
 
 
-def check_seeds(seed: Any, batch: int) -> Int[np.ndarray, ""] | Int[np.ndarray, " B"]:
+def check_seeds(seed: Any, batch: int) -> Integer[np.ndarray, "*B"]:
     """The seed, or the seeds of rows, as unsigned integers.
 
     Raises:

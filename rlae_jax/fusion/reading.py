@@ -40,7 +40,7 @@ class TextReader:
 
     params: transformer.Params
     ids: Int[Array, " N"]  # all spellings, one after another
-    offsets: Int[Array, " V+1"]  # where each token's begins; V tokens of the members, or entries of their union
+    offsets: Int[Array, " O"]  # where each token's begins, of V tokens of the members or entries of their union; V + 1
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     before: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # the ids around a text
     after: tuple[int, ...] = dataclasses.field(metadata={"static": True})

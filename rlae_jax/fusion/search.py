@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from rlae_jax import files
 from rlae_jax.errors import InputError
@@ -324,7 +324,7 @@ def pareto(scores: Float[np.ndarray, "N M"]) -> list[int]:
     ]
 
 
-def hypervolume(scores: Float[np.ndarray, "N M"], reference: Sequence[float] | None = None) -> float:
+def hypervolume(scores: Num[np.ndarray, "N M"], reference: Sequence[float] | np.ndarray | None = None) -> float:
     """The volume of what lies below at least one point and above the reference, by default 0 in every objective.
 
     By slices along the last objective, recursively (Fonseca, Paquete and Lopez-Ibanez, 2006).

@@ -23,7 +23,7 @@ class Spelling(NamedTuple):
     first: Int[Array, " U"]  # its first id of the entry's spelling, or -1 where that has none
     own: Int[Array, " V"]  # the entry that each of its ids is, or -1
     ids: Int[Array, " N"]  # all spellings, one after another
-    offsets: Int[Array, " U+1"]
+    offsets: Int[Array, " O"]  # U + 1
 
     def lengths(self, entries_b: Int[Array, " B"]) -> Int[Array, " B"]:
         """How many tokens entries cost this member."""

@@ -4,7 +4,7 @@ Every leaf has B, the rows of a batch, first, so that splitting, padding and sha
 caches of members that share one base hold a batch per member, one after another.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,8 @@ class DecodeState(NamedTuple):
 
     def span_mask(self) -> Bool[Array, "B P"]:
         """True where a row really took a decision."""
-        return _span_mask(self.decisions.taken, self.trajectory)
+        mask: Bool[Array, "B P"] = _span_mask(self.decisions.taken, self.trajectory)
+        return mask
 
 
 class Answers(NamedTuple):
@@ -109,12 +110,12 @@ class Answers(NamedTuple):
     trajectory: Span  # [B, P, ...]
     scores: TokenScores | None
 
-    def span_mask(self) -> Bool[Array, "B P"]:
-        """True where a row really took a decision."""
+    def span_mask(self) -> Any:
+        """Bool[B, P], of the device or of the host as the answers are: True where a row really took a decision."""
         return _span_mask(self.decisions, self.trajectory)
 
 
-def _span_mask(taken: Int[Array, " B"], trajectory: Span) -> Bool[Array, "B P"]:
+def _span_mask(taken: Any, trajectory: Span) -> Any:
     return taken[:, None] > np.arange(trajectory.value.shape[1])[None]
 
 

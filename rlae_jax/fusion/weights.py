@@ -12,7 +12,8 @@ from rlae_jax.fusion.operators import FusionOperator, Hidden
 from rlae_jax.fusion.policy import NAMED_POLICIES, BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.sampling import DEFAULT_SPAN_LENGTH
 
-Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | str | Policy | BoundPolicy | None
+# Also what is no weights at all, of which `bind_weights` says what is wrong.
+Weights = Sequence[float] | Sequence[Sequence[float]] | np.ndarray | Array | float | str | Policy | BoundPolicy | None
 
 
 class PolicyForBatch(NamedTuple):

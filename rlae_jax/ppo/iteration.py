@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from rlae_jax.config import PPOConfig
 from rlae_jax.fusion.decode import decode_batch
@@ -33,7 +33,7 @@ class LearnerState(NamedTuple):
 
     params: Any
     optimiser: optax.OptState
-    iteration: Int[Array, ""]  # iterations done
+    iteration: Integer[Array, ""]  # iterations done
 
 
 class Rollout(NamedTuple):
@@ -69,7 +69,7 @@ class AgentsInBlocks:
         """E agents, for the shapes."""
         return jax.vmap(lambda k: self.policy.init(k, dims))(jax.random.split(key, self.agents))
 
-    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, " E*B"]]:
+    def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, " EB"]]:
         """Each block under its own agent."""
         blocks = jax.tree.map(lambda leaf: leaf.reshape(self.agents, -1, *leaf.shape[1:]), observation)
         both = jax.vmap(self.policy.apply)(params, blocks)
@@ -117,7 +117,7 @@ def make_optimiser(config: PPOConfig) -> optax.GradientTransformation:
     )
 
 
-def step_size(config: PPOConfig, iteration: Int[Array, ""]) -> Float[Array, ""]:
+def step_size(config: PPOConfig, iteration: Integer[Array, ""]) -> Float[Array, ""]:
     """The learning rate of an iteration."""
     schedule = learning_rate(config.schedule, config.learning_rate, config.warmup, config.iterations)
     return jnp.asarray(schedule(iteration), jnp.float32)
@@ -129,7 +129,9 @@ def init_learner(key: Key[Array, ""], policy: Policy, dims: Dims, config: PPOCon
     return LearnerState(params, make_optimiser(config).init(params), jnp.int32(0))
 
 
-def init_learners(seeds: Int[Array | np.ndarray, " E"], policy: Policy, dims: Dims, config: PPOConfig) -> LearnerState:
+def init_learners(
+    seeds: Integer[Array | np.ndarray, " E"], policy: Policy, dims: Dims, config: PPOConfig
+) -> LearnerState:
     """One per seed, leaves [E, ...]."""
     return jax.vmap(lambda seed: init_learner(jax.random.key(seed), policy, dims, config))(jnp.asarray(seeds))
 
@@ -280,7 +282,7 @@ def learn(
     return LearnerState(params, optimiser_state, state.iteration + 1), metrics
 
 
-def iteration_keys(seed: Int[Array, ""], iteration: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+def iteration_keys(seed: Integer[Array, ""], iteration: Integer[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """(for the rollout, for the updates): functions of the seed and the iteration's number alone, so that a resumed run
     draws what the interrupted one would have drawn."""
     key = jax.random.fold_in(jax.random.key(seed), iteration)
@@ -319,7 +321,7 @@ def iterate(
     states: LearnerState,
     params: tuple[Any, ...],
     batch: Batch,
-    seeds: Int[Array, " E"],
+    seeds: Integer[Array, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
@@ -342,8 +344,8 @@ def rollout_for_text(
     policy_params: Any,
     params: tuple[Any, ...],
     batch: Batch,
-    seeds: Int[Array, " E"],
-    iteration: Int[Array, ""],
+    seeds: Integer[Array, " E"],
+    iteration: Integer[Array, ""],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> Rollout:
@@ -355,8 +357,8 @@ def rollout_for_text(
 def learn_from_text(
     states: LearnerState,
     experience: Rollout,
-    score: Float[Array, " E*B"],
-    seeds: Int[Array, " E"],
+    score: Float[Array, " EB"],
+    seeds: Integer[Array, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:

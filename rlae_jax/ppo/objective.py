@@ -19,8 +19,8 @@ def masked_gae(
     rewards: Float[Array, "P B"],
     values: Float[Array, "P B"],
     mask: Bool[Array, "P B"],
-    discount: float,
-    gae_lambda: float,
+    discount: float | Array,
+    gae_lambda: float | Array,
 ) -> tuple[Float[Array, "P B"], Float[Array, "P B"]]:
     """Generalised advantages and value targets (Schulman et al., 2016, eq. 16), zero where the mask is False.
 

@@ -15,16 +15,16 @@ class WithLength(NamedTuple):
     logits: Float[Array, "B C"]
     lengths: Int[Array, "B C"]
 
-    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B A+1"]:
+    def sample(self, keys: Key[Array, " B"]) -> Float[Array, "B A1"]:
         """One key per row."""
         both = jax.vmap(jax.random.split)(keys)
         chosen = jax.vmap(jax.random.categorical)(both[:, 1], self.logits)
         return self._join(self.of_weights.sample(both[:, 0]), chosen)
 
-    def mode(self) -> Float[Array, "B A+1"]:
+    def mode(self) -> Float[Array, "B A1"]:
         return self._join(self.of_weights.mode(), jnp.argmax(self.logits, axis=-1))
 
-    def log_prob(self, action: Float[Array, "B A+1"]) -> Float[Array, " B *N"]:
+    def log_prob(self, action: Float[Array, "B A1"]) -> Float[Array, " B *N"]:
         of_weights: Float[Array, " B *N"] = self.of_weights.log_prob(action[:, :-1])
         log_probs = jax.nn.log_softmax(self.logits, axis=-1)
         of_length = jnp.take_along_axis(log_probs, self._place(action)[:, None], axis=-1)
@@ -37,11 +37,11 @@ class WithLength(NamedTuple):
         of_weights: Float[Array, " B"] = self.of_weights.entropy()
         return of_weights - jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
-    def to_weights(self, action: Float[Array, "B A+1"]) -> Float[Array, "B K"]:
+    def to_weights(self, action: Float[Array, "B A1"]) -> Float[Array, "B K"]:
         weights: Float[Array, "B K"] = self.of_weights.to_weights(action[:, :-1])
         return weights
 
-    def to_length(self, action: Float[Array, "B A+1"]) -> Int[Array, " B"]:
+    def to_length(self, action: Float[Array, "B A1"]) -> Int[Array, " B"]:
         """How many steps the action holds."""
         return jnp.take_along_axis(self.lengths, self._place(action)[:, None], axis=1)[:, 0]
 

@@ -323,7 +323,7 @@ def _iterate(
     task: Task,
     pool: RewardPool,
     split: _Split,
-    rows: Int[np.ndarray, " E*B"],
+    rows: Int[np.ndarray, " EB"],
     learner: ppo.LearnerState,
     seeds: Int[np.ndarray, " E"],
     spec: DecodeSpec,
