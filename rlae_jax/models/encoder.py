@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, lora, transformer
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.lm import check_text, open_checkpoint, require_tokenizer
+from rlae_jax.models.lm import TextIds, check_text, open_checkpoint, require_tokenizer
 
 SMALLEST_WIDTH = 8  # of encoded texts
 
@@ -48,7 +48,7 @@ class Encoder:
     def apply(
         self,
         params: transformer.Params | lora.Adapted,
-        ids: ArrayLike,
+        ids: TextIds,
         mask: ArrayLike | None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "B labels"]:
@@ -73,7 +73,7 @@ class Encoder:
     def apply_hidden(
         self,
         params: transformer.Params | lora.Adapted,
-        ids: ArrayLike,
+        ids: TextIds,
         mask: ArrayLike | None,
         token_types: ArrayLike | None = None,
     ) -> Float[Array, "B T D"]:
@@ -82,13 +82,13 @@ class Encoder:
         return hidden
 
     def logits(
-        self, ids: ArrayLike, mask: ArrayLike | None = None, token_types: ArrayLike | None = None
+        self, ids: TextIds, mask: ArrayLike | None = None, token_types: ArrayLike | None = None
     ) -> Float[Array, "B labels"]:
         """`apply` with this model's parameters; no mask means no padding."""
         return self.apply(self.params, *self._inputs(ids, mask, token_types))
 
     def hidden(
-        self, ids: ArrayLike, mask: ArrayLike | None = None, token_types: ArrayLike | None = None
+        self, ids: TextIds, mask: ArrayLike | None = None, token_types: ArrayLike | None = None
     ) -> Float[Array, "B T D"]:
         """`apply_hidden` with this model's parameters; no mask means no padding."""
         return self.apply_hidden(self.params, *self._inputs(ids, mask, token_types))

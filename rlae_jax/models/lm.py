@@ -21,7 +21,8 @@ from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.tokenizer import import_transformers
 
 # Each row's adapter by number or name, or Float[B, M] weights of the adapters.
-AdapterChoice = Sequence[int] | Sequence[str] | np.ndarray | Array | None
+AdapterChoice = Sequence[Any] | ArrayLike | None
+TextIds = Sequence[Sequence[int]] | ArrayLike  # Int[B, T]; `check_text` tells what is none
 # Any of them makes a tokenizer; the first is what the fast ones are kept in.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.json", "vocab.txt")
 
@@ -48,9 +49,9 @@ class LM:
     def apply(
         self,
         params: transformer.Params | lora.Adapted,
-        ids: ArrayLike,
+        ids: TextIds,
         mask: ArrayLike | None,
-        decoder_ids: ArrayLike | None = None,
+        decoder_ids: TextIds | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits, float32, of `ids` under any parameters of this model's shape.
 
@@ -69,9 +70,9 @@ class LM:
 
     def logits(
         self,
-        ids: ArrayLike,
+        ids: TextIds,
         mask: ArrayLike | None = None,
-        decoder_ids: ArrayLike | None = None,
+        decoder_ids: TextIds | None = None,
         *,
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T V"]:
@@ -82,9 +83,9 @@ class LM:
 
     def hidden(
         self,
-        ids: ArrayLike,
+        ids: TextIds,
         mask: ArrayLike | None = None,
-        decoder_ids: ArrayLike | None = None,
+        decoder_ids: TextIds | None = None,
         *,
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B T D"]:
@@ -95,9 +96,9 @@ class LM:
 
     def log_probs(
         self,
-        ids: ArrayLike,
+        ids: TextIds,
         mask: ArrayLike | None = None,
-        decoder_ids: ArrayLike | None = None,
+        decoder_ids: TextIds | None = None,
         *,
         adapters: AdapterChoice = None,
     ) -> Float[Array, "B _"]:

@@ -197,7 +197,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
 
 def for_rows(
     stack: Stack,
-    weights: Float[Array, "B M"],
+    weights: Float[Array | np.ndarray, "B M"],
     *,
     dropout: float = 0.0,
     key: Key[Array, ""] | Key[Array, " B"] | None = None,
@@ -270,7 +270,9 @@ def low_rank_delta(adapters: Adapters, path: str, einsum: str, precision: str | 
     return delta
 
 
-def merge(params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array, " M"]) -> dict[Any, Any]:
+def merge(
+    params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array | np.ndarray, " M"]
+) -> dict[Any, Any]:
     """The base parameters with sum_m weights[m] * scale_m * A_m B_m added to each kernel. Negative weights undo it."""
     merged: dict[Any, Any] = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries, the same arrays
     scaled = jnp.asarray(weights, jnp.float32) * stack.scales

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def reference(lm, members, prompt, weights, head=True):
         ids = np.array([text])
         if head:
             state = sum(w * np.asarray(member.hidden(ids))[:, -1] for w, member in zip(weights, members, strict=True))
-            logits = np.asarray(transformer.Model(lm.config, lm.params).logits(state.astype(np.float32)))[0]
+            logits = np.asarray(transformer.Model(lm.config, lm.params).logits(jnp.asarray(state, jnp.float32)))[0]
         else:
             logits = sum(w * np.asarray(member.logits(ids))[0, -1] for w, member in zip(weights, members, strict=True))
         token = int(np.argmax(logits))
@@ -75,7 +76,7 @@ def test_of_an_encoder_decoder(t5):
         for _ in range(N):
             states = [np.asarray(member.hidden(ids, None, np.array([text])))[:, -1] for member in members]
             state = sum(w * h for w, h in zip(weights, states, strict=True)).astype(np.float32)
-            text.append(int(np.argmax(transformer.Model(t5.config, t5.params).logits(state)[0])))
+            text.append(int(np.argmax(transformer.Model(t5.config, t5.params).logits(jnp.asarray(state))[0])))
         assert out.tokens[b] == text[1:]
 
 

@@ -542,7 +542,9 @@ class TestBlocks:
 
         @jax.jit
         def hidden(used: lora.Adapters, ids: Any, mask: Any) -> Any:
-            return transformer.Model(lm.config, lm.params, used).forward(ids, mask, decoder_ids=decoder_ids)[0]
+            return transformer.Model(lm.config, lm.params, used).forward(
+                ids, mask, decoder_ids=jnp.asarray(decoder_ids)
+            )[0]
 
         found = np.asarray(hidden(lora.for_blocks(stack), ids, mask))
         each = [np.repeat(x, 3, axis=0) for x in (ids, mask)]
