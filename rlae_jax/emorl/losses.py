@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -32,7 +31,7 @@ def group_advantages(rewards: Float[Array, " B"], samples: int, epsilon: float =
 
 
 def self_critical_loss(
-    log_probs: Float[Array, "B T"], mask: Bool[Array | np.ndarray, "B T"], advantages: Float[Array, " B"]
+    log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"], advantages: Float[Array, " B"]
 ) -> Float[Array, ""]:
     """-mean_b A_b sum_t log p(token t of b): REINFORCE with the samples' mean as its baseline. The sum runs over the
     end token, too, so that ending is learnt."""
@@ -51,7 +50,7 @@ class Clipped(NamedTuple):
 def clipped_loss(
     log_probs: Float[Array, "B T"],
     old_log_probs: Float[Array, "B T"],
-    mask: Bool[Array | np.ndarray, "B T"],
+    mask: Bool[Array, "B T"],
     advantages: Float[Array, "B T"],
     clip: float = 0.2,
 ) -> Clipped:
@@ -70,7 +69,7 @@ def clipped_loss(
 
 
 def kl_penalty(
-    log_probs: Float[Array, "B T"], base_log_probs: Float[Array, "B T"], mask: Bool[Array | np.ndarray, "B T"]
+    log_probs: Float[Array, "B T"], base_log_probs: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """mean_b sum_t (log p - log p_base)^2 / 2 at tokens that p itself has just drawn.
 
@@ -82,13 +81,13 @@ def kl_penalty(
     return jnp.mean(jnp.sum(difference**2, axis=1)) / 2
 
 
-def _mean_of_rows(values: Float[Array, "B T"], mask: Bool[Array | np.ndarray, "B T"]) -> Float[Array, ""]:
+def _mean_of_rows(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
     counts = jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
     return jnp.mean(jnp.sum(jnp.where(mask, values, 0.0), axis=1) / counts)
 
 
 def token_advantages(
-    rewards: Float[Array, " B"], values: Float[Array, "B T"], mask: Bool[Array | np.ndarray, "B T"], gae_lambda: float
+    rewards: Float[Array, " B"], values: Float[Array, "B T"], mask: Bool[Array, "B T"], gae_lambda: float
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Generalised advantages over tokens and the value head's targets, where the reward comes with the last token and
     nothing is discounted: A_t = delta_t + lambda A_{t+1} with delta_t = r_t + V_{t+1} - V_t (Schulman et al., 2016)."""
@@ -108,8 +107,6 @@ def token_advantages(
     return advantages, lax.stop_gradient(advantages + values)
 
 
-def value_loss(
-    values: Float[Array, "B T"], targets: Float[Array, "B T"], mask: Bool[Array | np.ndarray, "B T"]
-) -> Float[Array, ""]:
+def value_loss(values: Float[Array, "B T"], targets: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
     """Half the mean squared error at the tokens that were written."""
     return _mean_of_rows((values - targets) ** 2, mask) / 2
