@@ -40,7 +40,9 @@ def test_samples_of_an_encoder_decoder(t5, adapters, shared, samples):
     for i in range(samples):
         own = jax.vmap(lambda key, i=i: jax.random.fold_in(key, i))(keys)
         alone = run(ensemble.params, ids, mask, weights, own, spec)
-        for b, (tokens, steps) in enumerate(zip(alone.tokens, alone.steps - alone.ended, strict=True)):
+        for b, (tokens, steps) in enumerate(
+            zip(alone.tokens, np.asarray(alone.steps) - np.asarray(alone.ended), strict=True)
+        ):
             assert out.tokens[b * samples + i] == np.asarray(tokens)[:steps].tolist()
     assert len({str(row) for row in out.tokens}) > len(ROWS)
 
@@ -62,7 +64,7 @@ class TestPoints:
 
     def test_the_state_grows_by_what_is_written(self, points):
         def kept(n):
-            state = jax.eval_shape(lambda state: fused_module._for_points(state, points.spec, n, 1), points._read)
+            state = jax.eval_shape(lambda state: fused_module._for_points(state, n, 1), points._read)
             return [cache.source for cache in state.caches], nbytes([cache.layers for cache in state.caches])
 
         one, few = kept(1), kept(5)
