@@ -285,7 +285,7 @@ class TestBuildPool:
         raises_input_error(lambda: build_pool(tmp_path / "file", 0, ["noisy"]), "is a file")
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_specialist_learns_its_operations_and_not_the_others(tmp_path):
     path = build_pool(tmp_path, 0, ["master"], quick=False)["master"]
     lm = rj.load(path)

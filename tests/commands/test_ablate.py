@@ -39,7 +39,7 @@ def call(monkeypatch, capsys, ensemble):
 SMALL = ("--iterations", 1, "--set", "prompts=8", "epochs=1", "--set", "agent.ffn_width=8", "span_length=1")
 
 
-@pytest.mark.slow
+@pytest.mark.rare  # the library's ablations are in tests/test_ablate.py
 def test_a_grid(call, tmp_path):
     out = tmp_path / "out"
     vary = ("--vary", "agent.projection=4", "--vary", "algo=ppo")

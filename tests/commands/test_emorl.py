@@ -91,6 +91,7 @@ def test_a_whole_run(call, base, tmp_path):
     np.testing.assert_allclose(fused.logits(ids, None, start), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.rare
 def test_what_failed_at_once_can_be_begun_again(call, base, tmp_path):
     (tmp_path / "broken.py").write_text("def score(prompt, answer):\n    return float('nan')\n")
     (tmp_path / "mended.py").write_text("def score(prompt, answer):\n    return 0.5\n")

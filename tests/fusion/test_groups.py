@@ -123,7 +123,7 @@ def test_rollouts_of_agents_side_by_side(both, pair, prompts, agents):
     assert_same(*taken)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_different_tokenizers(both, make_lm):
     tokenizers = [byte_level([]), byte_level([b"ab", b"cd", b"abc"])]
     for tokenizer in tokenizers:

@@ -65,6 +65,7 @@ def test_it_writes_what_a_loop_without_a_cache_writes(lm, merged, hidden):
         assert reference(lm, merged, prompt, WEIGHTS[b], head=False) == expected
 
 
+@pytest.mark.rare  # T5's adapters and the shared source have tests of their own
 def test_of_an_encoder_decoder(t5):
     """The encoder reads the prompt under each adapter; the decoder's states are summed."""
     adapters = [random_adapter(t5, m, rank=2, alpha=1.5, targets=TARGETS) for m in range(2)]

@@ -86,7 +86,7 @@ def entries_of(ensemble, prompts, seed=0, **options):
     "names",
     [
         pytest.param(("gpt2", "mistral_v3"), marks=pytest.mark.slow),
-        pytest.param(("stories", "neox"), marks=pytest.mark.slow),
+        pytest.param(("stories", "neox"), marks=pytest.mark.rare),
     ],
     ids="+".join,
 )

@@ -234,7 +234,7 @@ class TestTargetLogProbs:
         np.testing.assert_allclose(lm.log_probs(ids), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_rematerialisation_keeps_values_and_gradients_and_fewer_residuals(make_lm):
     """Counted before compilation: XLA for CPUs merges the recomputation with the first computation again."""
     lm = make_lm(8, layers=6, width=32, ffn_width=256)
