@@ -25,7 +25,7 @@ demo: .venv/installed ## train two specialists and a weight agent, compare it wi
 test: .venv/installed ## the tests, but for the few that guard against rare mistakes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not rare'
 
-test-all: test ## those and the few
+test-all: test ## all tests: those, and then the few
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m rare
 
 test-fast: .venv/installed ## the tests that matter most
