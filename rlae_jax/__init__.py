@@ -22,4 +22,5 @@ from rlae_jax.models import save_adapter as save_adapter
 from rlae_jax.ppo.train import load_policy as load_policy
 from rlae_jax.ppo.train import train as train
 from rlae_jax.ppo.train import train_seeds as train_seeds
+from rlae_jax.sharding import make_mesh as make_mesh
 from rlae_jax.version import __version__ as __version__

@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Every room of the package and the rooms that its modules may import, as in ARCHITECTURE.md. A room is a folder or a
 # file directly under rlae_jax; the package itself ("") is its public API, for commands and users alone.
-LEAVES = {"errors", "files", "schedules", "statistics", "version"}
+LEAVES = {"errors", "files", "schedules", "sharding", "statistics", "version"}
 LOW = LEAVES | {"runs", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
     "schedules": set(),
     "files": {"errors"},
+    "sharding": {"errors"},
     "statistics": {"errors"},
     "models": LEAVES,
     "tasks": LEAVES,
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ablate": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation"},
     "emorl": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation"},
     "demo": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation", "specialists"},
-    "": {"config", "errors", "fusion", "models", "ppo", "version"},
+    "": {"config", "errors", "fusion", "models", "ppo", "sharding", "version"},
 }
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 MAY_IMPORT["__main__"] = {"commands"}

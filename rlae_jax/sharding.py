@@ -1,0 +1,240 @@
+"""Meshes: which axis of a mesh each axis of an array lies on, and functions that devices run on rows of their own.
+
+A mesh has two axes. Rows of a batch are spread over `data`, the parameters of every member over `model`:
+
+    mesh = make_mesh(data=4, model=2)        rows 0-7 | 8-15 | 16-23 | 24-31      one of four groups of two devices each
+                                             heads, feed-forward and vocabulary   halves, one on each device of a group
+
+Arrays know their axes by name (`transformer.logical_axes`), and `RULES` is the one table from those names to the mesh.
+Nothing here is passed along: programs ask for the mesh in force, under which `use` has them traced. Without one
+`constrain` gives back its argument and `by_rows` the function, so that a program is what it would be without them.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlae_jax.errors import InputError
+
+DATA, MODEL = "data", "model"
+RULES: Mapping[str, str] = {
+    "batch": DATA,
+    "vocab": MODEL,
+    "heads": MODEL,
+    "kv_heads": MODEL,
+    "mlp": MODEL,
+    "experts": MODEL,
+}
+# Where an argument of `by_rows` lies: rows are its first axis, its second (after agents or adapters), or it has none.
+ROWS, BLOCKS, WHOLE = PartitionSpec(DATA), PartitionSpec(None, DATA), PartitionSpec()
+
+T = TypeVar("T")
+
+
+def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data` x `model` devices, of all processes where there are several.
+
+    Args:
+      data: groups of devices, each with rows of its own.
+      model: devices of a group, each with a part of every member. One of the two may be -1: what is left.
+      devices: by default all there are, in the order that suits their connections. A mesh of one process may be
+        smaller than they are many, if it divides them.
+
+    Raises:
+      InputError: sizes that do not divide the devices.
+    """
+    n = len(jax.devices() if devices is None else devices)
+    sizes = {DATA: data, MODEL: model}
+    left = [name for name, size in sizes.items() if size == -1]
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size != -1 and size < 1]
+    if wrong or len(left) > 1:
+        raise InputError(f"a mesh's sizes are whole numbers of at least 1, one of them may be -1; not {_text(sizes)}")
+    known = data * model if not left else model if left[0] == DATA else data
+    if n % known or (not left and known < n and jax.process_count() > 1):
+        fitting = ", ".join(f"{DATA}={n // m},{MODEL}={m}" for m in range(1, n + 1) if n % m == 0)
+        raise InputError(f"the mesh {_text(sizes)} does not divide the {n} devices; these do: {fitting}")
+    if left:
+        sizes[left[0]] = n // known
+    shape = tuple(sizes.values())
+    kinds = (AxisType.Auto,) * len(shape)
+    if devices is None:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=kinds, devices=jax.devices()[: data_size(shape)])
+    return Mesh(np.asarray(devices[: data_size(shape)]).reshape(shape), tuple(sizes), axis_types=kinds)
+
+
+def data_size(shape: Sequence[int]) -> int:
+    """How many devices a mesh of this shape has."""
+    return int(np.prod(shape))
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """The sizes that "data=4,model=2" names; what is not named is 1.
+
+    Raises:
+      InputError: anything else.
+    """
+    sizes = {DATA: 1, MODEL: 1}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in sizes or not size.removeprefix("-").isdecimal():
+            raise InputError(f"mesh {text!r}: expected sizes such as data=4,model=2 or data=-1 (what is left)")
+        sizes[name] = int(size)
+    return sizes
+
+
+def describe(mesh: Mesh | None) -> dict[str, int] | None:
+    """A mesh's sizes, for files and messages."""
+    return None if mesh is None else {str(name): int(size) for name, size in mesh.shape.items()}
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Puts a mesh in force for the programs that are called inside; None leaves things as they are."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
+
+
+def _in_force() -> AbstractMesh:
+    return jax.sharding.get_abstract_mesh()
+
+
+def _auto(mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """The axes that are the compiler's to use, and their sizes."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+def partition(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False
+) -> PartitionSpec:
+    """How an array lies on a mesh, by the names of its axes.
+
+    An axis stays whole whose size the mesh axis does not divide, or whose mesh axis an earlier axis of the array has
+    taken.
+
+    Args:
+      fsdp: for what is trained: the largest axis that is whole is spread over `data` as well.
+    """
+    sizes = _auto(mesh)
+    places: list[str | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        place = RULES.get(name or "")
+        fits = place in sizes and place not in places and size % sizes[place] == 0
+        places.append(place if fits else None)
+    if fsdp and DATA in sizes and DATA not in places:
+        whole = [i for i, place in enumerate(places) if place is None and shape[i] % sizes[DATA] == 0]
+        if whole:
+            places[max(whole, key=lambda i: shape[i])] = DATA
+    return PartitionSpec(*places)
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
+    """`partition` of every array of a tree.
+
+    Args:
+      axes: a tree of tuples of names, such as `transformer.logical_axes`.
+      shapes: the same tree of arrays or `jax.ShapeDtypeStruct`s.
+    """
+
+    def one(names: tuple[str, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition(names, leaf.shape, mesh, fsdp=fsdp))
+
+    return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def constrain(x: T, *axes: str | None) -> T:
+    """The array, laid out by the names of its first axes on the mesh in force; the others are whole. Axes of the mesh
+    that are run by hand (`by_rows`) do not count."""
+    mesh = _in_force()
+    if mesh.empty:
+        return x
+    shape = x.shape  # type: ignore[attr-defined]
+    names = (*axes, *[None] * (len(shape) - len(axes)))
+    constrained: T = lax.with_sharding_constraint(x, partition(names, shape, mesh))
+    return constrained
+
+
+def rows_apart() -> int:
+    """Over how many devices the rows of a batch are spread by the mesh in force: 1 without one, and in `by_rows`."""
+    mesh = _in_force()
+    return 1 if mesh.empty else _auto(mesh).get(DATA, 1)
+
+
+def by_rows(function: Callable[..., Any], places: Sequence[Any], out: Any = ROWS) -> Callable[..., Any]:
+    """The function, run by every group of devices on its own rows.
+
+    What the compiler would have to find out (groups of rows one after another, rows at places of their own, repeated
+    rows) then needs no exchange between devices. The axis `model` stays the compiler's.
+
+    Args:
+      places: of every argument, `ROWS`, `BLOCKS` or `WHOLE`, or a tree of them that begins like the argument.
+      out: the same of the result. What is `WHOLE` must come out alike everywhere (`mean_over_rows`).
+    """
+    if rows_apart() == 1:
+        return function
+    return jax.shard_map(function, in_specs=tuple(places), out_specs=out, axis_names={DATA}, check_vma=False)
+
+
+def mean_over_rows(tree: T) -> T:
+    """Inside `by_rows`, the mean of every leaf over the groups of devices; else the tree."""
+    mesh = _in_force()
+    manual = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if manual.get(DATA) != AxisType.Manual:
+        return tree
+    mean: T = jax.tree.map(lambda leaf: lax.pmean(leaf, DATA), tree)
+    return mean
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host's array on a mesh: every device gets its own part and no other. With several processes each of them must
+    hold the array, or at least the parts of its own devices."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index]))
+
+
+def check_model(name: str, config: Any, mesh: Mesh) -> None:
+    """Says how a model lies on a mesh where that is not as one would expect.
+
+    Key/value heads, feed-forward entries and vocabularies that the mesh does not divide are held whole by every device,
+    which is said in a warning.
+
+    Raises:
+      InputError: query heads that the mesh does not divide.
+    """
+    size = mesh.shape[MODEL]
+    if size == 1:
+        return
+    if config.heads % size:
+        fitting = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
+        raise InputError(
+            f"{name} has {config.heads} heads, which {MODEL}={size} does not divide; these sizes do: "
+            f"{', '.join(map(str, fitting))}"
+        )
+    sizes = {"key/value heads": config.kv_heads, "feed-forward entries": config.ffn_width, "tokens": config.vocab}
+    whole = [f"{count} {what}" for what, count in sizes.items() if count % size]
+    if whole:
+        warnings.warn(
+            f"{name}: {', '.join(whole)} are not divided by {MODEL}={size}, and every device holds them whole",
+            stacklevel=2,
+        )
+
+
+def to_host(tree: T) -> T:
+    """Arrays of any mesh as host arrays, whole on every process."""
+    leaves = jax.tree.leaves(tree)
+    if all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
+        fetched: T = jax.device_get(tree)
+        return fetched
+    from jax.experimental import multihost_utils
+
+    gathered: T = multihost_utils.process_allgather(tree, tiled=True)
+    return gathered
