@@ -59,6 +59,7 @@ class Instruction:
     name: str
     opcode: str
     shapes: tuple[Shape, ...]  # several of a tuple
+    operands: tuple[str, ...]  # the instructions that it reads
     calls: tuple[str, ...]  # the computations that it runs
     op_name: str  # where it comes from in the traced program
     cycles: int  # the compiler's estimate, where it gives one (TPUs)
@@ -128,6 +129,22 @@ class Module:
                 return loop
         raise ValueError(f"no loop carries {', '.join(map(str, shapes))}")
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Instruction]:
+        return {i.name: i for body in self.computations.values() for i in body}
+
+    def copies(self, instructions: Iterable[Instruction], at_least: int) -> list[Instruction]:
+        """Copies of arrays of at least so many bytes from place to place in the main memory. What goes to a vector
+        memory and back is how a TPU reads and writes."""
+        found = []
+        for i in instructions:
+            if i.opcode not in _COPIES or not i.shapes or i.shapes[0].nbytes < at_least:
+                continue
+            sources = [self._by_name[name] for name in i.operands if name in self._by_name]
+            if all(shape.space == 0 for shape in (i.shapes[0], *(s for source in sources for s in source.shapes))):
+                found.append(i)
+        return found
+
     def cycles(self, name: str) -> int:
         """The estimated cycles of one run of a computation: of a branch the longest, of a loop inside it all trips
         where the compiler knows them, else one."""
@@ -192,15 +209,18 @@ def _instruction(line: str) -> Instruction | None:
     rest = line[start.end() :]
     # Layouts hold brackets too, T(8,128), so that a tuple ends where its own is closed.
     end = _closing(rest, "(", ")") if rest.startswith("(") else rest.find(" ")
-    opcode = _OPCODE.match(rest[end:])
+    shapes, rest = rest[:end], rest[end:]
+    opcode = _OPCODE.match(rest)
     if not opcode:
         return None
-    attributes = rest[end + opcode.end() :]
+    inside = _closing(rest[opcode.end() - 1 :], "(", ")") + opcode.end() - 1
+    attributes = rest[inside:]
     calls = [name.strip().lstrip("%") for c in _CALLS.findall(attributes) for name in c.strip("{}").split(",")]
     return Instruction(
         name=start.group(2),
         opcode=opcode.group(1),
-        shapes=tuple(_shapes(rest[:end])),
+        shapes=tuple(_shapes(shapes)),
+        operands=tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end() : inside])),
         calls=tuple(name for name in calls if name),
         op_name=_first(r'op_name="([^"]*)"', attributes) or "",
         cycles=int(_first(r'"estimated_cycles":"(\d+)"', attributes) or 0),
@@ -234,9 +254,3 @@ def collective_bytes(instructions: Iterable[Instruction]) -> int:
     """The bytes of the largest array of any exchange between devices."""
     sizes = [shape.nbytes for i in instructions if i.opcode.removesuffix("-start") in COLLECTIVES for shape in i.shapes]
     return max(sizes, default=0)
-
-
-def copies(instructions: Iterable[Instruction], at_least: int) -> list[Instruction]:
-    """Copies of arrays of at least so many bytes to other places of the main memory."""
-    found = [i for i in instructions if i.opcode in _COPIES]
-    return [i for i in found if i.shapes and i.shapes[0].space == 0 and i.shapes[0].nbytes >= at_least]

@@ -45,6 +45,8 @@ HloModule jit_f, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias)
   %ag = (f32[2]{0}, f32[8]{0}) all-gather-start(%t), dimensions={0}
   %agd = f32[8]{0} all-gather-done(%ag)
   %start = (bf16[4,64]{1,0:S(1)}, bf16[4,64]{1,0}, u32[]) copy-start(%fusion.1)
+  %there = bf16[4,64]{1,0:S(1)} copy-done(%start)
+  %back = (bf16[4,64]{1,0}, bf16[4,64]{1,0:S(1)}, u32[]) copy-start(%there)
   %while.2 = (s32[]) while(%t), condition=%until, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   %choose = s32[] conditional(%t, %t, %t), branch_computations={%branch_a, %branch_b}
   ROOT %out = (s32[], bf16[4,64], /*index=2*/f32[8]) tuple(%t, %fusion.1, %agd)
@@ -81,6 +83,8 @@ def test_computations_and_instructions(module):
     )
     assert fusion.shapes == (hlo.Shape("bf16", (4, 64)),)
     assert fusion.nbytes == 512
+    assert fusion.operands == ("t",)
+    assert module.computations["body"][-1].operands == ("t", "fusion.1", "agd")
     assert module.computations["body"][2].op_name == "jit(f)/dot"
 
 
@@ -120,10 +124,10 @@ def test_collectives_count_where_they_start(module):
 
 
 def test_copies_within_the_main_memory(module):
-    """Those in fusions count; those to a TPU's vector memory are how it reads."""
+    """Those in fusions count; those to a TPU's vector memory and back do not."""
     inside = module.inside(next(module.loops()))
-    assert [i.name for i in hlo.copies(inside, 512)] == ["copy.9"]
-    assert hlo.copies(inside, 513) == []
+    assert [i.name for i in module.copies(inside, 512)] == ["copy.9"]
+    assert module.copies(inside, 513) == []
 
 
 def test_cycles_of_branches_and_inner_loops(module):
@@ -153,5 +157,5 @@ def test_a_real_program():
     module = hlo.parse(compiled.as_text())
     loop = module.loop_carrying(hlo.Shape("s32", (1000,)))
     assert module.aliases == 1
-    assert hlo.copies(module.inside(loop), 4000) == []
+    assert module.copies(module.inside(loop), 4000) == []
     assert hlo.collectives(module.inside(loop)) == {}
