@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlae_jax import sharding
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, Hidden, linear
@@ -435,7 +436,7 @@ def _row_groups(params: tuple[MemberParams, ...], prompts: Prompts, spec: Decode
     in the next one. On the CPU those of a group may stay in the processor's cache, if the weights, which every group
     reads anew, do so, too.
     """
-    if jax.default_backend() != "cpu" or any(not isinstance(p, dict) for p in params):
+    if sharding.platform() != "cpu" or any(not isinstance(p, dict) for p in params):
         return 1
     b = prompts.batch
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
