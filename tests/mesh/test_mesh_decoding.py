@@ -155,8 +155,8 @@ def test_members_with_different_tokenizers(mixed, mesh, options):
 
 
 def test_an_encoder_decoder(stored_checkpoint, mesh):
-    if mesh.shape["model"] == 8:
-        pytest.skip("it has four heads")
+    if mesh.shape["model"] > 2:
+        pytest.skip("it has two heads")
     lm = rj.load(stored_checkpoint("untied", "t5"))
 
     def write(where):
