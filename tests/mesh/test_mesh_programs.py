@@ -1,6 +1,7 @@
 """What devices of a mesh say to each other in the decoding loop, and that without a mesh nothing is different."""
 
 import collections
+import sys
 import warnings
 
 import jax
@@ -14,6 +15,7 @@ from rlae_jax.emorl.fused import Fused
 from rlae_jax.fusion import programs
 from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.fusion.sampling import SamplingOptions
+from rlae_jax.fusion.state import Answers
 from rlae_jax.ppo import iteration as ppo
 from tests.helpers.adapters import random_adapter
 from tests.helpers.tokenizers import byte_level, sentencepiece
@@ -66,7 +68,7 @@ def test_members_with_one_tokenizer_exchange_activations_only(pair, size):
     activations = found.pop(("all-reduce", (f"f32[{rows},1,{width}]",)))
     assert activations == 2 * 3 + 2  # three layers of two members, two embeddings
     assert sum(found.values()) <= 5
-    for (_, shapes), _n in found.items():
+    for _, shapes in found:
         assert all(_entries(shape) <= SMALL for shape in shapes), shapes
     caches = job(ensemble).spec.members[0]
     assert not module.copies(inside, at_least=rows * caches.kv_heads // size[1] * caches.head_width * (T + N) * 4)
@@ -89,7 +91,16 @@ def test_members_with_different_tokenizers(make_wide):
     members = []
     for seed, tokenizer in enumerate([byte_level([b" the", b"th"], ["</s>"]), sentencepiece(["▁the", "é"])]):
         size = -(-len(tokenizer) // 8) * 8
-        members.append(make_wide(seed, layers=1, vocab=size, tokens=len(tokenizer), tokenizer=tokenizer))
+        members.append(
+            make_wide(
+                seed,
+                layers=1,
+                vocab=size,
+                tokens=len(tokenizer),
+                tokenizer=tokenizer,
+                end_ids=(tokenizer.eos_token_id,),
+            )
+        )
     ensemble = rj.Ensemble(spread(members, rj.make_mesh(2, 4)))
     found = hlo.collectives(decoding_loop(job(ensemble, prompts=["the other", "é", "th", "x"]))[1])
     kinds = collections.Counter(kind for kind, _ in found.elements())
@@ -109,13 +120,14 @@ def programs_of(make_wide):
     seeds = np.zeros(2, np.uint32)
     states = ppo.init_learners(seeds, policy, spec.dims, config)
     both = np.concatenate([IDS, IDS])
-    batch = ppo.Batch(prompts_from_arrays(both, np.ones_like(both), N), np.ones((2 * B, 2), np.int32), np.ones(2 * B))
+    batch = ppo.Batch(
+        prompts_from_arrays(both, np.ones_like(both), N), np.ones((2 * B, 2), np.int32), np.ones(2 * B, np.int32)
+    )
     shared = rj.Ensemble.from_adapters(lm, [random_adapter(lm, m) for m in range(2)], "hidden")
     found = {"iterate": (ppo.iterate, (states, ensemble.params, batch, seeds, spec, config))}
     for name, one in (("decode", job(ensemble, temperature=1.0, top_k=3)), ("shared", job(shared))):
         found[name] = (programs.decode_batch, (one.params, one.prompts, one.policy_params, one.spec, one.samples))
         found[f"{name}-prefill"] = (programs.prefill, (one.params, one.prompts, one.spec, 1))
-    del make_prompts
     return found
 
 
@@ -135,8 +147,6 @@ def test_without_a_mesh_nothing_is_different(make_wide, monkeypatch):
 
 
 def _modules():
-    import sys
-
     return [module for name, module in sys.modules.items() if name.startswith("rlae_jax")]
 
 
@@ -166,15 +176,12 @@ def test_points_of_a_search_are_never_one_row(make_wide, monkeypatch):
     monkeypatch.setattr("rlae_jax.emorl.fused.smallest_batch", lambda: 2)
     monkeypatch.setattr(
         "rlae_jax.emorl.fused._answer_each",
-        lambda params, prompts, spec, samples, points, real=None: ran.append(points) or _none(points),
+        lambda params, prompts, spec, samples, points: ran.append(points) or _none(points),
     )
     fused.prepare([[1, 2, 3]], max_new_tokens=2).decode(np.ones((1, 2), np.float32))
     assert ran == [2]
 
 
 def _none(points):
-    from rlae_jax.fusion.state import Answers
-
-    return Answers(
-        None, np.zeros(points, bool), np.ones(points, np.int32), np.zeros((points, 2), np.int32), *[None] * 3
-    )
+    steps, tokens = np.ones(points, np.int32), np.zeros((points, 2), np.int32)
+    return Answers(None, np.zeros(points, bool), steps, tokens, None, None, None)

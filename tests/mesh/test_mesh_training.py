@@ -12,6 +12,7 @@ from rlae_jax.config import AgentConfig, MAPPOConfig, PPOConfig
 from rlae_jax.emorl import fine_tune
 from rlae_jax.emorl.fine_tune import EMORLConfig
 from rlae_jax.emorl.fused import Fused
+from rlae_jax.fusion.policy import Dims
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.models import LoraConfig
 from rlae_jax.ppo import iteration as ppo
@@ -39,6 +40,10 @@ def pair(make_wide):
     return make_wide(2, sharpness=2.0, end_ids=(4,)), make_wide(3, layers=1, sharpness=2.0, end_ids=(4,))
 
 
+def _dims(members):
+    return Dims(tuple(lm.config.hidden_width for lm in members), N // 2)
+
+
 AGENT = AgentConfig(projection=6, span_embedding=4, ffn_width=16)
 # A minibatch of 11 samples is divided by no mesh.
 CASES = {
@@ -49,7 +54,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_agent_learns_the_same(pair, mesh, case):
-    """One iteration as one program and one around a reward in Python."""
+    """An iteration as one program, and one around a reward in Python."""
     config, seeds = CASES[case]
     seeds = np.array(seeds, np.uint32)
     rng = np.random.default_rng(0)
@@ -67,30 +72,26 @@ def test_an_agent_learns_the_same(pair, mesh, case):
         state = sharding.whole(ppo.init_learners(seeds, policy, spec.dims, config), where)
         batch = sharding.place_rows(host, where)
         with sharding.use(where):
-            state, metrics = ppo.iterate(state, ensemble.params, batch, seeds, spec, config)
-            rollout = ppo.rollout_for_text(state.params, ensemble.params, batch, seeds, np.int32(1), spec, config)
-            scores = (np.asarray(rollout.tokens) % 3 == 0).mean(axis=1, dtype=np.float32)
-            state, more = ppo.learn_from_text(state, rollout, scores, seeds, spec, config)
+            if case == "ppo":
+                state, metrics = ppo.iterate(state, ensemble.params, batch, seeds, spec, config)
+            else:
+                rollout = ppo.rollout_for_text(state.params, ensemble.params, batch, seeds, np.int32(1), spec, config)
+                scores = (np.asarray(rollout.tokens) % 3 == 0).mean(axis=1, dtype=np.float32)
+                state, metrics = ppo.learn_from_text(state, rollout, scores, seeds, spec, config)
         assert where is None or all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
-        return np.asarray(rollout.tokens), state, metrics, more
+        return state, metrics
 
-    (tokens, *learnt), (expected, *wanted) = train(mesh), train(None)
-    np.testing.assert_array_equal(tokens, expected)
+    learnt, wanted = train(mesh), train(None)
     assert difference(learnt, wanted) < 1e-5
+    assert difference(wanted[0].params, ppo.init_learners(seeds, policy, _dims(pair), config).params) > 1e-3
 
 
 @pytest.mark.parametrize("algorithm", ["scst", pytest.param("ppo", marks=pytest.mark.rare)])
 def test_adapters_learn_the_same(make_wide, mesh, algorithm):
     lm = make_wide(0, layers=1, sharpness=3.0, end_ids=(4, 6))
     m, b, k = 3, 8, 2
-    config = EMORLConfig(
-        algorithm=algorithm,
-        lora=LoraConfig(rank=2, dropout=0.2),
-        batch=b,
-        samples=k,
-        max_new_tokens=N,
-        learning_rate=1e-3,
-    )
+    small = LoraConfig(rank=2, dropout=0.2)
+    config = EMORLConfig(algorithm=algorithm, lora=small, batch=b, samples=k, max_new_tokens=N, learning_rate=1e-3)
     seeds = np.arange(m, dtype=np.uint32)
     rng = np.random.default_rng(1)
     ids, mask = pad_rows([rng.integers(0, 23, rng.integers(2, 8)).tolist() for _ in range(m * b)], 8)
