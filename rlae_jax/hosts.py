@@ -102,8 +102,8 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"--coordinator {coordinator}: the processes cannot be connected ({reason}); give HOST:PORT with "
-            "--processes and --process-id"
+            f"--coordinator {coordinator}: the processes cannot be connected ({reason}); where nothing tells them of "
+            "each other (a TPU pod, Slurm, Open MPI) give HOST:PORT, --processes and --process-id"
         ) from error
     # The runtime takes SIGTERM for itself and does nothing but note it; loops ask for it themselves (`runs.directory`).
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -448,10 +448,12 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         if step is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")
         shapes = jax.eval_shape(functools.partial(_fresh, config, dims))
-        state = checkpoints.restore(step, sharding.abstract(shapes, None))
+        state = sharding.to_host(checkpoints.restore(step, sharding.abstract(shapes, None)))
     finally:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
-    params = jax.tree.map(jnp.asarray, _nth(state.learner.params if newest else state.best, e))
+    params = _nth(state.learner.params if newest else state.best, e)
+    mesh = sharding.mesh_in_force()
+    params = jax.tree.map(jnp.asarray, params) if mesh is None else sharding.whole(params, mesh)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
     return _bound(config, params, dims, encoder)
