@@ -19,6 +19,7 @@ from jax import Array, lax
 import rlae_jax as rj
 from rlae_jax.fusion import programs
 from rlae_jax.fusion.programs import Job
+from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.models import ModelConfig, transformer
 
 COPIES = 8  # of a call: beside them its overhead is small
@@ -97,9 +98,15 @@ def step_bytes(members: Sequence[rj.LM], rows: int, slots: float) -> int:
 # --- decoding ---
 
 
+def limit_steps(prompts: Prompts, steps: int) -> Prompts:
+    """The prompts, each with an answer of so many tokens at most."""
+    limits: Any = np.full(prompts.batch, steps, np.int32)
+    return prompts._replace(limits=limits)
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """A compiled `decode_batch`. How many steps it makes is data, so that a step's time is a difference of two calls."""
+    """A compiled `decode_batch`. How many steps it makes is data: a step's time is a difference of two calls."""
 
     job: Job
     compiled: Any
@@ -116,7 +123,7 @@ class Decoding:
     def write(self, steps: int) -> np.ndarray:
         """Int[B, N]: as many tokens per row as there are steps."""
         job = self.job
-        prompts = job.prompts._replace(limits=np.full(job.prompts.batch, steps, np.int32))
+        prompts = limit_steps(job.prompts, steps)
         answers = programs.on_host(self.compiled(job.params, prompts, job.policy_params, job.spec), job.answers)
         assert np.all(answers.steps == steps), "a row ended early"
         return np.asarray(answers.tokens[:, :steps])
@@ -138,15 +145,14 @@ def compile_decoding(
     """
     if policy_params is None:
         policy_params = np.full((len(rows), len(ensemble.members)), 1 / len(ensemble.members), np.float32)
-    limits = np.full(len(rows), spec.max_new_tokens, np.int32)
-    prompts = ensemble.prompts(rows, spec, seed=0, limits=limits)
+    prompts = ensemble.prompts(rows, spec, seed=0)
     params = ensemble.params if params is None else params
     job = Job(list(rows), prompts, policy_params, spec, params, 1, ()).fill()
     begin = time.perf_counter()
     lowered = programs.decode_batch.lower(job.params, job.prompts, job.policy_params, job.spec, samples=job.samples)
     compiled = lowered.compile()
     seconds = time.perf_counter() - begin
-    return Decoding(job, compiled, seconds, loop_kernels(compiled.as_text()))
+    return Decoding(job, compiled, seconds, loop_kernels(compiled.as_text() or ""))
 
 
 # --- what was compiled ---

@@ -64,7 +64,7 @@ class Forced:
 def forced(log_probs: tuple[Any, ...], weights: Any) -> Any:
     """The uniform linear fusion, of which then one entry is lifted above all others."""
     fused = linear(log_probs, jnp.full((1, len(log_probs)), 1 / len(log_probs)))
-    return jnp.where(jnp.arange(fused.shape[1]) == weights[:, :1], 1.0, fused)
+    return jnp.where(jnp.arange(fused.shape[1], dtype=weights.dtype)[None] == weights[:, :1], 1.0, fused)
 
 
 def member_entries(ensemble: rj.Ensemble, k: int, text: str) -> list[tuple[int, int]]:

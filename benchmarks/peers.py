@@ -227,7 +227,6 @@ def transformers_model(member: Member, config: ModelConfig) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope.base},
         max_position_embeddings=config.context,
         tie_word_embeddings=config.tied_head,
-        attn_implementation="sdpa",
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(settings)
@@ -242,7 +241,8 @@ def transformers_model(member: Member, config: ModelConfig) -> Any:
         weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in named.items()}
     model.load_state_dict(weights, assign=True)
     # Its frequencies are no part of the state.
-    model.model.rotary_emb = type(model.model.rotary_emb)(settings, device=member.embedding.device)
+    with member.embedding.device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(settings)
     return model.eval()
 
 
@@ -335,10 +335,7 @@ class BestPeer:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         # Zeros rather than anything: a slot that is masked still takes part in a product, where NaN would spread.
-        self.caches = [
-            [(zeros(member), zeros(member)) for _ in member.layers]
-            for member in members
-        ]
+        self.caches = [[(zeros(member), zeros(member)) for _ in member.layers] for member in members]
         angles = [self.slots[:, None] * member.frequencies for member in members]
         self.rotations = [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
         self.static = compiled is not None or graph
@@ -398,27 +395,28 @@ class _Graph:
 
     @torch.inference_mode()
     def __init__(self, peer: BestPeer, batch: int):
+        self.peer = peer
         slots = peer.slots
         self.feed = torch.zeros(batch, dtype=torch.long, device=slots.device)
         self.position = torch.zeros(1, dtype=torch.long, device=slots.device)
         self.chosen = torch.zeros(batch, len(slots), dtype=torch.long, device=slots.device)
-
-        def step() -> None:
-            chosen = peer.step(self.feed, peer.caches, self.position, None, slots > self.position)
-            self.chosen.index_copy_(1, self.position, chosen[:, None])
-            self.feed.copy_(chosen)
-            self.position.add_(1)
-
         # What is compiled, tuned or allocated at a first call must not be captured.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                step()
+                self.step()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            step()
+            self.step()
+
+    def step(self) -> None:
+        hidden = self.peer.slots > self.position
+        chosen = self.peer.step(self.feed, self.peer.caches, self.position, None, hidden)
+        self.chosen.index_copy_(1, self.position, chosen[:, None])
+        self.feed.copy_(chosen)
+        self.position.add_(1)
 
     def go_on(self, first: Tensor, position: int, new_tokens: int) -> Tensor:
         """Int[B, N]: the first token and those after it."""
