@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Int
 
 from rlae_jax.errors import InputError
 
@@ -185,20 +186,86 @@ def by_rows(function: Callable[..., Any], places: Sequence[Any], out: Any = ROWS
     return jax.shard_map(function, in_specs=tuple(places), out_specs=out, axis_names={DATA}, check_vma=False)
 
 
-def mean_over_rows(tree: T) -> T:
-    """Inside `by_rows`, the mean of every leaf over the groups of devices; else the tree."""
+def groups() -> int:
+    """Inside `by_rows`, how many groups of devices there are; else 1."""
     mesh = _in_force()
-    manual = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if manual.get(DATA) != AxisType.Manual:
-        return tree
-    mean: T = jax.tree.map(lambda leaf: lax.pmean(leaf, DATA), tree)
-    return mean
+    kinds = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[DATA] if kinds.get(DATA) == AxisType.Manual else 1
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def _over_groups(function: Callable[[Any], Any], tree: T) -> T:
+    """Inside `by_rows`, every leaf's; else the tree."""
+    done: T = tree if groups() == 1 else jax.tree.map(function, tree)
+    return done
+
+
+def split_blocks(tree: T, n: int) -> T:
+    """Arrays of n blocks of rows, one after another, as [n, B, ...]: on a mesh each group of devices then has rows of
+    all blocks (`BLOCKS`)."""
+    blocks: T = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), tree)
+    return blocks
+
+
+def join_blocks(blocks: T) -> T:
+    """The inverse of `split_blocks`."""
+    joined: T = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), blocks)
+    return joined
+
+
+def bring_together(tree: T, n: int) -> T:
+    """Small arrays of n blocks of rows, on every device: where there are several blocks their rows change places."""
+    together: T = tree if n == 1 else jax.tree.map(constrain, tree)
+    return together
+
+
+def mean_over_rows(tree: T) -> T:
+    """The mean of every leaf over the groups of devices."""
+    return _over_groups(lambda leaf: lax.pmean(leaf, DATA), tree)
+
+
+def sum_over_rows(tree: T) -> T:
+    """The sum of every leaf over the groups of devices."""
+    return _over_groups(lambda leaf: lax.psum(leaf, DATA), tree)
+
+
+def gather_rows(tree: T, axis: int = 0) -> T:
+    """Everybody's rows, on every group of devices."""
+    return _over_groups(lambda leaf: lax.all_gather(leaf, DATA, axis=axis, tiled=True), tree)
+
+
+def own_share(array: jax.Array) -> jax.Array:
+    """This group's part of an array that all have, along its first axis, which must be divisible."""
+    n = len(array) // groups()
+    return array if groups() == 1 else lax.dynamic_slice_in_dim(array, lax.axis_index(DATA) * n, n)
+
+
+def place(array: np.ndarray, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
     """A host's array on a mesh: every device gets its own part and no other. With several processes each of them must
     hold the array, or at least the parts of its own devices."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index]))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index], dtype))
+
+
+def place_like(array: np.ndarray, like: Any) -> Any:
+    """A host's array, lying as another one does; as it is where that one is on a single device, or traced."""
+    where = getattr(like, "sharding", None)
+    return place(array, where) if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else array
+
+
+def spread(array: Any, mesh: Mesh | None) -> Any:
+    """An array's rows over a mesh, if it divides them; traced ones stay as they are."""
+    if mesh is None or isinstance(array, jax.core.Tracer):
+        return array
+    names = ("batch", *[None] * (array.ndim - 1))
+    return place(np.asarray(array), NamedSharding(mesh, partition(names, array.shape, mesh)))
+
+
+def whole(tree: T, mesh: Mesh | None) -> T:
+    """Small arrays, held by every device of a mesh."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, WHOLE)
+    placed: T = jax.tree.map(lambda leaf: place(np.asarray(leaf), sharding), tree)
+    return placed
 
 
 def check_model(name: str, config: Any, mesh: Mesh) -> None:
@@ -211,6 +278,8 @@ def check_model(name: str, config: Any, mesh: Mesh) -> None:
       InputError: query heads that the mesh does not divide.
     """
     size = mesh.shape[MODEL]
+    if config.encoder is not None:
+        check_model(f"{name} (encoder)", config.encoder, mesh)
     if size == 1:
         return
     if config.heads % size:
@@ -226,6 +295,65 @@ def check_model(name: str, config: Any, mesh: Mesh) -> None:
             f"{name}: {', '.join(whole)} are not divided by {MODEL}={size}, and every device holds them whole",
             stacklevel=2,
         )
+
+
+def place_rows(tree: T, mesh: Mesh | None) -> T:
+    """Host arrays with rows first, spread over a mesh; as they are without one. Of several processes each takes its
+    share of what all of them hold."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, ROWS)
+
+    def one(leaf: np.ndarray) -> Any:
+        return jax.make_array_from_process_local_data(sharding, leaf[own_rows(len(leaf), mesh)], leaf.shape)
+
+    placed: T = jax.tree.map(one, tree)
+    return placed
+
+
+def own_rows(n: int, mesh: Mesh | None) -> Int[np.ndarray, " n"]:
+    """Which rows of a batch of n lie on this process's devices."""
+    if mesh is None:
+        return np.arange(n)
+    parts = NamedSharding(mesh, ROWS).addressable_devices_indices_map((n,)).values()
+    return np.unique(np.concatenate([np.arange(n)[part] for part in parts]))
+
+
+def fetch_own_rows(tree: T) -> T:
+    """The rows of device arrays, first axis, that lie on this process's devices, as host arrays."""
+
+    def one(leaf: Any) -> np.ndarray:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            return np.asarray(leaf)
+        parts = {shard.index[0].start or 0: shard.data for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+    fetched: T = jax.tree.map(one, tree)
+    return fetched
+
+
+def join_rows(own: np.ndarray, n: int, mesh: Mesh | None) -> Any:
+    """The array of n rows of which every process has its own."""
+    if mesh is None:
+        return own
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, ROWS), own, (n, *own.shape[1:]))
+
+
+def abstract(tree: T, mesh: Mesh | None) -> T:
+    """The shapes of small arrays that every device of a mesh, or the only device, is to hold: what a checkpoint is
+    restored to, wherever it was written."""
+    where = SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else NamedSharding(mesh, WHOLE)
+    shapes: T = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+    return shapes
+
+
+def check_rows(what: str, n: int, mesh: Mesh | None) -> None:
+    """Raises an `InputError` for a number of rows that a mesh does not divide."""
+    size = 1 if mesh is None else mesh.shape[DATA]
+    if n % size:
+        below, above = n // size * size, -(-n // size) * size
+        fitting = f"{below} or {above}" if below else str(above)
+        raise InputError(f"{what} {n} is not divided by {DATA}={size} of the mesh; {fitting} would be")
 
 
 def to_host(tree: T) -> T:

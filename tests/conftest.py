@@ -28,7 +28,8 @@ from tests.data import hf
 
 # Nearly all of the suite's time is compilation, of which LLVM's lowest level saves two fifths. XLA reads this when it
 # starts, here and in the processes that tests start; whoever has set flags means them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Eight devices are simulated, for the tests of meshes; all others use the first one.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
 
 NO_SHARED = "the shared directory is absent (RLAE_JAX_SHARED, or ../shared beside the repository)"
 NO_TORCH = "torch is not installed"

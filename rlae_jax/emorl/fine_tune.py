@@ -25,6 +25,18 @@ from rlae_jax.fusion.prompts import Prompts, row_keys
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
 from rlae_jax.schedules import learning_rate
+from rlae_jax.sharding import (
+    BLOCKS,
+    WHOLE,
+    bring_together,
+    by_rows,
+    constrain,
+    groups,
+    join_blocks,
+    mean_over_rows,
+    own_share,
+    split_blocks,
+)
 
 ALGORITHMS = ("scst", "grpo", "ppo")
 _PUBLISHED = LoraConfig(rank=8, alpha=32.0, dropout=0.05)
@@ -177,10 +189,19 @@ def sample(
     """
     m = len(seeds)
     keys = jax.vmap(lambda key: row_keys(key, prompts.batch // m))(step_keys(seeds, state.step, 0)).reshape(-1)
-    adapted = lora.Adapted(base, _stack(state.factors, config, m), _one_hot_blocks(m, prompts.batch))
-    answers = decode_batch((adapted,), prompts._replace(keys=keys), jnp.ones((1, 1)), spec, config.samples)
-    places = jnp.arange(answers.tokens.shape[1])[None]
-    return Samples(answers.tokens, places < answers.steps[:, None], answers.ended)
+
+    def run(base: transformer.Params, factors: lora.Factors, blocks: Prompts, spec: DecodeSpec) -> Samples:
+        own = join_blocks(blocks)
+        adapted = lora.Adapted(base, _stack(factors, config, m), _one_hot_blocks(m, own.batch))
+        answers = decode_batch((adapted,), own, jnp.ones((1, 1)), spec, config.samples)
+        places = jnp.arange(answers.tokens.shape[1])[None]
+        return split_blocks(Samples(answers.tokens, places < answers.steps[:, None], answers.ended), m)
+
+    # On a mesh every group of devices has rows of all adapters.
+    blocks = split_blocks(bring_together(prompts._replace(keys=keys), m), m)
+    samples = join_blocks(by_rows(run, (WHOLE, WHOLE, BLOCKS, WHOLE), BLOCKS)(base, state.factors, blocks, spec))
+    pinned: Samples = jax.tree.map(lambda leaf: constrain(leaf, "batch"), samples)
+    return pinned
 
 
 class _Read(NamedTuple):
@@ -271,7 +292,30 @@ def update(
     config: EMORLConfig,
 ) -> tuple[TrainingState, dict[str, Float[Array, " M"]]]:
     """One step of every adapter from the samples of its own block."""
+    m = len(seeds)
+    places = (WHOLE, WHOLE, BLOCKS, BLOCKS, BLOCKS, WHOLE)
+    run = functools.partial(_update, model=model, config=config)
+    together = bring_together((prompts._replace(keys=None), samples), m)
+    blocks = split_blocks(together, m)
+    after: tuple[TrainingState, dict[str, Array]] = by_rows(run, places, WHOLE)(base, state, *blocks, rewards, seeds)
+    return after
+
+
+def _update(
+    base: transformer.Params,
+    state: TrainingState,
+    prompts: Prompts,
+    samples: Samples,
+    rewards: Float[Array, "M R"],
+    seeds: Integer[Array, " M"],
+    *,
+    model: ModelConfig,
+    config: EMORLConfig,
+) -> tuple[TrainingState, dict[str, Float[Array, " M"]]]:
+    """`update` of a group of devices, from its rows of every block [M, R, ...]. All losses are means over a block's
+    rows, so that the groups' mean is the whole step."""
     m, parts = len(seeds), config.accumulate
+    prompts, samples = join_blocks((prompts, samples))
     per_block = len(samples.tokens) // m
     optimiser = _optimiser(config)
     drawn = step_keys(seeds, state.step, 1)
@@ -284,7 +328,7 @@ def update(
         cut = x.reshape(m, parts, -1, *x.shape[1:])
         return jnp.swapaxes(cut, 0, 1).reshape(parts, -1, *x.shape[1:])
 
-    rows = jnp.tile(jnp.arange(per_block), m)
+    rows = jnp.tile(own_share(jnp.arange(per_block * groups())), m)
     part = _Part(prompts.ids[0], prompts.mask[0], samples.tokens, samples.mask, rewards.reshape(-1), rows)
     all_parts = jax.tree.map(split, part)
 
@@ -322,6 +366,7 @@ def update(
             return jax.tree.map(lambda sum_, new: sum_ + new / parts, total, gradients), metrics
 
         gradients, metrics = jax.lax.scan(of_part, jax.tree.map(jnp.zeros_like, trained), (all_parts, before))
+        gradients = mean_over_rows(gradients)
         changes, optimiser_state = jax.vmap(optimiser.update)(gradients, optimiser_state, trained)
         return (optax.apply_updates(trained, changes), optimiser_state), metrics
 
@@ -332,4 +377,4 @@ def update(
     metrics["reward"] = rewards.mean(axis=1)
     metrics["tokens"] = blocks(samples.mask).sum(axis=(1, 2)) / per_block
     metrics["ended"] = blocks(samples.ended).mean(axis=1)
-    return TrainingState(*trained, optimiser_state, state.step + 1), metrics
+    return TrainingState(*trained, optimiser_state, state.step + 1), mean_over_rows(metrics)

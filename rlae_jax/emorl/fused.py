@@ -25,17 +25,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.fusion.decode import decode_spans, prefill
+from rlae_jax.fusion.decode import decode_spans, params_places, prefill
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.lockstep import Lockstep, RowSubsets
-from rlae_jax.fusion.prompts import Prompts
+from rlae_jax.fusion.prompts import Prompts, smallest_batch
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
 from rlae_jax.models import LM, Adapter
 from rlae_jax.models.lm import load_adapters
+from rlae_jax.sharding import DATA, ROWS, WHOLE, by_rows, to_host, use
 
 MODES = {"hidden": "hidden", "probs": "linear", "loglinear": "loglinear", "params": "params"}
 DEFAULT_MEMORY = 2 << 30  # bytes of keys and values that a batch of points may take
@@ -123,8 +125,10 @@ class Fused:
         """
         spec = self.ensemble.spec(max_new_tokens=max_new_tokens, temperature=temperature, ignore_eos=ignore_eos)
         self.ensemble.check_lengths(self.ensemble.lengths(rows), max_new_tokens)
-        keys = _keys(np.uint32(seed), np.arange(first, first + len(rows)))
-        prompts = self.ensemble.prompts(rows, spec, batch=len(rows))._replace(keys=keys)
+        groups = 1 if self.base.mesh is None else self.base.mesh.shape[DATA]
+        batch = -(-len(rows) // groups) * groups
+        keys = _keys(np.uint32(seed), np.arange(first, first + batch))
+        prompts = self.ensemble.prompts(rows, spec, batch=batch)._replace(keys=keys)
         return PointDecoder(self, tuple(map(tuple, rows)), prompts, spec, samples, memory)
 
 
@@ -142,8 +146,18 @@ class PointDecoder:
     @functools.cached_property
     def _read(self) -> DecodeState:
         """The state before the first token, with every prompt's keys and values under every adapter."""
-        state: DecodeState = _prefill(self.fused.ensemble.params, self.prompts, self.spec)
+        with use(self._mesh):
+            state: DecodeState = _prefill(self.fused.ensemble.params, self.prompts, self.spec)
         return state
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return self.fused.base.mesh
+
+    @property
+    def _groups(self) -> int:
+        """Of devices, each with prompts of its own."""
+        return 1 if self._mesh is None else self._mesh.shape[DATA]
 
     @functools.cached_property
     def at_once(self) -> int:
@@ -157,11 +171,11 @@ class PointDecoder:
         # Samples share what an encoder read, and so do points that do not change how it reads.
         shared = _size([(cache.source, cache.source_mask) for cache in state.caches])
         size = (_size(state.members) - shared) * self.samples + shared * alone
-        return max(self.memory // size, 1)
+        return max(self.memory * self._groups // size, 1)
 
     def _adapted(self, points: Float[np.ndarray, "N M"]) -> Any:
         """Mode params: the parameters of a batch with every prompt under every point."""
-        weights = np.tile(points, (len(self.rows), 1))
+        weights = np.tile(points, (self.prompts.batch, 1))
         return self.fused.ensemble.params_for(weights, len(weights))
 
     def decode(self, points: Float[np.ndarray, "N M"]) -> PointAnswers:
@@ -183,18 +197,20 @@ class PointDecoder:
 
     def _decode(self, points: Float[np.ndarray, "N M"]) -> tuple[np.ndarray, ...]:
         n = len(points)
-        filled = np.concatenate([points, np.repeat(points[:1], _batch_size(n) - n, axis=0)])
-        if self.fused.mode == "params":
-            answers = _answer_each(self._adapted(filled), self.prompts, self.spec, self.samples, len(filled))
-        else:
-            if self.fused.mode != "hidden":
-                filled = filled / filled.sum(axis=1, keepdims=True)
-            subsets = _row_subsets(filled, len(self.rows), self.samples)
-            answers = _answer(self.fused.ensemble.params, self._read, filled, subsets, self.spec, self.samples)
+        size = _batch_size(max(n, -(-smallest_batch() * self._groups // (self.prompts.batch * self.samples))))
+        filled = np.concatenate([points, np.repeat(points[:1], size - n, axis=0)])
+        with use(self._mesh):
+            if self.fused.mode == "params":
+                answers = _answer_each(self._adapted(filled), self.prompts, self.spec, self.samples, len(filled))
+            else:
+                if self.fused.mode != "hidden":
+                    filled = filled / filled.sum(axis=1, keepdims=True)
+                subsets = _row_subsets(filled, self.prompts.batch // self._groups, self.samples)
+                answers = _answer(self.fused.ensemble.params, self._read, filled, subsets, self.spec, self.samples)
+            read = to_host((answers.tokens, answers.steps, answers.ended))
         # Rows are prompts, then points, then samples.
-        shape = (len(self.rows), len(filled), self.samples)
-        read = jax.device_get((answers.tokens, answers.steps, answers.ended))
-        by_point = [np.moveaxis(x.reshape(*shape, *x.shape[1:]), 1, 0)[:n] for x in read]
+        shape = (self.prompts.batch, len(filled), self.samples)
+        by_point = [np.moveaxis(x.reshape(*shape, *x.shape[1:])[: len(self.rows)], 1, 0)[:n] for x in read]
         return tuple(x.reshape(n, -1, *x.shape[3:]) for x in by_point)
 
     def texts(self, answers: PointAnswers) -> list[list[str]]:
@@ -243,7 +259,8 @@ def _keys(seed: Array, numbers: Int[Array, " B"]) -> Array:
 
 @jax.jit
 def _prefill(params: Any, prompts: Prompts, spec: DecodeSpec) -> DecodeState:
-    return prefill(params, prompts, spec)
+    state: DecodeState = by_rows(prefill, (params_places(params, spec), ROWS, WHOLE))(params, prompts, spec)
+    return state
 
 
 def _for_points(state: DecodeState, points: int, samples: int) -> DecodeState:
@@ -262,7 +279,23 @@ def _answer(
     spec: DecodeSpec,
     samples: int,
 ) -> Answers:
-    """The state is not donated: it serves other points."""
+    """The state is not donated: it serves other points. On a mesh a group of devices has all points of its prompts, and
+    `subsets` are of as many prompts."""
+    run = functools.partial(_answer_rows, samples=samples)
+    places = (params_places(params, spec), ROWS, WHOLE, WHOLE, WHOLE)
+    answers: Answers = by_rows(run, places)(params, state, points, subsets, spec)
+    return answers
+
+
+def _answer_rows(
+    params: Any,
+    state: DecodeState,
+    points: Float[Array, "N M"],
+    subsets: RowSubsets | None,
+    spec: DecodeSpec,
+    *,
+    samples: int,
+) -> Answers:
     prompts = len(state.done)
     weights = jnp.tile(jnp.repeat(points, samples, axis=0), (prompts, 1))
     many = _for_points(state, len(points), samples)
@@ -279,6 +312,11 @@ def _answer(
 @functools.partial(jax.jit, static_argnames=("samples", "points"))
 def _answer_each(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int, points: int) -> Answers:
     """Where prompts themselves read differently under every point."""
-    state = prefill(params, jax.tree.map(lambda leaf: jnp.repeat(leaf, points, axis=0), prompts), spec)
-    state = repeat_rows(state, samples) if samples > 1 else state
-    return answers_of(decode_spans(params, state, jnp.ones((1, 1)), spec))
+
+    def run(params: Any, prompts: Prompts, spec: DecodeSpec) -> Answers:
+        state = prefill(params, jax.tree.map(lambda leaf: jnp.repeat(leaf, points, axis=0), prompts), spec)
+        state = repeat_rows(state, samples) if samples > 1 else state
+        return answers_of(decode_spans(params, state, jnp.ones((1, 1)), spec))
+
+    answers: Answers = by_rows(run, (params_places(params, spec), ROWS, WHOLE))(params, prompts, spec)
+    return answers

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files
+from rlae_jax import files, sharding
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
 from rlae_jax.emorl.fine_tune import EMORLConfig, Samples, TrainingState
@@ -206,6 +206,7 @@ def train_adapters(
     """
     check_targets(targets)
     base.require_tokenizer()
+    sharding.check_rows("batch / accumulate =", config.batch // config.accumulate, base.mesh)
     ensemble = Ensemble([base.with_adapters([init_adapter(base, config.lora)])])
     train = _tokenise(ensemble, prompts.split("train"), config.max_new_tokens)
     dev = _tokenise(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
@@ -228,7 +229,7 @@ def train_adapters(
     loop = _Loop(base, ensemble, config, train, dev)
     began = saved = time.monotonic()
     try:
-        with stop_requests() as stop_requested:
+        with sharding.use(base.mesh), stop_requests() as stop_requested:
             # Those that had their steps, or more than are asked for now, are done without another one.
             for learner in [learner for learner in learners if _is_done(learner, config)]:
                 _finish(base, learner, config)
@@ -268,14 +269,11 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig) -> _L
     """A learner as its directory has it, or a new one."""
     seed = own_seed(target.name, config.seed)
     state = fine_tune.begin(base.config, config, seed)
-    saved = _Saved(state, jax.tree.map(jnp.copy, state.factors), np.float32(-np.inf))
+    saved = sharding.whole(_Saved(state, jax.tree.map(jnp.copy, state.factors), np.float32(-np.inf)), base.mesh)
     checkpoints = Checkpoints(directory)
     newest = checkpoints.newest()
     if newest is not None:
-        saved = checkpoints.restore(
-            newest, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
-        )
-        saved = saved._replace(state=jax.tree.map(jnp.asarray, saved.state))
+        saved = checkpoints.restore(newest, sharding.abstract(saved, base.mesh))
     log = MetricsLog(directory, -1 if newest is None else newest)
     weights = None
     if target.weighting != "equal":
@@ -375,10 +373,10 @@ class _Loop:
                 for learner, step in zip(learners, steps, strict=True)
             ]
         )
-        prompts = self.train.take(rows.reshape(-1))
+        prompts = sharding.place_rows(self.train.take(rows.reshape(-1)), self.base.mesh)
         samples = fine_tune.sample(self.base.params, stack, prompts, seeds, self.spec(config.temperature), self._static)
         asked = np.repeat(rows.reshape(-1), config.samples)
-        texts = self._decode(self.train, asked, jax.device_get(samples))
+        texts = self._decode(self.train, asked, sharding.to_host(samples))
         rewards = np.empty((len(learners), config.batch * config.samples), np.float32)
         for m, learner in enumerate(learners):
             own = slice(m * rewards.shape[1], (m + 1) * rewards.shape[1])
@@ -409,14 +407,17 @@ class _Loop:
         """Scores greedy answers to the dev prompts, keeps the adapters that are the best so far, and writes metrics."""
         n, m = len(self.dev.texts), len(learners)
         stack = fine_tune.join([learner.saved.state for learner in learners])
-        places = np.tile(np.arange(n), m)
+        groups = 1 if self.base.mesh is None else self.base.mesh.shape[sharding.DATA]
+        filled = -(-n // groups) * groups
+        places = np.tile(np.arange(filled) % n, m)
         seeds = np.zeros(m, np.uint32)
         once = dataclasses.replace(self._static, samples=1, algorithm="ppo")
-        samples = fine_tune.sample(self.base.params, stack, self.dev.take(places), seeds, self.spec(0.0), once)
-        texts = self._decode(self.dev, places, jax.device_get(samples))
+        prompts = sharding.place_rows(self.dev.take(places), self.base.mesh)
+        samples = fine_tune.sample(self.base.params, stack, prompts, seeds, self.spec(0.0), once)
+        texts = self._decode(self.dev, places, sharding.to_host(samples))
         took = time.perf_counter() - began
         for i, learner in enumerate(learners):
-            own = texts[i * n : (i + 1) * n]
+            own = texts[i * filled : i * filled + n]
             scores = {
                 objective.name: float(objective(self.dev.texts, own).mean()) for objective in learner.target.objectives
             }

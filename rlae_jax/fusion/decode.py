@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, Hidden, linear
-from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, slice_rows
+from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, policy_places, slice_rows
 from rlae_jax.fusion.prompts import Prompts, prompts_from_arrays
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.sampling import choose_token
@@ -44,6 +44,8 @@ from rlae_jax.fusion.state import (
     answers_of,
     repeat_rows,
 )
+from rlae_jax.models import lora
+from rlae_jax.sharding import ROWS, WHOLE, by_rows
 
 # Keeps the stream that draws a row's weights apart from the one that draws its tokens.
 _ACTION_STREAM = 0x5EED
@@ -348,6 +350,17 @@ def decode_spans(
     return lax.while_loop(going, step, state)
 
 
+def params_places(params: tuple[MemberParams, ...], spec: DecodeSpec) -> tuple[Any, ...]:
+    """Where the members' arrays lie in `sharding.by_rows`: rows' choices of adapters with their rows."""
+
+    def one(p: MemberParams) -> Any:
+        if not isinstance(p, lora.Adapted):
+            return WHOLE
+        return lora.Adapted._make((WHOLE, WHOLE, ROWS if len(p.weights) > 1 and not spec.shared_base else WHOLE))
+
+    return tuple(map(one, params))
+
+
 def decode(
     params: tuple[MemberParams, ...],
     prompt_ids: Any,
@@ -368,7 +381,13 @@ def decode(
       active: rows that are False write nothing.
     """
     prompts = prompts_from_arrays(prompt_ids, prompt_mask, spec.max_new_tokens, key, active)
-    return decode_spans(params, prefill(params, prompts, spec), policy_params, spec)
+
+    def run(params: tuple[MemberParams, ...], prompts: Prompts, policy_params: Any, spec: DecodeSpec) -> DecodeState:
+        return decode_spans(params, prefill(params, prompts, spec), policy_params, spec)
+
+    places = (params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE)
+    state: DecodeState = by_rows(run, places)(params, prompts, policy_params, spec)
+    return state
 
 
 # Bytes of weights, keys and values that a step finds in a processor's cache, and the fewest rows whose products are

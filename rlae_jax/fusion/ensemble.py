@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
@@ -25,7 +27,7 @@ from rlae_jax.fusion.generation import Continuation, Generation, read_answers, s
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.programs import Job
-from rlae_jax.fusion.prompts import Prompts, Row, make_prompts, read_ids
+from rlae_jax.fusion.prompts import Prompts, Row, batch_bucket, make_prompts, read_ids
 from rlae_jax.fusion.reading import Text, TextReader, make_reader, read_prompts
 from rlae_jax.fusion.sampling import DEFAULT_SPAN_LENGTH, Sampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec
@@ -62,6 +64,8 @@ class Ensemble:
             raise InputError("members must be a list; put a single model in a list")
         if not members:
             raise InputError("an ensemble needs at least one member")
+        if any(lm.mesh != members[0].mesh for lm in members):
+            raise InputError("the members of an ensemble must be loaded on one mesh")
         operator = get_operator(fusion, len(members))
         if isinstance(operator, Hidden):
             raise InputError("fusion hidden needs members that share a head: adapters of one base (from_adapters)")
@@ -95,7 +99,7 @@ class Ensemble:
         """
         loaded = load_adapters(adapters, lm)
         ensemble = cls([lm.with_adapters([adapter]) for adapter in loaded], end_ids=end_ids)
-        return ensemble._changed(shared=lora.stack(loaded)).with_fusion(fusion)
+        return ensemble._changed(shared=sharding.whole(lora.stack(loaded), lm.mesh)).with_fusion(fusion)
 
     def with_fusion(self, fusion: str | FusionOperator) -> "Ensemble":
         """The same members under another operator.
@@ -146,6 +150,11 @@ class Ensemble:
         # A choice is for the members that have several to choose from, if any has.
         fewest = 1 if any(len(lm.adapters) > 1 for lm in self.members) else 0
         return tuple(lm.adapted(adapters if len(lm.adapters) > fewest else None, batch) for lm in self.members)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh over which the members are spread; None where they lie on one device."""
+        return self.members[0].mesh
 
     @property
     def tokenizer(self) -> Any:
@@ -254,7 +263,9 @@ class Ensemble:
 
     def prompts(self, rows: Sequence[Row], spec: DecodeSpec, **fields: Any) -> Prompts:
         """Rows of ids as a batch of this ensemble; see `prompts.make_prompts` for the fields."""
-        return make_prompts(rows, 1 if spec.union is None else len(self.members), spec.max_new_tokens, **fields)
+        members = 1 if spec.union is None else len(self.members)
+        batch = fields.pop("batch", None) or batch_bucket(len(rows), self.mesh)
+        return make_prompts(rows, members, spec.max_new_tokens, batch=batch, **fields)
 
     def reader(self, encoder: Encoder) -> TextReader:
         """What lets a policy read the text through an encoder: how this ensemble's tokens are spelled in its ids.
@@ -330,7 +341,7 @@ class Ensemble:
             spec = dataclasses.replace(spec, member_tokens=room)
         filled = self.prompts(rows, spec, seed=seed, limits=limits, forced=forced, text=text)
         params = self.params_for(adapters, batch)
-        return Job(rows, filled, policy_params, spec, params, options.samples, stop).fill()
+        return Job(rows, filled, policy_params, spec, params, options.samples, stop, self.mesh).fill()
 
     def _check_stop(self, stop: Sequence[str]) -> tuple[str, ...]:
         """The stop strings; raises an `InputError` for a bare string, empty strings, or members without a tokenizer."""
@@ -443,7 +454,8 @@ class Ensemble:
         start.used = True
         stopped = np.ones(len(start.state.done), bool)  # and so is the filling of the batch
         stopped[: len(generation.steps)] = [reason == "stop" for reason in generation.finish_reasons]
-        state = programs.lengthen(start.state, stopped, old, spec)
+        with sharding.use(self.mesh):
+            state = programs.lengthen(start.state, stopped, old, spec)
         return self._finish(dataclasses.replace(start.job, spec=spec), True, state)
 
     def stream(
@@ -553,7 +565,7 @@ class Ensemble:
         """
         prompts = self.prompts(rows, spec, seed=seed, limits=limits, text=text)
         params = self.params if params is None else params
-        return programs.run(Job(list(rows), prompts, policy_params, spec, params, samples, ()).fill())
+        return programs.run(Job(list(rows), prompts, policy_params, spec, params, samples, (), self.mesh).fill())
 
 
 def _batch(prompts: Sequence[str] | None, prompt_ids: Any) -> int:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from rlae_jax.models import Encoder
+from rlae_jax.sharding import ROWS, WHOLE
 
 OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt", "text")
 # The columns of Observation.stats.
@@ -89,6 +90,11 @@ def slice_rows(policy: Policy, params: Any, start: Array | int, n: int, total: i
     """The policy and its parameters for n of the `total` rows of a batch, from row `start` on."""
     own = getattr(policy, "slice_rows", None)
     return (policy, params) if own is None else own(params, start, n, total)
+
+
+def policy_places(policy: Policy, params: Any) -> Any:
+    """Where a policy's parameters lie in `sharding.by_rows`: with their rows, if each row has its own."""
+    return ROWS if getattr(policy, "params_per_row", False) and len(params) > 1 else WHOLE
 
 
 def slice_params(params: Float[Array, " B *N"], start: Array | int, n: int) -> Float[Array, " n *N"]:

@@ -12,13 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion.decode import params_places
+from rlae_jax.fusion.policy import policy_places
 from rlae_jax.fusion.prompts import Prompts, Row, fill_rows
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
 from rlae_jax.models import lora
+from rlae_jax.sharding import ROWS, WHOLE, by_rows, to_host, use
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Job:
     params: tuple[Any, ...]
     samples: int  # answers per row, which share its prefill
     stop: tuple[str, ...]
+    mesh: Mesh | None = None
 
     def fill(self) -> "Job":
         """The job with a choice of weights and adapters for the rows, too, that fill its bucket."""
@@ -60,14 +65,25 @@ def _fill_choice(params: Any, batch: int, filled: int) -> Any:
 @functools.partial(jax.jit, static_argnames="samples")
 def decode_batch(params: Any, prompts: Prompts, policy_params: Any, spec: DecodeSpec, samples: int) -> Answers:
     """From prompts to answers."""
-    return decoding.decode_batch(params, prompts, policy_params, spec, samples)
+
+    def run(params: Any, prompts: Prompts, policy_params: Any, spec: DecodeSpec) -> Answers:
+        return decoding.decode_batch(params, prompts, policy_params, spec, samples)
+
+    places = (params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE)
+    answers: Answers = by_rows(run, places)(params, prompts, policy_params, spec)
+    return answers
 
 
 @functools.partial(jax.jit, static_argnames="samples")
 def prefill(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int) -> DecodeState:
     """The state before the first token."""
-    state = decoding.prefill(params, prompts, spec)
-    return state if samples == 1 else repeat_rows(state, samples)
+
+    def run(params: Any, prompts: Prompts, spec: DecodeSpec) -> DecodeState:
+        state = decoding.prefill(params, prompts, spec)
+        return state if samples == 1 else repeat_rows(state, samples)
+
+    state: DecodeState = by_rows(run, (params_places(params, spec), ROWS, WHOLE))(params, prompts, spec)
+    return state
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -75,14 +91,21 @@ def decode_until(
     params: Any, state: DecodeState, policy_params: Any, spec: DecodeSpec, until: Int[Array, ""]
 ) -> DecodeState:
     """The state at a later step."""
-    return decoding.decode_spans(params, state, policy_params, spec, until)
+    places = (params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE, WHOLE)
+    later: DecodeState = by_rows(decoding.decode_spans, places)(params, state, policy_params, spec, until)
+    return later
 
 
 @jax.jit
 def lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, longer: DecodeSpec) -> DecodeState:
     """Room for more steps, for the rows that wrote up to the last step and did not stop there."""
-    # The next token's place is the step's: only rows that wrote up to here go on.
-    whole = (state.steps == state.clock) & (state.steps > 0)
+    longer_state: DecodeState = by_rows(_lengthen, (ROWS, ROWS, WHOLE, WHOLE))(state, stopped, old, longer)
+    return longer_state
+
+
+def _lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, longer: DecodeSpec) -> DecodeState:
+    # The next token's place is the step's: only rows that wrote up to the end go on.
+    whole = state.steps == old.max_new_tokens
 
     def grow(by: int) -> Callable[[Array], Array]:
         return lambda leaf: jnp.pad(leaf, [(0, by) if axis == 1 else (0, 0) for axis in range(leaf.ndim)])
@@ -101,13 +124,15 @@ def lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, lo
 
 def on_host(answers: Answers, rows: int) -> Answers:
     """Answers as host arrays, without what fills their bucket."""
-    kept: Answers = jax.tree.map(lambda leaf: leaf[:rows], jax.device_get(answers))
+    kept: Answers = jax.tree.map(lambda leaf: leaf[:rows], to_host(answers))
     return kept
 
 
 def run(job: Job) -> Answers:
     """Everything in one program."""
-    return on_host(decode_batch(job.params, job.prompts, job.policy_params, job.spec, job.samples), job.answers)
+    with use(job.mesh):
+        answers = decode_batch(job.params, job.prompts, job.policy_params, job.spec, job.samples)
+        return on_host(answers, job.answers)
 
 
 def run_in_chunks(
@@ -123,17 +148,21 @@ def run_in_chunks(
       stopped: tells which rows end with what they have written; None if none does.
       start: the state to go on from; by default that of the prompts.
     """
-    state = prefill(job.params, job.prompts, job.spec, job.samples) if start is None else start
-    until = 0 if start is None else int(state.step)
+    if start is None:
+        with use(job.mesh):
+            state, until = prefill(job.params, job.prompts, job.spec, job.samples), 0
+    else:
+        state, until = start, int(np.max(to_host(start.clock)))
     while True:
         until += steps
-        state = decode_until(job.params, state, job.policy_params, job.spec, np.int32(until))
-        answers = on_host(answers_of(state), job.answers)
-        if stopped is not None:
-            ends = np.zeros(len(state.done), bool)
-            ends[: job.answers] = stopped(answers)
-            state = state._replace(done=state.done | ends)
-            answers = answers._replace(done=answers.done | ends[: job.answers])
+        with use(job.mesh):
+            state = decode_until(job.params, state, job.policy_params, job.spec, np.int32(until))
+            answers = on_host(answers_of(state), job.answers)
+            if stopped is not None:
+                ends = np.zeros(len(state.done), bool)
+                ends[: job.answers] = stopped(answers)
+                state = state._replace(done=state.done | ends)
+                answers = answers._replace(done=answers.done | ends[: job.answers])
         yield answers, state
         if np.all(answers.done):
             return

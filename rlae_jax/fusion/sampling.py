@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.errors import InputError
+from rlae_jax.sharding import constrain
 
 DEFAULT_SPAN_LENGTH = 4
 
@@ -141,6 +142,7 @@ def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
     """-inf outside the `top_k` largest (ties with the k-th stay) and then outside the nucleus: the fewest most likely
     tokens whose probability reaches `top_p` (Holtzman et al., 2020), and below `min_p` times the largest probability
     (Nguyen et al., 2024)."""
+    scaled_bv = constrain(scaled_bv, "batch")  # sorting needs whole rows
     if 0 < sampling.top_k < scaled_bv.shape[-1]:
         smallest = lax.top_k(scaled_bv, sampling.top_k)[0][:, -1:]
         scaled_bv = jnp.where(scaled_bv < smallest, -jnp.inf, scaled_bv)

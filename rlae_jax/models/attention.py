@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.models.config import ModelConfig, RelativeBias, Rope
 from rlae_jax.models.layers import Linear, RMSNorm, rotate
 from rlae_jax.models.rope import frequencies
+from rlae_jax.sharding import constrain
 
 # [B, G, H, S]. Rows and slots differ between what is cached and what is new, so that they are not checked by name.
 LayerCache = tuple[Float[Array, "_B G H _S"], Float[Array, "_B G H _S"]]
@@ -135,6 +136,11 @@ def attend_behind(
     out = out + together(new_weights.astype(new[1].dtype), new[1])
     out = (out / total[..., None].astype(out.dtype)).reshape(b, g, w, n // g, h)
     return jnp.einsum("bgwmh->bwgmh", out).reshape(b, w, n, h)
+
+
+def pin_cache(cached_bghs: Array) -> Array:
+    """Keys or values as they lie on a mesh."""
+    return constrain(cached_bghs, "batch", "kv_heads")
 
 
 def cache_layout(k_btgh: Array, v_btgh: Array) -> LayerCache:
@@ -279,7 +285,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         """One token per row, written to `slot` of the cache and attending to the visible slots."""
         keys, values = (
-            lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3)
+            pin_cache(lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3))
             for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
         )
         if self.window:

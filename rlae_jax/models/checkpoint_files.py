@@ -16,26 +16,29 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.rope import frequencies
-from rlae_jax.models.transformer import Params, abstract_params, linears
+from rlae_jax.models.transformer import Params, abstract_params, linears, logical_axes
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PRECISIONS = (None, "default", "high", "highest")
 SHARD_BYTES = 5_000_000_000
+START = 16  # entries of an array by which a model is known again
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -358,8 +361,18 @@ def _modern(key: str) -> str:
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
 
 
-def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
-    """Reads every tensor of the model, one at a time, in `config.dtype`, onto the default device.
+class Tensors(NamedTuple):
+    """What was read of a model's tensors."""
+
+    params: Params
+    starts: bytes  # of every array its first entries, by which a model is known again
+
+
+def read_params(directory: Path, source: Source, config: ModelConfig, mesh: Mesh | None = None) -> Tensors:
+    """Reads every tensor of the model, one at a time, in `config.dtype`.
+
+    Args:
+      mesh: where the tensors go, every part straight to its devices; None: the default device.
 
     Raises:
       InputError: pickled weights only, corrupt files, tensors missing, unexpected or of another shape.
@@ -401,16 +414,23 @@ def read_params(directory: Path, source: Source, config: ModelConfig) -> Params:
             f"{directory}: the tensors do not fit config.json", findings, "config.json and weights must belong together"
         )
 
+    dtype = DTYPES[config.dtype]
     params: Params = {}
+    starts: Params = {}
+    places = {} if mesh is None else sharding.shardings(logical_axes(config), abstract_params(config), mesh)
     for tensor in wanted:
         key = names[tensor.key]
         stored_array = read_tensor(files[key], key)
         for leaf, part in zip(tensor.paths, tensor.split(stored_array), strict=True):
-            placed = jax.device_put(np.ascontiguousarray(part, dtype=DTYPES[config.dtype]))
+            if mesh is None:
+                placed = jax.device_put(np.ascontiguousarray(part, dtype=dtype))
+            else:
+                placed = sharding.place(part, get_leaf(places, leaf), dtype)
             # Waiting for each tensor keeps one host copy alive at a time instead of the whole checkpoint.
             placed = jax.block_until_ready(placed)  # type: ignore[no-untyped-call,unused-ignore]  # jax gives no types
             _put(params, leaf, placed)
-    return params
+            _put(starts, leaf, np.asarray(part.flat[:START], dtype).tobytes())
+    return Tensors(params, b"".join(jax.tree.leaves(starts)))
 
 
 def made_source(config: ModelConfig) -> Source:

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from rlae_jax import sharding
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, lora, transformer
 from rlae_jax.models.config import ModelConfig
@@ -39,6 +41,7 @@ class Encoder:
     path: Path | None = None
     # The checkpoint's own settings; None for a model made here.
     source: checkpoint_files.Source | None = dataclasses.field(default=None, repr=False)
+    mesh: Mesh | None = None  # over which the arrays are spread; None: they lie on one device
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -97,6 +100,7 @@ class Encoder:
         ids, mask = check_text(self.name, ids, mask)
         if self.config.learned_positions and ids.shape[1] > self.config.context:
             raise InputError(f"{ids.shape[1]} tokens: {self.name} has {self.config.context} positions")
+        ids, mask = sharding.spread(ids, self.mesh), sharding.spread(mask, self.mesh)
         if token_types is None:
             return ids, mask, None
         if not self.config.token_types:
@@ -104,7 +108,7 @@ class Encoder:
         token_types = jnp.asarray(token_types)
         if token_types.shape != ids.shape:
             raise InputError(f"{self.name}: token types {list(token_types.shape)} of ids {list(ids.shape)}")
-        return ids, mask, token_types
+        return ids, mask, sharding.spread(token_types, self.mesh)
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
@@ -159,7 +163,9 @@ def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: An
     return transformer.Model.bind(config, params, len(ids)).scores(hidden, mask)
 
 
-def load_encoder(name: str | os.PathLike[str], dtype: str = "float32", *, precision: str | None = "highest") -> Encoder:
+def load_encoder(
+    name: str | os.PathLike[str], dtype: str = "float32", *, precision: str | None = "highest", mesh: Mesh | None = None
+) -> Encoder:
     """Loads an encoder: a Hugging Face directory, or a Hub id through huggingface_hub's cache.
 
     Which head it has is told by the architecture in config.json: a classifier's, the next-sentence head of BERT (also
@@ -169,9 +175,10 @@ def load_encoder(name: str | os.PathLike[str], dtype: str = "float32", *, precis
       name: a local directory with config.json and safetensors, or a Hub id like "microsoft/deberta-v3-base".
       dtype: of parameters and activations: "float32", "bfloat16" or "float16".
       precision: of float32 products, as in `load`.
+      mesh: over which the arrays are spread, as in `load`.
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed.
     """
     opened = open_checkpoint(name, encoder=True, dtype=dtype, precision=precision)
-    return Encoder(params=opened.read_params(), **opened._asdict())
+    return Encoder(params=opened.read_params(mesh).params, mesh=mesh, **opened._asdict())

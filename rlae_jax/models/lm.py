@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from rlae_jax import sharding
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
@@ -45,6 +47,10 @@ class LM:
         default=None, repr=False
     )  # adapters that are kept apart from the parameters, see `with_adapters`
     adapters: tuple[str, ...] = ()  # their names
+    mesh: Mesh | None = None  # over which the arrays are spread; None: they lie on one device
+    # Of every array of `params` its first entries, where they were noted when it was read: on a mesh to look at them
+    # again would bring whole arrays together.
+    starts: bytes | None = dataclasses.field(default=None, repr=False)
 
     def apply(
         self,
@@ -156,20 +162,22 @@ class LM:
             needs = "is an encoder-decoder: give" if decoder_ids is None else "is no encoder-decoder: do not give"
             raise InputError(f"{self.name} {needs} decoder_ids")
         ids, mask = check_text(self.name, ids, mask)
-        if decoder_ids is None:
-            return ids, mask, None
-        decoder_ids, _ = check_text(self.name, decoder_ids, None, "decoder_ids")
-        if len(decoder_ids) % len(ids):
-            raise InputError(f"{self.name}: {len(decoder_ids)} rows of decoder_ids for {len(ids)} rows of ids")
-        return ids, mask, decoder_ids
+        if decoder_ids is not None:
+            decoder_ids, _ = check_text(self.name, decoder_ids, None, "decoder_ids")
+            if len(decoder_ids) % len(ids):
+                raise InputError(f"{self.name}: {len(decoder_ids)} rows of decoder_ids for {len(ids)} rows of ids")
+            decoder_ids = sharding.spread(decoder_ids, self.mesh)
+        return sharding.spread(ids, self.mesh), sharding.spread(mask, self.mesh), decoder_ids
 
     def fingerprint(self) -> str:
         """A hash by which a run knows its members again: the configuration and the start of every tensor."""
         digest = hashlib.sha256(repr(self.config).encode())
-        starts = [leaf.reshape(-1)[:16] for leaf in jax.tree.leaves(self.params)]
+        n = checkpoint_files.START
+        starts = [leaf.reshape(-1)[:n] for leaf in jax.tree.leaves(self.params)] if self.starts is None else []
         # Of every adapter, whose axis is the first.
-        starts += [leaf.reshape(len(leaf), -1)[:, :16] for leaf in jax.tree.leaves(self.stack)]
-        for start in jax.device_get(starts):
+        starts += [leaf.reshape(len(leaf), -1)[:, :n] for leaf in jax.tree.leaves(self.stack)]
+        digest.update(self.starts or b"")
+        for start in sharding.to_host(starts):
             digest.update(start.tobytes())
         return digest.hexdigest()
 
@@ -185,7 +193,19 @@ class LM:
         """
         adapter = load_adapter(adapter, self)
         params = lora.merge(self.params, lora.stack([adapter]), [1.0])
-        return dataclasses.replace(self, params=params, name=adapter.name)
+        return dataclasses.replace(self, params=params, name=adapter.name, starts=None)
+
+    def on_mesh(self, mesh: Mesh) -> "LM":
+        """This model with its arrays spread over a mesh. To load one use `load(mesh=...)`, which never holds it whole.
+
+        Raises:
+          InputError: heads that the mesh does not divide.
+        """
+        sharding.check_model(self.name, self.config, mesh)
+        places = sharding.shardings(transformer.logical_axes(self.config), self.params, mesh)
+        params = jax.tree.map(lambda leaf, where: sharding.place(np.asarray(leaf), where), self.params, places)
+        placed = dataclasses.replace(self, params=params, mesh=mesh)
+        return placed if self.stack is None else dataclasses.replace(placed, stack=sharding.whole(self.stack, mesh))
 
     def with_adapters(self, adapters: Sequence[str | os.PathLike[str] | lora.Adapter]) -> "LM":
         """This model with M adapters beside its parameters: the rows of a batch may use different ones.
@@ -196,7 +216,7 @@ class LM:
         loaded = load_adapters(adapters, self)
         names = tuple(adapter.name for adapter in loaded)
         name = names[0] if len(names) == 1 else self.name
-        return dataclasses.replace(self, stack=lora.stack(loaded), adapters=names, name=name)
+        return dataclasses.replace(self, stack=sharding.whole(lora.stack(loaded), self.mesh), adapters=names, name=name)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes a Hugging Face directory that `load` and transformers read: in the layout of the checkpoint that this
@@ -255,6 +275,7 @@ def load(
     *,
     context: int | None = None,
     precision: str | None = "highest",
+    mesh: Mesh | None = None,
 ) -> LM:
     """Loads a checkpoint: a Hugging Face directory, or a Hub id through huggingface_hub's cache.
 
@@ -268,14 +289,17 @@ def load(
         says more.
       precision: of float32 products, as in `jax.lax.Precision`. The default keeps them float32 on TPUs and GPUs, whose
         own default rounds operands; None takes the backend's default.
+      mesh: of `make_mesh`, over which the arrays are spread; every device is given its own parts and no other.
 
     Raises:
-      InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed.
+      InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; heads that the
+        mesh does not divide.
     """
     opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
     if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    lm = LM(params=opened.read_params(), **opened._asdict())
+    params, starts = opened.read_params(mesh)
+    lm = LM(params=params, starts=starts, mesh=mesh, **opened._asdict())
     return lm if adapter is None else lm.with_adapter(adapter)
 
 
@@ -288,9 +312,11 @@ class Opened(NamedTuple):
     path: Path
     source: checkpoint_files.Source
 
-    def read_params(self) -> transformer.Params:
+    def read_params(self, mesh: Mesh | None) -> checkpoint_files.Tensors:
         """The tensors."""
-        return checkpoint_files.read_params(self.path, self.source, self.config)
+        if mesh is not None:
+            sharding.check_model(self.name, self.config, mesh)
+        return checkpoint_files.read_params(self.path, self.source, self.config, mesh)
 
 
 def open_checkpoint(

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 
 HEADS = ("head", "scorer")
@@ -284,5 +285,6 @@ def merge(
         a, b = a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1)
         change = np.einsum("m,mir,mro->io", np.asarray(scaled), a, b, optimize=True)
         kernel = layer["kernel"]
-        layer["kernel"] = (kernel.astype(jnp.float32) + change.reshape(kernel.shape)).astype(kernel.dtype)
+        change = sharding.place_like(change.reshape(kernel.shape), kernel)
+        layer["kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
     return merged

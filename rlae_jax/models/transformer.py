@@ -36,12 +36,14 @@ from rlae_jax.models.attention import (
     Packing,
     RelativeBiasTable,
     cache_layout,
+    pin_cache,
 )
 from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
 from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
 from rlae_jax.models.lora import Adapted, Adapters, for_rows, low_rank_delta
 from rlae_jax.models.rope import frequencies
+from rlae_jax.sharding import constrain
 
 Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
 
@@ -84,7 +86,8 @@ class Layer(nnx.Module):
 
     def _leave(self, branch: str, x: Array, out: Array) -> Array:
         branch_norm, sum_norm = getattr(self, f"{branch}_branch_norm"), getattr(self, f"{branch}_sum_norm")
-        total = x + (out if branch_norm is None else branch_norm(out))
+        # Pinned on a mesh, so that what the devices of a group have each a part of is summed here.
+        total = constrain(x + (out if branch_norm is None else branch_norm(out)), "batch")
         return total if sum_norm is None else sum_norm(total)
 
     def sequence(
@@ -209,6 +212,7 @@ class Transformer(nnx.Module):
             x = x + self.token_types[...][jnp.zeros_like(ids_bt) if types_bt is None else types_bt]
         if self.project_in is not None and config.narrow_positions:
             x = self.project_in(x)
+        x = constrain(x, "batch")
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     @property
@@ -328,6 +332,7 @@ class Transformer(nnx.Module):
         out = jnp.einsum(einsum, hidden, kernel, precision=self.config.precision, preferred_element_type=jnp.float32)
         if self.head is not None and self.head.delta is not None:
             out = out + self.head.delta(hidden).astype(jnp.float32)
+        out = constrain(out, "batch", *[None] * (out.ndim - 2), "vocab")
         cap = self.config.logit_cap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -601,4 +606,4 @@ def extend_cache(cache: Cache, slots: int) -> Cache:
     """The cache of `slots` slots whose first hold what `cache` holds."""
     grow = slots - cache.slots
     pad = ((0, 0), (0, 0), (0, 0), (0, grow))
-    return cache._replace(layers=jax.tree.map(lambda array: jnp.pad(array, pad), cache.layers))
+    return cache._replace(layers=jax.tree.map(lambda array: pin_cache(jnp.pad(array, pad)), cache.layers))

@@ -19,13 +19,26 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from rlae_jax.config import PPOConfig
-from rlae_jax.fusion.decode import decode_batch
+from rlae_jax.fusion.decode import decode_batch, params_places
 from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
 from rlae_jax.fusion.prompts import Prompts, row_keys
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
 from rlae_jax.schedules import learning_rate
+from rlae_jax.sharding import (
+    BLOCKS,
+    WHOLE,
+    bring_together,
+    by_rows,
+    constrain,
+    gather_rows,
+    groups,
+    join_blocks,
+    own_share,
+    split_blocks,
+    sum_over_rows,
+)
 
 
 class LearnerState(NamedTuple):
@@ -71,10 +84,7 @@ class AgentsInBlocks:
 
     def apply(self, params: Any, observation: Observation) -> tuple[Distribution, Float[Array, " EB"]]:
         """Each block under its own agent."""
-        blocks = jax.tree.map(lambda leaf: leaf.reshape(self.agents, -1, *leaf.shape[1:]), observation)
-        both = jax.vmap(self.policy.apply)(params, blocks)
-        joined: tuple[Distribution, Array] = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), both)
-        return joined
+        return join_blocks(jax.vmap(self.policy.apply)(params, split_blocks(observation, self.agents)))
 
     def slice_rows(self, params: Any, start: Array | int, n: int, total: int) -> tuple["AgentsInBlocks", Any]:
         """The agent whose rows they are."""
@@ -229,8 +239,10 @@ def learn(
     def gradients_of(params: Any, rows: Int[Array, " M"]) -> tuple[Any, PPOLoss]:
         """The minibatch's, as the sum over its parts of what each has a share in."""
 
-        def part(rows: Int[Array, " M"]) -> tuple[Any, PPOLoss]:
-            taken = jax.tree.map(lambda leaf: leaf[rows], flat)
+        def part(place: Int[Array, " M"]) -> tuple[Any, PPOLoss]:
+            # Beyond the minibatch's end lies what fills up the shares of a mesh's groups of devices.
+            taken = jax.tree.map(lambda leaf: leaf[rows[jnp.minimum(place, len(rows) - 1)]], flat)
+            taken = taken._replace(mask=taken.mask & (place < len(rows)))
             real = jnp.sum(taken.mask).astype(jnp.float32)
             weighted: tuple[Any, PPOLoss] = jax.tree.map(
                 lambda leaf: leaf * real, jax.grad(loss_of, has_aux=True)(params, taken)
@@ -238,8 +250,10 @@ def learn(
             return weighted
 
         total = jnp.maximum(jnp.sum(flat.mask[rows]), 1).astype(jnp.float32)
-        parts = rows.reshape(accumulate, -1)
-        sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(part, parts))
+        shares = groups() * accumulate
+        places = own_share(jnp.arange(-(-len(rows) // shares) * shares))
+        sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), jax.lax.map(part, places.reshape(accumulate, -1)))
+        sums = sum_over_rows(sums)
         means: tuple[Any, PPOLoss] = jax.tree.map(lambda leaf: leaf / total, sums)
         return means
 
@@ -298,22 +312,40 @@ def _rollout_all(
     spec: DecodeSpec,
     config: PPOConfig,
 ) -> Rollout:
-    """All agents' rollouts, in E blocks of rows."""
-    rows = len(batch.references) // len(seeds)
+    """All agents' rollouts, leaves [E, B, ...]."""
+    e = len(seeds)
+    rows = len(batch.references) // e
     keys = jax.vmap(lambda seed: row_keys(iteration_keys(seed, iteration)[0], rows))(seeds)
-    spec = dataclasses.replace(spec, policy=AgentsInBlocks(spec.policy, len(seeds)))
-    return rollout(params, policy_params, batch.prompts._replace(keys=keys.reshape(-1)), spec, config.samples)
+    prompts = split_blocks(bring_together(batch.prompts._replace(keys=keys.reshape(-1)), e), e)
+    spec = dataclasses.replace(spec, policy=AgentsInBlocks(spec.policy, e))
+
+    def run(policy_params: Any, params: tuple[Any, ...], prompts: Prompts, spec: DecodeSpec) -> Rollout:
+        return split_blocks(rollout(params, policy_params, join_blocks(prompts), spec, config.samples), e)
+
+    # On a mesh every group of devices has rows of all agents.
+    places = (WHOLE, params_places(params, spec), BLOCKS, WHOLE)
+    experience: Rollout = by_rows(run, places, BLOCKS)(policy_params, params, prompts, spec)
+    return experience
 
 
 def _learn_all(
     states: LearnerState, experience: Rollout, score: Array, seeds: Array, spec: DecodeSpec, config: PPOConfig
 ) -> tuple[LearnerState, dict[str, Array]]:
-    """Every agent's updates from its own block."""
-    e = len(seeds)
-    blocks = jax.tree.map(lambda leaf: leaf.reshape(e, -1, *leaf.shape[1:]), experience)
-    keys = jax.vmap(lambda seed, iteration: iteration_keys(seed, iteration)[1])(seeds, states.iteration)
-    update = functools.partial(learn, spec=spec, config=config)
-    return jax.vmap(update)(states, blocks, score.reshape(e, -1), keys)
+    """Every agent's updates from its own rollout, leaves [E, B, ...], and scores [E, B]."""
+
+    def update(
+        states: LearnerState, experience: Rollout, score: Array, seeds: Array, spec: DecodeSpec
+    ) -> tuple[LearnerState, dict[str, Array]]:
+        # On a mesh every device gets all samples once, P * B * (sum of D + ...) numbers: a minibatch is drawn from all.
+        experience, score = gather_rows((experience, score), axis=1)
+        keys = jax.vmap(lambda seed, iteration: iteration_keys(seed, iteration)[1])(seeds, states.iteration)
+        return jax.vmap(functools.partial(learn, spec=spec, config=config))(states, experience, score, keys)
+
+    places = (WHOLE, BLOCKS, BLOCKS, WHOLE, WHOLE)
+    learnt: tuple[LearnerState, dict[str, Array]] = by_rows(update, places, WHOLE)(
+        states, experience, score, seeds, spec
+    )
+    return learnt
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
@@ -336,7 +368,10 @@ def iterate(
       The new states, and metrics [E].
     """
     experience = _rollout_all(states.params, params, batch, seeds, states.iteration[0], spec, config)
-    return _learn_all(states, experience, exact_tokens(experience, batch), seeds, spec, config)
+    e = len(seeds)
+    wanted = Batch._make((None, *bring_together((batch.references, batch.reference_lengths), e)))
+    scores = jax.vmap(exact_tokens)(experience, split_blocks(wanted, e))
+    return _learn_all(states, experience, scores, seeds, spec, config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -350,7 +385,9 @@ def rollout_for_text(
     config: PPOConfig,
 ) -> Rollout:
     """The first half of an iteration whose reward is a Python function of text."""
-    return _rollout_all(policy_params, params, batch, seeds, iteration, spec, config)
+    experience = join_blocks(_rollout_all(policy_params, params, batch, seeds, iteration, spec, config))
+    pinned: Rollout = jax.tree.map(lambda leaf: constrain(leaf, "batch"), experience)
+    return pinned
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
@@ -363,4 +400,5 @@ def learn_from_text(
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
     """The second half."""
-    return _learn_all(states, experience, score, seeds, spec, config)
+    e = len(seeds)
+    return _learn_all(states, split_blocks(experience, e), score.reshape(e, -1), seeds, spec, config)

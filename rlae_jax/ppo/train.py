@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlae_jax import files
+from rlae_jax import files, sharding
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError, Interrupted
 from rlae_jax.fusion.ensemble import Ensemble
@@ -125,7 +125,8 @@ class _Split:
         for b, reference in enumerate(references):
             padded[b, : len(reference)] = reference
         rows = [self.rows[i] for i in places]
-        return ppo.Batch(ensemble.prompts(rows, spec, batch=len(rows), text=self.read_text(places)), padded, lengths)
+        prompts = ensemble.prompts(rows, spec, batch=len(rows), text=self.read_text(places))
+        return sharding.place_rows(ppo.Batch(prompts, padded, lengths), ensemble.mesh)
 
     def read_text(self, places: Any) -> Text | None:
         """What the agent's encoder reads of some of them."""
@@ -223,7 +224,8 @@ def train_seeds(
         raise InputError(
             f"{out} has done {done} iterations already; to go on give more than that, not {config.iterations}"
         )
-    encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
+    sharding.check_rows("prompts", config.prompts, ensemble.mesh)
+    encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder, mesh=ensemble.mesh)
     spec = ensemble.spec(
         policy=ppo.make_policy(config),
         span_length=span_length,
@@ -241,18 +243,18 @@ def train_seeds(
     if ensemble.union is not None:
         ensemble.union.save(out / UNION_FILE)
 
-    state, seeds = _fresh(config, dims), _seeds(config)
+    state, seeds = sharding.whole(_fresh(config, dims), ensemble.mesh), _seeds(config)
     static = _shaping(config)
     checkpoints = Checkpoints(out)
     newest = checkpoints.newest()
     if newest is not None:
-        state = checkpoints.restore(newest, _abstract(state))
+        state = checkpoints.restore(newest, sharding.abstract(state, ensemble.mesh))
     first = int(state.learner.iteration[0])
     log = MetricsLog(out, first, sinks=log_to)
     began = time.monotonic()
 
     try:
-        with RewardPool(task.reward) as pool, stop_requests() as stop_requested:
+        with sharding.use(ensemble.mesh), RewardPool(task.reward) as pool, stop_requests() as stop_requested:
             for iteration in range(first, config.iterations):
                 started = time.perf_counter()
                 rows = np.concatenate(
@@ -337,12 +339,14 @@ def _iterate(
         return after
     iteration = learner.iteration[0]
     experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
-    answered = np.repeat(rows, config.samples)
+    # Every process reads and rewards the answers that lie on its devices.
+    n = len(rows) * config.samples
+    answered = np.repeat(rows, config.samples)[sharding.own_rows(n, ensemble.mesh)]
     texts = _texts(ensemble, task, [split.rows[i] for i in answered], experience)
     asked, references = (
         [column[i] for i in answered] for column in (split.examples.prompts, split.examples.references)
     )
-    scores = pool.submit(asked, texts, references).result()
+    scores = sharding.join_rows(pool.submit(asked, texts, references).result(), n, ensemble.mesh)
     learnt: tuple[ppo.LearnerState, dict[str, Array]] = ppo.learn_from_text(
         learner, experience, scores, seeds, spec, config
     )
@@ -364,7 +368,7 @@ def _values(metrics: dict[str, Float[np.ndarray, " E"]]) -> dict[str, Any]:
 
 def _keep_best(state: TrainState, dev: Float[np.ndarray, " E"]) -> TrainState:
     """Each agent's parameters become its best ones if they are; of equally good ones the first stay."""
-    better = jnp.asarray(dev) > state.best_dev
+    better = dev > state.best_dev
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -373,15 +377,10 @@ def _keep_best(state: TrainState, dev: Float[np.ndarray, " E"]) -> TrainState:
     return state._replace(best=best, best_dev=jnp.maximum(state.best_dev, dev))
 
 
-def _abstract(state: TrainState) -> TrainState:
-    abstract: TrainState = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    return abstract
-
-
 def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Row], experience: ppo.Rollout | Answers) -> list[str]:
     """The answers, up to the first of the task's stop strings. A rollout goes on behind one; what the agent decides
     there has no effect on the reward."""
-    tokens, steps, ended = jax.device_get((experience.tokens, experience.steps, experience.ended))
+    tokens, steps, ended = sharding.fetch_own_rows((experience.tokens, experience.steps, experience.ended))
     written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
     texts = ensemble.decode(prompts, written)
     for stop in task.stop:
@@ -443,8 +442,8 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         step = checkpoints.newest()
         if step is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")
-        abstract = jax.eval_shape(functools.partial(_fresh, config, dims))
-        state = checkpoints.restore(step, abstract)
+        shapes = jax.eval_shape(functools.partial(_fresh, config, dims))
+        state = checkpoints.restore(step, sharding.abstract(shapes, None))
     finally:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
