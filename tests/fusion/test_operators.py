@@ -11,6 +11,8 @@ from hypothesis.extra import numpy as hnp
 from rlae_jax.fusion.operators import Candidates, Proxy, get_operator, linear, loglinear
 from tests.helpers import reference
 
+pytestmark = pytest.mark.device
+
 B, K, V = 3, 4, 11
 OPERATORS = {"linear": linear, "loglinear": loglinear}
 

@@ -13,6 +13,8 @@ from rlae_jax.fusion.operators import get_operator
 from rlae_jax.fusion.sampling import Sampling, SamplingOptions, argmax, choose_token, truncate
 from tests.helpers import reference
 
+pytestmark = pytest.mark.device
+
 # One shape, so that every example runs the same compiled program.
 SHAPE = (4, 9)
 WITH_TIES = hnp.arrays(np.float32, SHAPE, elements=st.sampled_from([-np.inf, -2.0, -1.0, 0.0, 0.5, 3.0]))

@@ -33,12 +33,17 @@ Arrays = dict[str, np.ndarray]
 
 DECODING = [name for name, family in hf.FAMILIES.items() if family.kind != "encoder"]
 ENCODERS = [name for name, family in hf.FAMILIES.items() if family.kind == "encoder"]
+ON_DEVICES = ("llama", "gemma2", "t5", "bert")
 
 
 def stored_cases(families: list[str]) -> list[Any]:
-    """The first case of each family in every run, the others unless time is short."""
+    """The first case of each family in every run, the others unless time is short; of some families on devices, too."""
     return [
-        pytest.param(family, case, id=f"{family}-{case}", marks=[pytest.mark.slow] if i else [])
+        pytest.param(
+            *(family, case),
+            id=f"{family}-{case}",
+            marks=pytest.mark.slow if i else pytest.mark.device if family in ON_DEVICES else [],
+        )
         for family in families
         for i, case in enumerate(hf.FAMILIES[family].cases)
     ]

@@ -405,6 +405,7 @@ class TestArithmetic:
             close(logits[b], ours.logits(*text)[b])
         assert np.abs(logits[0] - logits[2]).max() > 0.1 * np.abs(logits).max()
 
+    @pytest.mark.device
     def test_rows_that_use_different_adapters(self, stacked, text):
         """Each row is as if all used its adapter, whatever the others use; numbers, names and weights say the same."""
         mixed = np.asarray(stacked.logits(*text, adapters=[2, 0, 1, 0]))
@@ -620,6 +621,7 @@ class TestGradients:
 
     WEIGHTS = (0.6, 0.0, -0.8)
 
+    @pytest.mark.device
     def test_they_are_the_kernels_gradients_seen_through_the_factors(self, tiny, trio, stacked, text, loss):
         """With G the gradient of the merged kernel, those of A and B are w s G B^T and w s A^T G."""
         weights = jnp.asarray([self.WEIGHTS])

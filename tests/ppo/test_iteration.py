@@ -82,6 +82,7 @@ class TestRollout:
         np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-5)
         assert len(np.unique(weights[:, 0])) == len(weights)
 
+    @pytest.mark.device
     def test_recorded_decisions_are_those_of_the_policy(self, experience, fresh):
         """The ratio of the first minibatch is 1: nothing is lost or shifted between rollout and update."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experience)
@@ -155,6 +156,7 @@ class TestExactTokens:
 
 class TestUpdates:
     @pytest.mark.slow
+    @pytest.mark.device
     def test_the_whole_program_equals_its_two_halves(self, pair, spec, fresh, prompts, experience):
         references = [written(experience, b) if b % 2 else [1, 1] for b in range(B)]
         batch = make_batch(prompts, references)
@@ -173,6 +175,7 @@ class TestUpdates:
         for one, two in zip(jax.tree.leaves(whole.params), before, strict=True):
             assert np.any(np.asarray(one != two))
 
+    @pytest.mark.device
     def test_a_first_and_only_minibatch_sees_the_policy_that_acted(self, spec, fresh, experience):
         config = PPOConfig(epochs=1, minibatches=1, agent=AGENT.config)
         scores = np.arange(B, dtype=np.float32) / B
@@ -203,6 +206,7 @@ class TestUpdates:
 
 
 @pytest.mark.slow
+@pytest.mark.device
 def test_ppo_solves_two_arms_that_the_hidden_state_tells_apart():
     """The reward is the weight of the arm that member 0's hidden state names; no language model is involved."""
     rows, width = 128, 4

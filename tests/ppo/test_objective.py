@@ -42,6 +42,7 @@ class TestTerminalRewards:
 
 class TestAdvantages:
     @pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
+    @pytest.mark.device
     def test_rlax_agrees_on_rows_of_full_length(self, discount, gae_lambda):
         rng = np.random.default_rng(0)
         rewards, values = rng.normal(size=(2, 6, 5)).astype(np.float32)
@@ -125,6 +126,7 @@ class TestLoss:
         np.testing.assert_allclose(loss.policy, expected, rtol=1e-5)
         assert 0.2 < float(loss.clip_fraction) < 0.9
 
+    @pytest.mark.device
     def test_rlax_agrees_on_its_gradient(self):
         data = self.samples()
 
