@@ -109,6 +109,14 @@ def _in_force() -> AbstractMesh:
     return jax.sharding.get_abstract_mesh()
 
 
+def platform() -> str:
+    """What the programs that are traced now will run on: the mesh in force knows, which may be of devices that are not
+    there, else it is the default backend."""
+    device = getattr(_in_force(), "abstract_device", None)
+    name: str = jax.default_backend() if device is None else device.platform
+    return name
+
+
 def _auto(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """The axes that are the compiler's to use, and their sizes."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

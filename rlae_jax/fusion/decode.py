@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlae_jax import sharding
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, Hidden, linear
@@ -45,7 +46,7 @@ from rlae_jax.fusion.state import (
     repeat_rows,
 )
 from rlae_jax.models import lora
-from rlae_jax.sharding import ROWS, WHOLE, by_rows
+from rlae_jax.sharding import ROWS, WHOLE, by_rows, constrain
 
 # Keeps the stream that draws a row's weights apart from the one that draws its tokens.
 _ACTION_STREAM = 0x5EED
@@ -237,7 +238,7 @@ class _Choice(NamedTuple):
 
 
 def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, "B V"], spec: DecodeSpec) -> _Choice:
-    ends = jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids))
+    ends = constrain(jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids)))
     normalised = fused
     if spec.sampling.penalised or spec.scores:
         normalised = fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)
@@ -435,7 +436,7 @@ def _row_groups(params: tuple[MemberParams, ...], prompts: Prompts, spec: Decode
     in the next one. On the CPU those of a group may stay in the processor's cache, if the weights, which every group
     reads anew, do so, too.
     """
-    if jax.default_backend() != "cpu" or any(not isinstance(p, dict) for p in params):
+    if sharding.platform() != "cpu" or any(not isinstance(p, dict) for p in params):
         return 1
     b = prompts.batch
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
