@@ -6,7 +6,6 @@ for any number of steps and says what a step of it reads and launches.
 
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 import rlae_jax as rj
+from rlae_jax import hlo
 from rlae_jax.fusion import programs
 from rlae_jax.fusion.programs import Job
 from rlae_jax.fusion.prompts import Prompts
@@ -24,10 +24,10 @@ from rlae_jax.models import ModelConfig, transformer
 
 COPIES = 8  # of a call: beside them its overhead is small
 
-# Instructions that run nothing on a device, or stand for the computations that they call.
+# Instructions that run nothing on a device, or whose beginning is counted.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id"),
-    *("copy-done", "async-done", "async-update", "while", "conditional", "call"),
+    *("copy-done", "async-done", "async-update"),
 }
 
 
@@ -161,55 +161,18 @@ def compile_decoding(
 def loop_kernels(text: str) -> int:
     """The instructions that run in one turn of the largest loop of a compiled module: fusions, calls of libraries,
     copies and what stands alone. Of a branch the longest side counts, of a loop inside one turn."""
-    computations, entry = _computations(text)
-
-    def called(line: str, *names: str) -> list[str]:
-        """The computations that a line gives under one of these names."""
-        found = re.findall(rf"(?:{'|'.join(names)})=(\{{[^}}]*\}}|%?[\w.\-]+)", line)
-        return [name.strip(" %") for group in found for name in group.strip("{}").split(",")]
-
-    def loops(name: str) -> list[str]:
-        """The bodies of all loops that are run from a computation."""
-        found = []
-        for opcode, line in computations[name]:
-            bodies = called(line, "body") if opcode == "while" else []
-            further = called(line, "to_apply") if opcode == "call" else []
-            further += _branches(line, called) if opcode == "conditional" else []
-            found += bodies + [loop for inner in bodies + further for loop in loops(inner)]
-        return found
+    module = hlo.parse(text)
 
     @functools.cache
     def kernels(name: str) -> int:
         count = 0
-        for opcode, line in computations[name]:
-            if opcode == "while":
-                count += sum(kernels(inner) for inner in called(line, "body"))
-            elif opcode == "call":
-                count += sum(kernels(inner) for inner in called(line, "to_apply"))
-            elif opcode == "conditional":
-                count += max(kernels(inner) for inner in _branches(line, called))
-            count += opcode not in _FREE
+        for i in module.computations[name]:
+            if i.opcode == "while" and i.body is not None:
+                count += kernels(i.body)
+            elif i.opcode in ("call", "conditional"):
+                count += (sum if i.opcode == "call" else max)(map(kernels, i.calls))
+            else:
+                count += i.opcode not in _FREE
         return count
 
-    return max((kernels(body) for body in loops(entry)), default=0)
-
-
-def _branches(line: str, called: Callable[..., list[str]]) -> list[str]:
-    return called(line, "branch_computations", "true_computation", "false_computation")
-
-
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
-    """(opcode, line) of each instruction, by computation, and the name of the one that is run."""
-    computations: dict[str, list[tuple[str, str]]] = {}
-    entry, current = "", ""
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if head:
-            current = head[2]
-            computations[current] = []
-            entry = current if head[1] else entry
-        elif " = " in line and current:
-            opcode = re.search(r"\s([a-z][a-z\-]*)\(", line.split(" = ", 1)[1])
-            if opcode:
-                computations[current].append((opcode[1], line))
-    return computations, entry
+    return max((kernels(loop.body) for loop in module.loops() if loop.body is not None), default=0)

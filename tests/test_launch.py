@@ -51,12 +51,12 @@ def test_yaml(path):
 
 
 def test_lines_are_found_and_read():
-    text = '''
+    text = """
     # rlae-jax no --line
     x ssh --command "pip install 'rlae-jax[tpu]' && ~/.local/bin/rlae-jax train --out $RUN \\
         --task skills"
     rlae-jax emorl train --to "$(echo "$IPS" | head -n 1):8476" --n "$N"; echo done
-    '''
+    """
     assert list(command_lines(text)) == [
         ["train", "--out", "1", "--task", "skills"],
         ["emorl", "train", "--to", "1:8476", "--n", "1"],
