@@ -78,8 +78,8 @@ def _text(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def read_mesh(text: str) -> dict[str, int]:
-    """The sizes that "data=4,model=2" names; what is not named is 1.
+def read_mesh(text: str) -> tuple[int, int]:
+    """(data, model) of "data=4,model=2"; what is not named is 1.
 
     Raises:
       InputError: anything else.
@@ -90,7 +90,7 @@ def read_mesh(text: str) -> dict[str, int]:
         if name not in sizes or not size.removeprefix("-").isdecimal():
             raise InputError(f"mesh {text!r}: expected sizes such as data=4,model=2 or data=-1 (what is left)")
         sizes[name] = int(size)
-    return sizes
+    return sizes[DATA], sizes[MODEL]
 
 
 def describe(mesh: Mesh | None) -> dict[str, int] | None:
@@ -103,6 +103,12 @@ def use(mesh: Mesh | None) -> Iterator[None]:
     """Puts a mesh in force for the programs that are called inside; None leaves things as they are."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
+
+
+def mesh_in_force() -> Mesh | None:
+    """The mesh under which a program called now would run; None without one."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
 
 
 def _in_force() -> AbstractMesh:
@@ -161,15 +167,15 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def constrain(x: T, *axes: str | None) -> T:
+def constrain(x: T, *axes: str | None, fsdp: bool = False) -> T:
     """The array, laid out by the names of its first axes on the mesh in force; the others are whole. Axes of the mesh
-    that are run by hand (`by_rows`) do not count."""
+    that are run by hand (`by_rows`) do not count. `fsdp` as in `partition`."""
     mesh = _in_force()
     if mesh.empty:
         return x
     shape = x.shape  # type: ignore[attr-defined]
     names = (*axes, *[None] * (len(shape) - len(axes)))
-    constrained: T = lax.with_sharding_constraint(x, partition(names, shape, mesh))
+    constrained: T = lax.with_sharding_constraint(x, partition(names, shape, mesh, fsdp=fsdp))
     return constrained
 
 
