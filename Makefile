@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast lint bench clean
+.PHONY: help install demo test test-all test-fast test-device test-tpu-compile lint bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,13 +23,27 @@ demo: .venv/installed ## train two specialists and a weight agent, compare it wi
 	$(BIN)/rlae-jax demo --seed $(SEED) --out $(OUT)
 
 test: .venv/installed ## the tests, but for the few that guard against rare mistakes
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not rare'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not rare and not tpu'
+
+# The TPU compiler is large, and JAX looks for it where it is installed: it gets an environment of its own.
+.venv-tpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --upgrade pip
+	.venv-tpu/bin/python -m pip install --quiet --editable '.[test,tpu]'
+	@touch $@
+
+test-tpu-compile: .venv-tpu/installed ## compile every program for TPUs that are not there, and look at what comes out
+	JAX_PLATFORMS=cpu XLA_FLAGS= .venv-tpu/bin/python -m pytest -n 2 --dist worksteal -m tpu tests/tpu
 
 test-all: test ## all tests: those, and then the few
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m rare
 
 test-fast: .venv/installed ## the tests that matter most
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not rare'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not rare and not tpu'
+
+# In one process: a device is one. On a CPU it is just these tests, compiled as for use.
+test-device: .venv/installed ## the tests that mean something on a GPU or TPU, on what JAX finds (no -n: one process)
+	RLAE_JAX_TEST_PLATFORM=device $(BIN)/python -m pytest -m 'device and not rare'
 
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/ruff check .
@@ -42,12 +56,12 @@ BENCH_TORCH ?= torch
 	$(BIN)/python -m pip install --quiet '$(BENCH_TORCH)'
 	@touch $@
 
-bench: .venv/bench ## all benchmarks, tables and JSON in runs/bench
+bench: .venv/bench ## all benchmarks but benchmarks/tpu.py, tables and JSON in runs/bench
 	mkdir -p runs/bench
-	for file in $$(grep -l __main__ benchmarks/*.py); do \
+	for file in $$(grep -l __main__ benchmarks/*.py | grep -v tpu); do \
 	  name=$$(basename $$file .py); \
 	  $(BIN)/python -m benchmarks.$$name --json runs/bench/$$name.json || exit 1; \
 	done
 
 clean: ## remove .venv, runs and caches
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-tpu runs .pytest_cache .mypy_cache .ruff_cache

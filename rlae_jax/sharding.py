@@ -282,27 +282,31 @@ def whole(tree: T, mesh: Mesh | None) -> T:
     return placed
 
 
-def check_model(name: str, config: Any, mesh: Mesh) -> None:
+def check_model(name: str, config: Any, mesh: Mesh, *, strict: bool = True) -> None:
     """Says how a model lies on a mesh where that is not as one would expect.
 
     Key/value heads, feed-forward entries and vocabularies that the mesh does not divide are held whole by every device,
     which is said in a warning.
 
+    Args:
+      strict: whether query heads that the mesh does not divide are an error, or held whole, too.
+
     Raises:
-      InputError: query heads that the mesh does not divide.
+      InputError: such heads.
     """
     size = mesh.shape[MODEL]
     if config.encoder is not None:
-        check_model(f"{name} (encoder)", config.encoder, mesh)
+        check_model(f"{name} (encoder)", config.encoder, mesh, strict=strict)
     if size == 1:
         return
-    if config.heads % size:
+    if strict and config.heads % size:
         fitting = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
         raise InputError(
             f"{name} has {config.heads} heads, which {MODEL}={size} does not divide; these sizes do: "
             f"{', '.join(map(str, fitting))}"
         )
-    sizes = {"key/value heads": config.kv_heads, "feed-forward entries": config.ffn_width, "tokens": config.vocab}
+    sizes = {"heads": config.heads, "key/value heads": config.kv_heads}
+    sizes |= {"feed-forward entries": config.ffn_width, "tokens": config.vocab}
     whole = [f"{count} {what}" for what, count in sizes.items() if count % size]
     if whole:
         warnings.warn(

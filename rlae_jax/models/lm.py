@@ -317,7 +317,8 @@ class Opened(NamedTuple):
         """The tensors, and the mesh on which they lie: the one given, or else the one in force."""
         mesh = sharding.mesh_in_force() if mesh is None else mesh
         if mesh is not None:
-            sharding.check_model(self.name, self.config, mesh)
+            # Encoders, which score or are read, are small; of members nothing large is to be held whole unsaid.
+            sharding.check_model(self.name, self.config, mesh, strict=self.config.has_head)
         return checkpoint_files.read_params(self.path, self.source, self.config, mesh), mesh
 
 

@@ -11,6 +11,8 @@ import rlae_jax as rj
 from rlae_jax.config import AgentConfig
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.fusion.prompts import pad_rows
+from rlae_jax.models import Encoder, ModelConfig
+from rlae_jax.models.transformer import init_params
 from rlae_jax.ppo.agent import PPOAgent
 from tests.helpers.adapters import random_adapter
 from tests.helpers.policies import Reader
@@ -163,6 +165,43 @@ def test_an_encoder_decoder(stored_checkpoint, mesh):
         return rj.Ensemble(on(where, [lm])).generate(**GIVEN, samples=2, temperature=1.0)
 
     same(write(mesh), write(None))
+
+
+def test_an_agent_that_reads_the_text(make_wide, mesh):
+    """An encoder in the loop, whose ids are a window in every row's state."""
+    sizes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_width": 8, "ffn_width": 24}
+    tokenizer = byte_level([b" a", b"on"], ["</s>"])
+    config = ModelConfig(
+        vocab=len(tokenizer), causal=False, has_head=False, rope=None, learned_positions=40, context=40, **sizes
+    )
+    encoder = Encoder(config, init_params(config, jax.random.key(5)), tokenizer, name="small")
+    members = [
+        make_wide(k, layers=1, vocab=-(-len(tokenizer) // 8) * 8, tokens=len(tokenizer), tokenizer=tokenizer)
+        for k in range(2)
+    ]
+    policy = PPOAgent(AgentConfig(reads=("text", "span"), encoder="small", projection=4, ffn_width=8))
+
+    def write(where):
+        ensemble = rj.Ensemble(on(where, members), end_ids=(tokenizer.eos_token_id,))
+        dims = ensemble.spec(policy=policy, span_length=2, max_new_tokens=N, reader=ensemble.reader(encoder)).dims
+        params = policy.init(jax.random.key(1), dims)
+        bound = BoundPolicy(policy, params, dims, 2, sample=True, encoder=encoder, text_tokens=8)
+        return ensemble.generate(["abc", "x", "helloyou"], bound, max_new_tokens=N)
+
+    same(write(mesh), write(None))
+
+
+def test_scores_of_an_encoder(stored_checkpoint, mesh):
+    """Its heads are held whole where the mesh does not divide them."""
+    directory = stored_checkpoint("one_label", "roberta")
+    alone = rj.load_encoder(directory)
+    with warnings.catch_warnings(), rj.sharding.use(mesh):
+        warnings.simplefilter("ignore")
+        spread = rj.load_encoder(directory)
+    assert spread.mesh == mesh
+    ids = np.arange(8 * 6).reshape(8, 6) % 20 + 4
+    np.testing.assert_allclose(spread.logits(ids), alone.logits(ids), atol=2e-5)
+    np.testing.assert_allclose(spread.hidden(ids), alone.hidden(ids), atol=2e-5)
 
 
 def test_the_compiled_loop_itself(pair, mesh):
