@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.errors import Interrupted
+from rlae_jax.errors import Interrupted, Preempted
 from rlae_jax.ppo import train as train_module
 from rlae_jax.runs.checkpoints import Checkpoints
 from rlae_jax.runs.directory import epoch_rows
@@ -190,18 +190,22 @@ class TestGoingOn:
         rj.train(ensemble, toys.task(), config, tmp_path / "run", resume=True)
         assert iterations(tmp_path / "run") == [1]
 
-    def test_ctrl_c_saves(self, finished, ensemble, tmp_path):
+    @pytest.mark.parametrize(
+        ("number", "raised", "told"),
+        [(signal.SIGINT, Interrupted, "^stopped"), (signal.SIGTERM, Preempted, "^preempted")],
+    )
+    def test_ctrl_c_and_sigterm_save(self, number, raised, told, finished, ensemble, tmp_path):
         out = tmp_path / "run"
         assert threading.current_thread() is threading.main_thread()
-        handler = signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(number)
 
         def interrupt(progress):
             if progress.iteration == 6:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
-        with pytest.raises(Interrupted, match="after iteration 7 of 24"):
+        with pytest.raises(raised, match=f"{told} after iteration 7 of 24"):
             rj.train(ensemble, toys.task(), toys.SETTINGS, out, on_progress=interrupt)
-        assert signal.getsignal(signal.SIGINT) is handler
+        assert signal.getsignal(number) is handler
         assert iterations(out) == list(range(1, 8))
         assert (out / "checkpoints" / "7").is_dir()
         rj.train(ensemble, toys.task(), toys.SETTINGS, out, resume=True)
