@@ -256,7 +256,7 @@ def own_share(array: jax.Array) -> jax.Array:
 def place(array: np.ndarray, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
     """A host's array on a mesh: every device gets its own part and no other. With several processes each of them must
     hold the array, or at least the parts of its own devices."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index], dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index], dtype, order="C"))
 
 
 def place_like(array: np.ndarray, like: Any) -> Any:
