@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-tpu-compile lint bench clean
+.PHONY: help install demo test test-all test-fast test-device test-tpu-compile lint bench clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,10 @@ test-all: test ## all tests: those, and then the few
 
 test-fast: .venv/installed ## the tests that matter most
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not rare and not tpu'
+
+# In one process: a device is one. On a CPU it is just these tests, compiled as for use.
+test-device: .venv/installed ## the tests that mean something on a GPU or TPU, on what JAX finds (no -n: one process)
+	RLAE_JAX_TEST_PLATFORM=device $(BIN)/python -m pytest -m 'device and not rare'
 
 lint: .venv/installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+from rlae_jax import files
 
 VERSIONS_OF = ("rlae-jax", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 # A thread pool that has just finished spins for some milliseconds before it sleeps. The pause keeps one side's idle
@@ -43,20 +44,32 @@ def parse_args(description: str, arguments: Sequence[str] | None = None, out: Pa
     Args:
       out: the default of `--out DIR`, of a benchmark that keeps what it has done.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="few repeats and small cases only")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write rows, checks and environment here")
+    parser = make_parser(description)
     if out is not None:
         parser.add_argument("--out", type=Path, metavar="DIR", default=out, help=f"where results are kept ({out})")
     parsed = parser.parse_args(arguments)
-    if parsed.json is not None:
-        try:
-            parsed.json.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"--json {parsed.json}: cannot make its directory ({error})")
-        if parsed.json.is_dir() or not os.access(parsed.json.parent, os.W_OK):
-            parser.error(f"--json {parsed.json}: not a file that can be written")
+    require_writable(parser, parsed.json)
     return Options(parsed.quick, parsed.json, getattr(parsed, "out", None))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every benchmark, for one that has more."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="few repeats and small cases only")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write rows, checks and environment here")
+    return parser
+
+
+def require_writable(parser: argparse.ArgumentParser, json_path: Path | None) -> None:
+    """Leaves with status 2 where `--json` cannot be written; makes its directory."""
+    if json_path is None:
+        return
+    try:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--json {json_path}: cannot make its directory ({error})")
+    if json_path.is_dir() or not os.access(json_path.parent, os.W_OK):
+        parser.error(f"--json {json_path}: not a file that can be written")
 
 
 def require(*modules: str) -> None:
@@ -156,6 +169,11 @@ def pairwise_ratio(slow: Timing, fast: Timing) -> float:
     return float(np.median(np.asarray(slow.seconds) / np.asarray(fast.seconds)))
 
 
+def step_seconds(long: Timing, short: Timing, steps: int) -> Timing:
+    """Seconds per step of each round, of calls of `steps` steps and of one: what begins and ends a call cancels."""
+    return Timing(tuple((a - b) / (steps - 1) for a, b in zip(long.seconds, short.seconds, strict=True)))
+
+
 def check(name: str, value: float, op: str, required: float) -> dict[str, Any]:
     """One record of the `checks` list; `op` is ">=" or "<="."""
     if op not in (">=", "<="):
@@ -216,14 +234,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 def finish(
     rows: list[dict[str, Any]], checks: list[dict[str, Any]], environment: dict[str, Any], json_path: Path | None
 ) -> None:
-    """Prints the checks and writes everything to `json_path`, under a temporary name first."""
+    """Prints the checks and writes everything to `json_path`."""
     cells = [
         (c["name"], f"{c['value']:.3g}", f"{c['op']} {c['required']:g}", "ok" if c["ok"] else "FAILED") for c in checks
     ]
     print_table("Checks", ("check", "value", "required", "result"), cells)
-    if json_path is None:
-        return
-    text = json.dumps({"rows": rows, "checks": checks, "environment": environment}, indent=2) + "\n"
-    partial = json_path.with_name(f".{json_path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(json_path)
+    if json_path is not None:
+        files.write_json(json_path, {"rows": rows, "checks": checks, "environment": environment})

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import tokenizers
@@ -55,16 +56,18 @@ def llama_134m(directory: Path, tokenizer_dir: Path, *, seed: int = 0) -> Path:
 
 
 def _write(directory: Path, config: ModelConfig, tokenizer_dir: Path, seed: int) -> Path:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
-    end = tokenizer.eos_token_id
-    config = dataclasses.replace(
-        config,
-        vocab=max(tokenizer.get_vocab().values()) + 1,
-        bos_id=tokenizer.bos_token_id,
-        end_ids=() if end is None else (end,),
-    )
+    tokenizer, config = fit(config, tokenizer_dir)
     rj.LM(config, transformer.init_params(config, jax.random.key(seed)), tokenizer).save(directory)
     return Path(directory)
+
+
+def fit(config: ModelConfig, tokenizer_dir: Path) -> tuple[Any, ModelConfig]:
+    """A tokenizer, and the configuration with its vocabulary."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
+    end = tokenizer.eos_token_id
+    vocab = max(tokenizer.get_vocab().values()) + 1
+    ends = () if end is None else (end,)
+    return tokenizer, dataclasses.replace(config, vocab=vocab, bos_id=tokenizer.bos_token_id, end_ids=ends)
 
 
 def train_small_tokenizer(directory: Path, text_files: Sequence[Path], *, size: int = 600) -> Path:

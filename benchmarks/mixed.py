@@ -64,7 +64,7 @@ class Forced:
 def forced(log_probs: tuple[Any, ...], weights: Any) -> Any:
     """The uniform linear fusion, of which then one entry is lifted above all others."""
     fused = linear(log_probs, jnp.full((1, len(log_probs)), 1 / len(log_probs)))
-    return jnp.where(jnp.arange(fused.shape[1]) == weights[:, :1], 1.0, fused)
+    return jnp.where(jnp.arange(fused.shape[1], dtype=weights.dtype)[None] == weights[:, :1], 1.0, fused)
 
 
 def member_entries(ensemble: rj.Ensemble, k: int, text: str) -> list[tuple[int, int]]:
@@ -124,8 +124,10 @@ def answers(directory: Path, count: int, characters: int) -> tuple[list[str], li
     return prompts, texts
 
 
-def stepper(ensemble: rj.Ensemble, prompts: list[str], entries: np.ndarray) -> Callable[[int], Any]:
-    """A function that writes the first n of the forced entries and returns what was written."""
+def forced_call(
+    ensemble: rj.Ensemble, prompts: list[str], entries: np.ndarray
+) -> tuple[list[Any], np.ndarray, rj.DecodeSpec]:
+    """The rows, the policy's parameters and the spec with which an ensemble writes these entries."""
     mixed = ensemble.union is not None
     # Slots beyond the prompt: a member's room, a pending token and the filling of its widest pass; or the steps.
     limit = SLOTS - 8 if mixed else SLOTS
@@ -141,6 +143,12 @@ def stepper(ensemble: rj.Ensemble, prompts: list[str], entries: np.ndarray) -> C
     rows = ensemble.encode(prompts)
     widest = max(ensemble.lengths(rows))
     assert PROMPT_TOKENS * 3 // 4 < widest <= PROMPT_TOKENS, "both sides read prompts of one bucket"
+    return rows, padded, spec
+
+
+def stepper(ensemble: rj.Ensemble, prompts: list[str], entries: np.ndarray) -> Callable[[int], Any]:
+    """A function that writes the first n of the forced entries and returns what was written."""
+    rows, padded, spec = forced_call(ensemble, prompts, entries)
 
     def run(n: int) -> np.ndarray:
         state = ensemble.run(rows, padded, 0, spec, limits=np.full(len(rows), n, np.int32))
@@ -148,12 +156,6 @@ def stepper(ensemble: rj.Ensemble, prompts: list[str], entries: np.ndarray) -> C
         return np.asarray(state.steps)
 
     return run
-
-
-def per_step(timings: dict[str, common.Timing], name: str) -> np.ndarray:
-    """Seconds per step of each round: the long call less the short one, which is prefill and the host's side."""
-    long, short = (np.array(timings[f"{name} {n}"].seconds) for n in (STEPS, 1))
-    return (long - short) / (STEPS - 1)
 
 
 def forced_cases(
@@ -186,9 +188,13 @@ def forced_cases(
             callables, rounds=QUICK_ROUNDS if quick else ROUNDS, budget_seconds=BUDGET_SECONDS
         )
         others = load.share()
-        base = np.mean([per_step(timings, name) for name in same], axis=0)
+        per_step = {
+            name: np.array(common.step_seconds(timings[f"{name} {STEPS}"], timings[f"{name} 1"], STEPS).seconds)
+            for name in runs
+        }
+        base = np.mean([per_step[name] for name in same], axis=0)
         for name in runs:
-            seconds = per_step(timings, name)
+            seconds = per_step[name]
             ratio = float(np.median(seconds / base))
             row: dict[str, Any] = {"batch": batch, "case": name, "seconds": seconds.tolist(), "ratio": ratio}
             cell = [f"134M, batch {batch}, {name}", f"{np.median(seconds) * 1e3:.1f}", f"{ratio:.2f}"]

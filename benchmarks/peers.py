@@ -1,13 +1,16 @@
 """The same ensemble in torch: what this program's decoding is compared with.
 
-In: Hugging Face directories of Llama members with one vocabulary, and unpadded prompts Int[B, T]. Out: Int[B, N] greedy
-tokens under the uniform mean of the members' probabilities. End tokens are ignored: every row writes N tokens.
+In: Llama members with one vocabulary, as Hugging Face directories or as LMs whose arrays lie on a device, and unpadded
+prompts Int[B, T]. Out: Int[B, N] greedy tokens under the uniform mean of the members' probabilities. End tokens are
+ignored: every row writes N tokens.
 
 Two peers, each as fast as we could make it:
 
-- `LoopPeer`, what people run: transformers models with a key/value cache in a Python loop.
+- The loop, what people run: transformers models with a key/value cache in a Python loop.
 - `BestPeer`, what torch can do: a hand-written forward with stacked projections (q, k and v are one product, gate and
-  up another), a preallocated cache, and `torch.compile` where it wins.
+  up another), a preallocated cache, `torch.compile` where it wins, and on a GPU the whole step as one CUDA graph that
+  feeds itself. (`torch.compile(mode="reduce-overhead")` of a whole step makes the same kernels and such a graph, but
+  compiles every layer anew.)
 
 Both choose among their variants by measuring on the case at hand, because none wins everywhere: compiling pays where
 the products are tiny, and fused attention (sdpa) loses to plain products for one query per row.
@@ -27,6 +30,7 @@ import transformers
 from torch import Tensor
 
 from benchmarks.common import cores, seconds_of
+from rlae_jax.models import LM, ModelConfig
 
 SELECTION_ROUNDS = 2
 Generate = Callable[[Any, int], Any]  # prompts, here ids Int[B, T], and N -> what was written, here tokens Int[B, N]
@@ -71,9 +75,9 @@ def fastest(variants: dict[str, Generate], prompts: Any, new_tokens: int) -> Pee
 
 def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
     """The uniform linear fusion Float[B, V], up to the factor K that an argmax does not see."""
-    total = torch.softmax(logits[0], dim=-1)
+    total = torch.softmax(logits[0], dim=-1, dtype=torch.float32)
     for more in logits[1:]:
-        total = total + torch.softmax(more, dim=-1)
+        total = total + torch.softmax(more, dim=-1, dtype=torch.float32)
     return total
 
 
@@ -92,15 +96,17 @@ def loop_peer(
             ).eval()
             for directory in directories
         ]
-        variants[attention] = _loop(models)
+        variants[attention] = transformers_loop(models)
     return fastest(variants, prompt_ids, new_tokens)
 
 
-def _loop(models: Sequence[Any]) -> Generate:
+def transformers_loop(models: Sequence[Any]) -> Generate:
+    """The loop over models that are loaded, on their device."""
+
     @torch.inference_mode()
     def generate(prompt_ids: np.ndarray, new_tokens: int) -> np.ndarray:
         caches = [transformers.DynamicCache(config=model.config) for model in models]
-        feed = torch.from_numpy(prompt_ids).long()
+        feed = torch.from_numpy(prompt_ids).long().to(models[0].device)
         tokens = []
         for _ in range(new_tokens):
             logits = [
@@ -109,7 +115,7 @@ def _loop(models: Sequence[Any]) -> Generate:
             ]
             feed = mean_probabilities(logits).argmax(dim=-1, keepdim=True)
             tokens.append(feed)
-        return torch.cat(tokens, dim=1).numpy()
+        return torch.cat(tokens, dim=1).cpu().numpy()
 
     return generate
 
@@ -141,7 +147,7 @@ class Member:
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     head: Tensor
-    frequencies: Tensor  # of the rotary angles, [H / 2]
+    frequencies: Tensor  # of the rotary angles, float32 [H / 2]
 
 
 def read_member(directory: Path) -> Member:
@@ -170,6 +176,74 @@ def read_member(directory: Path) -> Member:
     return Member(
         dims, weights["model.embed_tokens.weight"], tuple(layers), weights["model.norm.weight"], head, frequencies
     )
+
+
+def member_on_device(lm: LM) -> Member:
+    """An LM's weights in torch's layout, copied on the device where its arrays lie."""
+    config = lm.config
+
+    def tensor(leaf: Any) -> Tensor:
+        return torch.from_dlpack(leaf)
+
+    def outputs_first(kernel: Any, inputs: int = 1) -> Tensor:
+        width = int(np.prod(kernel.shape[:inputs]))
+        return tensor(kernel).reshape(width, -1).T.contiguous()
+
+    layers = []
+    for i in range(config.layers):
+        layer = lm.params["layers"][i]
+        attention, ffn = layer["attention"], layer["ffn"]
+        layers.append(
+            (
+                tensor(layer["attention_norm"]["scale"]),
+                torch.cat([outputs_first(attention[which]["kernel"]) for which in "qkv"]),
+                outputs_first(attention["o"]["kernel"], inputs=2),
+                tensor(layer["ffn_norm"]["scale"]),
+                torch.cat([outputs_first(ffn[which]["kernel"]) for which in ("gate", "up")]),
+                outputs_first(ffn["down"]["kernel"]),
+            )
+        )
+    embedding = tensor(lm.params["embedding"])
+    head = embedding if config.tied_head else outputs_first(lm.params["head"]["kernel"])
+    assert config.rope is not None
+    steps = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=embedding.device)
+    dims = Dims(config.kv_heads, config.heads // config.kv_heads, config.head_width, config.norm_eps)
+    frequencies = config.rope.base ** (-steps / config.head_width)
+    return Member(dims, embedding, tuple(layers), tensor(lm.params["norm"]["scale"]), head, frequencies)
+
+
+def transformers_model(member: Member, config: ModelConfig) -> Any:
+    """The member as a transformers model, which shares its memory."""
+    assert config.rope is not None
+    settings = transformers.LlamaConfig(
+        vocab_size=config.vocab,
+        hidden_size=config.width,
+        intermediate_size=config.ffn_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_width,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.base},
+        max_position_embeddings=config.context,
+        tie_word_embeddings=config.tied_head,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(settings)
+    n, g = config.heads * config.head_width, config.kv_heads * config.head_width
+    weights = {"model.embed_tokens.weight": member.embedding, "model.norm.weight": member.norm}
+    weights["lm_head.weight"] = member.head
+    for i, (input_norm, qkv, o, ffn_norm, gate_up, down) in enumerate(member.layers):
+        named = {"input_layernorm": input_norm, "post_attention_layernorm": ffn_norm}
+        named |= {f"self_attn.{which}_proj": part for which, part in zip("qkv", qkv.split([n, g, g]), strict=True)}
+        gate, up = gate_up.chunk(2)
+        named |= {"self_attn.o_proj": o, "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down}
+        weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in named.items()}
+    model.load_state_dict(weights, assign=True)
+    # Its frequencies are no part of the state.
+    with member.embedding.device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(settings)
+    return model.eval()
 
 
 def norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -239,28 +313,44 @@ class BestPeer:
 
     Args:
       compiled: what `torch.compile` gets: nothing, each layer, or the whole step of all members, fusion and argmax
-        included. Inductor's C++ wrapper keeps Python out of a compiled call.
+        included.
+      graph: on a GPU, the whole step is one CUDA graph, so that neither Python nor the driver stands between kernels.
     """
 
-    def __init__(self, members: Sequence[Member], batch: int, slots: int, compiled: str | None = None):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        batch: int,
+        slots: int,
+        compiled: str | None = None,
+        *,
+        graph: bool = False,
+    ):
+        device, dtype = members[0].embedding.device, members[0].embedding.dtype
         self.members = members
-        self.slots = torch.arange(slots)
+        self.slots = torch.arange(slots, device=device)
+
+        def zeros(member: Member) -> Tensor:
+            shape = (batch, member.dims.groups, slots, member.dims.head)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         # Zeros rather than anything: a slot that is masked still takes part in a product, where NaN would spread.
-        self.caches = [
-            [(torch.zeros(shape), torch.zeros(shape)) for _ in member.layers]
-            for member in members
-            for shape in [(batch, member.dims.groups, slots, member.dims.head)]
-        ]
+        self.caches = [[(zeros(member), zeros(member)) for _ in member.layers] for member in members]
         angles = [self.slots[:, None] * member.frequencies for member in members]
-        self.rotations = [(angle.cos(), angle.sin()) for angle in angles]
-        self.static = compiled is not None
+        self.rotations = [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
+        self.static = compiled is not None or graph
         self.layer: Callable[..., Tensor] = _step_layer
         self.step: Callable[..., Tensor] = self._step
+        # Inductor's C++ wrapper keeps Python out of a compiled call. Its kernels for one row read as fast as memory
+        # gives only if they are tuned.
         options: dict[str, Any] = {"cpp_wrapper": True}
+        if device.type == "cuda":
+            options = {"coordinate_descent_tuning": batch == 1}
         if compiled == "layer":
             self.layer = torch.compile(_step_layer, dynamic=False, fullgraph=True, options=options)
         elif compiled == "step":
             self.step = torch.compile(self._step, dynamic=False, fullgraph=True, options=options)
+        self.graph = _Graph(self, batch) if graph else None
 
     def _step(
         self,
@@ -281,7 +371,7 @@ class BestPeer:
 
     @torch.inference_mode()
     def generate(self, prompt_ids: np.ndarray, new_tokens: int) -> np.ndarray:
-        ids = torch.from_numpy(prompt_ids).long()
+        ids = torch.from_numpy(prompt_ids).long().to(self.slots.device)
         t = ids.shape[1]
         logits = []
         for member, cache, (cos, sin) in zip(self.members, self.caches, self.rotations, strict=True):
@@ -290,12 +380,51 @@ class BestPeer:
                 x = prefill_layer(x, layer, layer_cache, cos[:t], sin[:t], member.dims)
             logits.append(F.linear(norm(x[:, -1], member.norm, member.dims.eps), member.head))
         feed = mean_probabilities(logits).argmax(dim=-1)
+        if self.graph is not None:
+            return self.graph.go_on(feed, t, new_tokens).cpu().numpy()
         tokens = [feed]
         for i in range(t, t + new_tokens - 1):
             hidden = self.slots > i if self.static else None
             feed = self.step(feed, self.caches, self.slots[i : i + 1], None if self.static else i + 1, hidden)
             tokens.append(feed)
-        return torch.stack(tokens, dim=1).numpy()
+        return torch.stack(tokens, dim=1).cpu().numpy()
+
+
+class _Graph:
+    """A peer's step as a CUDA graph: it reads the token that it chose last, and moves on by itself."""
+
+    @torch.inference_mode()
+    def __init__(self, peer: BestPeer, batch: int):
+        self.peer = peer
+        slots = peer.slots
+        self.feed = torch.zeros(batch, dtype=torch.long, device=slots.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=slots.device)
+        self.chosen = torch.zeros(batch, len(slots), dtype=torch.long, device=slots.device)
+        # What is compiled, tuned or allocated at a first call must not be captured.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.step()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+
+    def step(self) -> None:
+        hidden = self.peer.slots > self.position
+        chosen = self.peer.step(self.feed, self.peer.caches, self.position, None, hidden)
+        self.chosen.index_copy_(1, self.position, chosen[:, None])
+        self.feed.copy_(chosen)
+        self.position.add_(1)
+
+    def go_on(self, first: Tensor, position: int, new_tokens: int) -> Tensor:
+        """Int[B, N]: the first token and those after it."""
+        self.feed.copy_(first)
+        self.position.fill_(position)
+        for _ in range(new_tokens - 1):
+            self.graph.replay()
+        return torch.cat([first[:, None], self.chosen[:, position : position + new_tokens - 1]], dim=1)
 
 
 def best_peer(
@@ -312,3 +441,25 @@ def best_peer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fastest(variants, prompt_ids, new_tokens)
+
+
+def best_on_device(members: Sequence[Member], prompt_ids: np.ndarray, new_tokens: int) -> Peer:
+    """The fastest `BestPeer` of members on a device: on a GPU as a CUDA graph, of plain and of compiled layers."""
+    torch.compiler.reset()
+    batch, slots = prompt_ids.shape[0], prompt_ids.shape[1] + new_tokens
+    graph = members[0].embedding.device.type == "cuda"
+
+    def variant(compiled: str | None) -> Generate:
+        peers: list[BestPeer] = []
+
+        def generate(prompt_ids: np.ndarray, new_tokens: int) -> np.ndarray:
+            if not peers:  # only now, so that what cannot be compiled or captured is told as any failure
+                peers.append(BestPeer(members, batch, slots, compiled, graph=graph))
+            return peers[0].generate(prompt_ids, new_tokens)
+
+        return generate
+
+    names = {"graph": None, "graph, compiled layer": "layer"} if graph else {"eager": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fastest({name: variant(compiled) for name, compiled in names.items()}, prompt_ids, new_tokens)

@@ -78,8 +78,8 @@ def _text(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def read_mesh(text: str) -> dict[str, int]:
-    """The sizes that "data=4,model=2" names; what is not named is 1.
+def read_mesh(text: str) -> tuple[int, int]:
+    """(data, model) of "data=4,model=2"; what is not named is 1.
 
     Raises:
       InputError: anything else.
@@ -90,7 +90,7 @@ def read_mesh(text: str) -> dict[str, int]:
         if name not in sizes or not size.removeprefix("-").isdecimal():
             raise InputError(f"mesh {text!r}: expected sizes such as data=4,model=2 or data=-1 (what is left)")
         sizes[name] = int(size)
-    return sizes
+    return sizes[DATA], sizes[MODEL]
 
 
 def describe(mesh: Mesh | None) -> dict[str, int] | None:
@@ -103,6 +103,12 @@ def use(mesh: Mesh | None) -> Iterator[None]:
     """Puts a mesh in force for the programs that are called inside; None leaves things as they are."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield
+
+
+def mesh_in_force() -> Mesh | None:
+    """The mesh under which a program called now would run; None without one."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
 
 
 def _in_force() -> AbstractMesh:
@@ -161,15 +167,15 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
     return jax.tree.map(one, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def constrain(x: T, *axes: str | None) -> T:
+def constrain(x: T, *axes: str | None, fsdp: bool = False) -> T:
     """The array, laid out by the names of its first axes on the mesh in force; the others are whole. Axes of the mesh
-    that are run by hand (`by_rows`) do not count."""
+    that are run by hand (`by_rows`) do not count. `fsdp` as in `partition`."""
     mesh = _in_force()
     if mesh.empty:
         return x
     shape = x.shape  # type: ignore[attr-defined]
     names = (*axes, *[None] * (len(shape) - len(axes)))
-    constrained: T = lax.with_sharding_constraint(x, partition(names, shape, mesh))
+    constrained: T = lax.with_sharding_constraint(x, partition(names, shape, mesh, fsdp=fsdp))
     return constrained
 
 
@@ -276,27 +282,31 @@ def whole(tree: T, mesh: Mesh | None) -> T:
     return placed
 
 
-def check_model(name: str, config: Any, mesh: Mesh) -> None:
+def check_model(name: str, config: Any, mesh: Mesh, *, strict: bool = True) -> None:
     """Says how a model lies on a mesh where that is not as one would expect.
 
     Key/value heads, feed-forward entries and vocabularies that the mesh does not divide are held whole by every device,
     which is said in a warning.
 
+    Args:
+      strict: whether query heads that the mesh does not divide are an error, or held whole, too.
+
     Raises:
-      InputError: query heads that the mesh does not divide.
+      InputError: such heads.
     """
     size = mesh.shape[MODEL]
     if config.encoder is not None:
-        check_model(f"{name} (encoder)", config.encoder, mesh)
+        check_model(f"{name} (encoder)", config.encoder, mesh, strict=strict)
     if size == 1:
         return
-    if config.heads % size:
+    if strict and config.heads % size:
         fitting = [n for n in range(1, config.heads + 1) if config.heads % n == 0]
         raise InputError(
             f"{name} has {config.heads} heads, which {MODEL}={size} does not divide; these sizes do: "
             f"{', '.join(map(str, fitting))}"
         )
-    sizes = {"key/value heads": config.kv_heads, "feed-forward entries": config.ffn_width, "tokens": config.vocab}
+    sizes = {"heads": config.heads, "key/value heads": config.kv_heads}
+    sizes |= {"feed-forward entries": config.ffn_width, "tokens": config.vocab}
     whole = [f"{count} {what}" for what, count in sizes.items() if count % size]
     if whole:
         warnings.warn(

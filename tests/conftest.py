@@ -26,10 +26,13 @@ from rlae_jax.models import LM, ModelConfig
 from rlae_jax.models.transformer import abstract_params
 from tests.data import hf
 
-# Nearly all of the suite's time is compilation, of which LLVM's lowest level saves two fifths. XLA reads this when it
-# starts, here and in the processes that tests start; whoever has set flags means them.
-# Eight devices are simulated, for the tests of meshes; all others use the first one.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
+# Tests run on the CPU, also where there is something faster; `make test-device` leaves the choice to JAX.
+if os.environ.get("RLAE_JAX_TEST_PLATFORM") != "device":
+    jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
+    # Nearly all of the suite's time is compilation, of which LLVM's lowest level saves two fifths. XLA reads this when
+    # it starts, here and in the processes that tests start; whoever has set flags means them. Eight devices are
+    # simulated, for the tests of meshes; all others use the first one.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
 
 NO_SHARED = "the shared directory is absent (RLAE_JAX_SHARED, or ../shared beside the repository)"
 NO_TORCH = "torch is not installed"

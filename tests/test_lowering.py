@@ -40,7 +40,7 @@ SAMPLED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 @pytest.mark.parametrize(
     ("policy", "fusion", "options"),
     [
-        (Fixed(), "linear", {}),
+        pytest.param(Fixed(), "linear", {}, marks=pytest.mark.device),
         (Fixed(), "loglinear", SAMPLED),
         (Confidence(), "loglinear", {}),
         (Confidence(), "linear", SAMPLED),

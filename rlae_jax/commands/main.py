@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 
 from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, specialists, train
+from rlae_jax.commands.devices import on_devices
 from rlae_jax.commands.emorl import demo as emorl_demo
 from rlae_jax.commands.emorl import evaluate as emorl_evaluate
 from rlae_jax.commands.emorl import export as emorl_export
@@ -29,20 +30,20 @@ def emorl() -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": demo.demo,
-    "specialists": specialists.specialists,
-    "generate": generate.generate,
-    "train": train.train,
-    "evaluate": evaluate.evaluate,
-    "ablate": ablate.ablate,
-    "inspect": inspect.inspect,
+    "demo": on_devices(demo.demo),
+    "specialists": on_devices(specialists.specialists),
+    "generate": on_devices(generate.generate),
+    "train": on_devices(train.train),
+    "evaluate": on_devices(evaluate.evaluate),
+    "ablate": on_devices(ablate.ablate),
+    "inspect": on_devices(inspect.inspect),
     "emorl": emorl,
 }
 EMORL_COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": emorl_demo.demo,
-    "train": emorl_train.train,
-    "search": emorl_search.search,
-    "evaluate": emorl_evaluate.evaluate,
+    "demo": on_devices(emorl_demo.demo),
+    "train": on_devices(emorl_train.train),
+    "search": on_devices(emorl_search.search),
+    "evaluate": on_devices(emorl_evaluate.evaluate),
     "export": emorl_export.export,
 }
 

@@ -46,7 +46,7 @@ from rlae_jax.fusion.state import (
     repeat_rows,
 )
 from rlae_jax.models import lora
-from rlae_jax.sharding import ROWS, WHOLE, by_rows
+from rlae_jax.sharding import ROWS, WHOLE, by_rows, constrain
 
 # Keeps the stream that draws a row's weights apart from the one that draws its tokens.
 _ACTION_STREAM = 0x5EED
@@ -238,7 +238,7 @@ class _Choice(NamedTuple):
 
 
 def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, "B V"], spec: DecodeSpec) -> _Choice:
-    ends = jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids))
+    ends = constrain(jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids)))
     normalised = fused
     if spec.sampling.penalised or spec.scores:
         normalised = fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)

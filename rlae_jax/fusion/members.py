@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import lora, transformer
+from rlae_jax.sharding import constrain
 
 MemberParams = transformer.Params | lora.Adapted
 # Prompts are read in groups of rows of about this many tokens: activations stay small, and on the CPU inside its cache
@@ -101,11 +102,17 @@ class ForwardPass(NamedTuple):
 
     def log_probs(self, hidden: Float[Array, "R D"], vocab: int) -> Float[Array, "R V"]:
         """The members' log-probabilities of their first `vocab` tokens, from states of the rows that they run."""
-        return jax.nn.log_softmax(self.model.logits(hidden)[:, :vocab], axis=-1)
+        return jax.nn.log_softmax(_first(self.model.logits(hidden), vocab), axis=-1)
 
     def base_logits(self, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
         """What the head without adapters predicts from states of one batch, up to each row's normaliser."""
-        return dataclasses.replace(self.model, adapters=None).logits(hidden)[:, :vocab]
+        return _first(dataclasses.replace(self.model, adapters=None).logits(hidden), vocab)
+
+
+def _first(logits: Float[Array, "R _V"], vocab: int) -> Float[Array, "R V"]:
+    """Those of the first ids. On a mesh they are brought together before: parts of other sizes would have to be sent
+    from device to device, which all groups of devices, at whatever step they are, would wait for."""
+    return constrain(logits, "batch")[:, :vocab] if vocab < logits.shape[-1] else logits
 
 
 def bind_members(params: tuple[MemberParams, ...], spec: DecodeSpec, batch: int) -> tuple[ForwardPass, ...]:

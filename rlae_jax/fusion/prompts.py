@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int, Integer, Key
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion.reading import Text
-from rlae_jax.sharding import DATA
+from rlae_jax.sharding import DATA, platform
 
 SMALLEST_PROMPT_BUCKET = 16
 # A prompt's ids; of members with different tokenizers a tuple of each member's own.
@@ -67,7 +67,7 @@ def bucket(n: int, smallest: int = 1) -> int:
 def smallest_batch() -> int:
     """The fewest rows that are decoded together. A single row's products are made reductions by the compilers for GPUs
     and TPUs, which takes 1.5 and 3 times as long as two rows."""
-    return 1 if jax.default_backend() == "cpu" else 2
+    return 1 if platform() == "cpu" else 2
 
 
 def batch_bucket(n: int, mesh: Mesh | None = None) -> int:

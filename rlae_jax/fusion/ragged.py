@@ -27,6 +27,7 @@ from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec, Spelling, UnionTables
 from rlae_jax.models import transformer
 from rlae_jax.models.attention import Packing
+from rlae_jax.sharding import constrain
 
 WIDEST = 8  # tokens of a row in one pass
 # The least log-probability of a token that a policy sees: a member may be unable to read one.
@@ -194,7 +195,11 @@ class Ragged(NamedTuple):
             vocab = _tables(spec).spellings[k].own.shape[0]
             wanted = needed & (weights[:, k] > 0) if spec.may_skip else needed
             member = member.read(run.model, wanted)
-            predict = functools.partial(run.log_probs, member.hidden, vocab)
+
+            def predict(run: ForwardPass = run, hidden: Array = member.hidden, vocab: int = vocab) -> Array:
+                # Whole on every device of a mesh: each member's part of the union lies elsewhere.
+                return constrain(run.log_probs(hidden, vocab), "batch")
+
             if spec.may_skip:
                 skipped = jnp.zeros((len(needed), vocab))
                 own.append(lax.cond(jnp.any(wanted), predict, lambda skipped=skipped: skipped))

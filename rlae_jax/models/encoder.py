@@ -175,10 +175,11 @@ def load_encoder(
       name: a local directory with config.json and safetensors, or a Hub id like "microsoft/deberta-v3-base".
       dtype: of parameters and activations: "float32", "bfloat16" or "float16".
       precision: of float32 products, as in `load`.
-      mesh: over which the arrays are spread, as in `load`.
+      mesh: over which the arrays are spread, as in `load`; by default the one in force.
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed.
     """
     opened = open_checkpoint(name, encoder=True, dtype=dtype, precision=precision)
-    return Encoder(params=opened.read_params(mesh).params, mesh=mesh, **opened._asdict())
+    (params, _), mesh = opened.read_params(mesh)
+    return Encoder(params=params, mesh=mesh, **opened._asdict())

@@ -289,7 +289,8 @@ def load(
         says more.
       precision: of float32 products, as in `jax.lax.Precision`. The default keeps them float32 on TPUs and GPUs, whose
         own default rounds operands; None takes the backend's default.
-      mesh: of `make_mesh`, over which the arrays are spread; every device is given its own parts and no other.
+      mesh: of `make_mesh`, over which the arrays are spread; every device is given its own parts and no other. By
+        default the mesh in force (`jax.set_mesh`), if there is one.
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; heads that the
@@ -298,7 +299,7 @@ def load(
     opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
     if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    params, starts = opened.read_params(mesh)
+    (params, starts), mesh = opened.read_params(mesh)
     lm = LM(params=params, starts=starts, mesh=mesh, **opened._asdict())
     return lm if adapter is None else lm.with_adapter(adapter)
 
@@ -312,11 +313,13 @@ class Opened(NamedTuple):
     path: Path
     source: checkpoint_files.Source
 
-    def read_params(self, mesh: Mesh | None) -> checkpoint_files.Tensors:
-        """The tensors."""
+    def read_params(self, mesh: Mesh | None) -> tuple[checkpoint_files.Tensors, Mesh | None]:
+        """The tensors, and the mesh on which they lie: the one given, or else the one in force."""
+        mesh = sharding.mesh_in_force() if mesh is None else mesh
         if mesh is not None:
-            sharding.check_model(self.name, self.config, mesh)
-        return checkpoint_files.read_params(self.path, self.source, self.config, mesh)
+            # Encoders, which score or are read, are small; of members nothing large is to be held whole unsaid.
+            sharding.check_model(self.name, self.config, mesh, strict=self.config.has_head)
+        return checkpoint_files.read_params(self.path, self.source, self.config, mesh), mesh
 
 
 def open_checkpoint(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.models import transformer
 from rlae_jax.models.config import ModelConfig
+from rlae_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,28 @@ def _optimiser(train: PretrainConfig) -> optax.GradientTransformation:
     )
 
 
+def _shared(
+    config: ModelConfig, train: PretrainConfig, params: transformer.Params, optimiser_state: optax.OptState
+) -> tuple[transformer.Params, optax.OptState]:
+    """On a mesh, parameters and what the optimiser keeps of them in parts over all devices."""
+    axes = transformer.logical_axes(config)
+
+    def pin(leaf: Array, names: tuple[str, ...]) -> Array:
+        return constrain(leaf, *names, fsdp=True)
+
+    pinned = jax.tree.map(pin, params, axes)
+    state = optax.tree.map_params(_optimiser(train), pin, optimiser_state, axes)
+    return pinned, state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _begin(
+    config: ModelConfig, train: PretrainConfig, params: transformer.Params
+) -> tuple[transformer.Params, optax.OptState]:
+    """Parameters and a fresh state of the optimiser."""
+    return _shared(config, train, params, _optimiser(train).init(params))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _run_steps(
     config: ModelConfig,
@@ -89,14 +112,12 @@ def _run_steps(
     ) -> tuple[tuple[transformer.Params, optax.OptState], Array]:
         params, optimiser_state = carry
         rows = jax.random.randint(key, (train.batch,), 0, ids.shape[0])
+        taken = jax.tree.map(lambda leaf: constrain(leaf[rows], "batch"), (ids, predicted, source))
         loss, gradients = jax.value_and_grad(functools.partial(next_token_loss, config, remat=train.remat))(
-            params,
-            ids_bt=ids[rows],
-            predicted_bt=predicted[rows],
-            source=jax.tree.map(lambda leaf: leaf[rows], source),
+            params, **dict(zip(("ids_bt", "predicted_bt", "source"), taken, strict=True))
         )
         updates, optimiser_state = _optimiser(train).update(gradients, optimiser_state, params)
-        return (optax.apply_updates(params, updates), optimiser_state), loss
+        return _shared(config, train, optax.apply_updates(params, updates), optimiser_state), loss
 
     (params, optimiser_state), losses = jax.lax.scan(step, (params, optimiser_state), keys)
     return params, optimiser_state, jnp.mean(losses)
@@ -123,7 +144,7 @@ def pretrain(
     init_key, data_key = jax.random.split(jax.random.key(seed))
     # Copies, as each step takes the memory of what it is given.
     params = transformer.init_params(config, init_key) if params is None else jax.tree.map(jnp.copy, params)
-    optimiser_state = _optimiser(train).init(params)
+    params, optimiser_state = _begin(config, train, params)
     ids, predicted, source = jax.tree.map(jnp.asarray, (ids, predicted, source))
     for start in range(0, train.steps, train.report_every):
         end = min(start + train.report_every, train.steps)

@@ -90,6 +90,7 @@ def test_samples_do_not_depend_on_what_else_is_in_the_stack(lm, prompts, sampled
     assert len(texts) > M * B  # samples of a prompt differ
 
 
+@pytest.mark.device
 def test_log_probabilities_are_those_of_a_merged_model(lm, prompts, sampled):
     """One row at a time and without padding; the end token counts."""
     config = settings()

@@ -66,6 +66,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
 
+@pytest.mark.device
 def test_each_point_answers_as_an_ensemble_does(lm, trio, fused, decoded):
     points, answers = decoded
     assert points.at_once >= len(POINTS)  # all of them in one batch

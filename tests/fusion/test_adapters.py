@@ -71,7 +71,7 @@ class TestMembersOfOneBase:
     @pytest.mark.parametrize(
         ("fusion", "options"),
         [
-            ("linear", {}),
+            pytest.param("linear", {}, marks=pytest.mark.device),
             pytest.param("linear", SAMPLED, marks=pytest.mark.slow),
             pytest.param("loglinear", {}, marks=pytest.mark.slow),
             pytest.param("loglinear", SAMPLED, marks=pytest.mark.slow),

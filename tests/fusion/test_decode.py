@@ -74,6 +74,11 @@ OPTIONS = {
 }
 
 
+# "everything" holds what the slow ones have one by one.
+MARKS = dict.fromkeys(("temperature", "top-k", "top-p", "min"), pytest.mark.slow)
+MARKS |= dict.fromkeys(("greedy", "everything", "penalty-min-p"), pytest.mark.device)
+
+
 @pytest.fixture(scope="module")
 def expected_rows(pair):
     """The reference's rows for an operator and a name in OPTIONS, and the weights they were made with."""
@@ -92,11 +97,7 @@ def expected_rows(pair):
 
 @pytest.mark.parametrize(
     ("fusion", "name"),
-    [
-        # "everything" holds what these have one by one.
-        pytest.param("linear", name, marks=pytest.mark.slow if name in ("temperature", "top-k", "top-p", "min") else [])
-        for name in OPTIONS
-    ]
+    [pytest.param("linear", name, marks=MARKS.get(name, [])) for name in OPTIONS]
     + [
         pytest.param("loglinear", name, marks=[] if name == "greedy" else pytest.mark.slow)
         for name in ("greedy", "temperature", "everything", "penalty-min-p")
@@ -129,7 +130,11 @@ def test_the_options_are_told_apart(expected_rows):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "sample_weights"), [("linear", True), pytest.param("loglinear", False, marks=pytest.mark.slow)]
+    ("fusion", "sample_weights"),
+    [
+        pytest.param("linear", True, marks=pytest.mark.device),
+        pytest.param("loglinear", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_weights):
     span_length = 3
@@ -180,6 +185,7 @@ def test_confidence_follows_the_lowest_entropy(pair):
     assert set(chosen) == {0, 1}
 
 
+@pytest.mark.device
 def test_one_hot_weights_equal_the_member_alone(pair):
     options = {"temperature": 1.3, "top_k": 9}
     one_hot = np.eye(2, dtype=np.float32)
@@ -324,6 +330,7 @@ def test_data_fields_of_the_spec_do_not_compile_anew(make_lm):
 
 
 @pytest.mark.parametrize("policy", [Fixed(), Reader()], ids=lambda policy: type(policy).__name__)
+@pytest.mark.device
 def test_the_loop_copies_no_cache(make_lm, policy):
     """With the state donated the caches are updated in place: what the program needs beside them is small, also where
     a policy decides inside a `cond`."""

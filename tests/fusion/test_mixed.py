@@ -97,7 +97,7 @@ OPTIONS = {
 
 
 FAST = ("greedy",)
-NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+NAMES = [pytest.param(name, marks=pytest.mark.device if name in FAST else pytest.mark.slow) for name in OPTIONS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,6 +252,7 @@ def test_stop_strings_may_span_entries(pair, weights):
     assert out.finish_reasons[b] == "stop"
 
 
+@pytest.mark.device
 def test_no_cache_is_copied_inside_the_loop(pair):
     """The caches are loop-carried, read by branches and written in place: no copy of their shape."""
     import jax.numpy as jnp

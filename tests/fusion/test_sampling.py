@@ -12,6 +12,9 @@ from scipy import stats
 from rlae_jax.fusion.operators import get_operator
 from rlae_jax.fusion.sampling import Sampling, SamplingOptions, argmax, choose_token, truncate
 from tests.helpers import reference
+from tests.helpers.tolerance import on_device
+
+pytestmark = pytest.mark.device
 
 # One shape, so that every example runs the same compiled program.
 SHAPE = (4, 9)
@@ -110,7 +113,7 @@ def test_the_penalty_multiplies_what_was_seen():
     seen = np.array([[True, False, False, True, False, True, False]])
     for factor in (0.5, 1.3):
         out = sampling_of(repetition_penalty=factor).penalise(log_probs, jnp.asarray(seen))
-        np.testing.assert_allclose(out, np.where(seen, log_probs * factor, log_probs), rtol=1e-6)
+        np.testing.assert_allclose(out, np.where(seen, log_probs * factor, log_probs), rtol=on_device(1e-6, 2e-5))
         assert np.all((np.asarray(out) < np.asarray(log_probs))[seen] == (factor > 1))
     assert sampling_of(repetition_penalty=1.0).penalise(log_probs, None) is log_probs
 

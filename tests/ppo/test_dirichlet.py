@@ -99,6 +99,7 @@ def test_scipy_agrees_row_by_row(k):
 
 
 @pytest.mark.parametrize("alpha", [[TINY] * 2, [TINY] * 3, [TINY, 5.0], [1e-4, 1e-4], [1e-3, 300.0, 0.05]], ids=str)
+@pytest.mark.device
 def test_samples_lie_on_the_simplex_and_have_finite_densities_and_gradients(alpha):
     concentration = jnp.tile(jnp.array(alpha), (N, 1))
     w = sample(concentration, keys())

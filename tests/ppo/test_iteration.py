@@ -14,11 +14,14 @@ from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks.rewards import exact_match
 from tests.helpers import toys
+from tests.helpers.tolerance import on_device
 
 B, N = 12, 9
 SEEDS = np.array([5], np.uint32)
 AGENT = PPOAgent(AgentConfig(projection=6, span_embedding=4, ffn_width=16))
 CONFIG = PPOConfig(epochs=2, minibatches=3, prompts=B, agent=AGENT.config)
+# The agent's own products have the backend's default precision: TF32 on a GPU, one pass of bfloat16 on a TPU.
+AGENT_TOLERANCE = 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,7 @@ class TestRollout:
         np.testing.assert_allclose(weights.sum(axis=1), 1.0, rtol=1e-5)
         assert len(np.unique(weights[:, 0])) == len(weights)
 
+    @pytest.mark.device
     def test_recorded_decisions_are_those_of_the_policy(self, experience, fresh):
         """The ratio of the first minibatch is 1: nothing is lost or shifted between rollout and update."""
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), experience)
@@ -89,8 +93,8 @@ class TestRollout:
         mask = np.asarray(flat.mask)
         assert mask.sum() > B
         log_prob = distribution.log_prob(flat.action)
-        np.testing.assert_allclose(log_prob[mask], flat.log_prob[mask], atol=1e-5)
-        np.testing.assert_allclose(value[mask], flat.value[mask], atol=1e-6)
+        np.testing.assert_allclose(log_prob[mask], flat.log_prob[mask], atol=on_device(1e-5, AGENT_TOLERANCE))
+        np.testing.assert_allclose(value[mask], flat.value[mask], atol=on_device(1e-6, AGENT_TOLERANCE))
 
     def test_the_seed_and_the_iteration_decide(self, pair, spec, fresh, prompts, experience):
         def weights(seed, iteration):
@@ -155,6 +159,7 @@ class TestExactTokens:
 
 class TestUpdates:
     @pytest.mark.slow
+    @pytest.mark.device
     def test_the_whole_program_equals_its_two_halves(self, pair, spec, fresh, prompts, experience):
         references = [written(experience, b) if b % 2 else [1, 1] for b in range(B)]
         batch = make_batch(prompts, references)
@@ -163,23 +168,29 @@ class TestUpdates:
         assert 0 < np.mean(scores) < 1
         halves, other = ppo.learn_from_text(fresh(), experience, np.asarray(scores), SEEDS, spec, CONFIG)
         assert int(whole.iteration[0]) == int(halves.iteration[0]) == 1
+        # Adam takes a whole step, whatever the size of a gradient that rounding decides.
+        rtol, atol = on_device(1e-5, AGENT_TOLERANCE), on_device(1e-6, 2 * 6 * CONFIG.learning_rate)
         for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
-            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(one, two, rtol=rtol, atol=atol)
+        rtol, atol = on_device(1e-4, 10 * AGENT_TOLERANCE), on_device(1e-5, 10 * AGENT_TOLERANCE)
         for name, value in metrics.items():
-            np.testing.assert_allclose(value, other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(value, other[name], rtol=rtol, atol=atol, err_msg=name)
         np.testing.assert_allclose(metrics["reward"], np.mean(scores))
         np.testing.assert_allclose(metrics["steps"], np.mean(experience.steps))
         before = jax.tree.leaves(fresh().params)
         for one, two in zip(jax.tree.leaves(whole.params), before, strict=True):
             assert np.any(np.asarray(one != two))
 
+    @pytest.mark.device
     def test_a_first_and_only_minibatch_sees_the_policy_that_acted(self, spec, fresh, experience):
         config = PPOConfig(epochs=1, minibatches=1, agent=AGENT.config)
         scores = np.arange(B, dtype=np.float32) / B
         _, metrics = ppo.learn_from_text(fresh(), experience, scores, SEEDS, spec, config)
-        assert abs(float(metrics["approx_kl"][0])) < 1e-6
+        assert abs(float(metrics["approx_kl"][0])) < on_device(1e-6, AGENT_TOLERANCE**2)
         assert float(metrics["clip_fraction"][0]) == 0
-        np.testing.assert_allclose(metrics["policy_loss"], 0.0, atol=1e-5)  # the advantages' mean
+        np.testing.assert_allclose(
+            metrics["policy_loss"], 0.0, atol=on_device(1e-5, AGENT_TOLERANCE)
+        )  # the advantages' mean
         assert np.isfinite(list(metrics.values())).all()
 
     def test_what_lies_after_a_rows_end_does_not_matter(self, spec, fresh, experience):
@@ -203,6 +214,7 @@ class TestUpdates:
 
 
 @pytest.mark.slow
+@pytest.mark.device
 def test_ppo_solves_two_arms_that_the_hidden_state_tells_apart():
     """The reward is the weight of the arm that member 0's hidden state names; no language model is involved."""
     rows, width = 128, 4

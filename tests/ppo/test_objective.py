@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlae_jax.ppo.objective import masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
+from tests.helpers.tolerance import on_device
 
 SETTINGS = {"clip": 0.2, "value_clip": 0.5, "value_weight": 0.5, "entropy_weight": 0.01}
 
@@ -42,6 +43,7 @@ class TestTerminalRewards:
 
 class TestAdvantages:
     @pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
+    @pytest.mark.device
     def test_rlax_agrees_on_rows_of_full_length(self, discount, gae_lambda):
         rng = np.random.default_rng(0)
         rewards, values = rng.normal(size=(2, 6, 5)).astype(np.float32)
@@ -125,6 +127,7 @@ class TestLoss:
         np.testing.assert_allclose(loss.policy, expected, rtol=1e-5)
         assert 0.2 < float(loss.clip_fraction) < 0.9
 
+    @pytest.mark.device
     def test_rlax_agrees_on_its_gradient(self):
         data = self.samples()
 
@@ -136,7 +139,7 @@ class TestLoss:
             return rlax.clipped_surrogate_pg_loss(ratios, data["advantage"], SETTINGS["clip"])
 
         np.testing.assert_allclose(
-            jax.grad(ours)(data["log_prob"]), jax.grad(theirs)(data["log_prob"]), rtol=1e-5, atol=1e-7
+            jax.grad(ours)(data["log_prob"]), jax.grad(theirs)(data["log_prob"]), rtol=on_device(1e-5, 2e-4), atol=1e-7
         )
 
     def test_every_part_by_hand(self):
