@@ -19,6 +19,7 @@ from rlae_jax import sharding
 from rlae_jax.fusion.members import _PREFILL_TOKENS
 from rlae_jax.fusion.policy import Dims
 from rlae_jax.models import ModelConfig, lora, transformer
+from rlae_jax.planning.devices import Device
 from rlae_jax.planning.workload import Workload
 from rlae_jax.ppo import iteration as ppo
 
@@ -172,25 +173,34 @@ def _passes(workload: Workload, mesh: AbstractMesh) -> list[_Pass]:
     return passes
 
 
+def _reading_one(run: _Pass, adapters: bool) -> Moment:
+    """A layer's largest moment is the product of its feed-forward block (two inputs, one result) or its scores (before,
+    under and after the mask); adapters add two results of their own. The last layer's keys and values are the last that
+    are needed, so that nothing but its norm counts."""
+    reader = run.config.encoder or run.config
+    group = run.rows_at_once * run.tokens
+    width, wide = (group * n * _itemsize(reader) for n in (reader.width, run.ffn_width))
+    branch = (3 if reader.gated else 2) * wide + (2 * wide + width if adapters else 0)
+    scores = 3 * run.rows_at_once * run.heads * run.tokens**2 * FLOAT
+    if run.config.encoder is not None:  # whose states are turned into keys and values when they are all there
+        return Moment(0, max(branch, scores) + width)
+    if reader.layers == 1:
+        return Moment(run.prompt_cache, 3 * width)
+    if run.rows_at_once == run.rows:
+        kept = run.prompt_cache * (reader.layers - 1) // reader.layers
+    else:  # those of the group, and all groups' so far
+        kept = run.prompt_cache + run.prompt_cache * run.rows_at_once // run.rows
+    return Moment(kept, max(branch, scores) + width)
+
+
 def _reading(workload: Workload, passes: list[_Pass]) -> Moment:
-    """The members read one after another. A layer's largest moment is the product of its feed-forward block (two
-    inputs, one result) or its scores (before, after and under the mask); adapters add two results of their own. The
-    last layer's keys and values are the last that are needed, so that its other work is left out."""
-    largest = Moment(0, 0)
-    done = 0
-    for run in passes:
-        reader = run.config.encoder or run.config
-        group = run.rows_at_once * run.tokens
-        width, wide = (group * n * _itemsize(reader) for n in (reader.width, run.ffn_width))
-        branch = (3 if reader.gated else 2) * wide + (2 * wide + width if workload.adapters else 0)
-        scores = 3 * run.rows_at_once * run.heads * run.tokens**2 * FLOAT
-        if run.rows_at_once == run.rows:
-            kept = run.prompt_cache * (reader.layers - 1) // reader.layers
-        else:  # those of the group, and all groups' so far
-            kept = run.prompt_cache + run.prompt_cache * run.rows_at_once // run.rows
-        moment = Moment(done + kept, max(branch, scores) + width)
-        largest = max(largest, moment, key=lambda m: m.total)
-        done += run.cache
+    """The members read one after another, those first that need much and leave little."""
+    moments = [(_reading_one(run, bool(workload.adapters)), run.cache) for run in passes]
+    moments.sort(key=lambda pair: pair[0].total - pair[1], reverse=True)
+    largest, done = Moment(0, 0), 0
+    for moment, cache in moments:
+        largest = max(largest, Moment(done + moment.held, moment.temporaries), key=lambda m: m.total)
+        done += cache
     return largest
 
 
@@ -228,12 +238,13 @@ def memory(workload: Workload, mesh: AbstractMesh, quantise: Quantised | None = 
     learning = Moment(0, 0)
     if workload.train is not None:
         agent = _agent_bytes(workload)
-        widths = sum(config.hidden_width for config in workload.members) * (workload.adapters or 1)
-        samples = workload.batch * workload.spans
-        observations = samples * widths * FLOAT
-        # As they were recorded, once more in the order of time, and those of a minibatch.
-        own = observations // mesh.shape[sharding.DATA]
-        learning = Moment(observations, own + observations // workload.train.minibatches)
+        widths = [config.hidden_width for config in workload.members] * (workload.adapters or 1)
+        samples = workload.batch * workload.spans * FLOAT
+        observations = samples * sum(widths)
+        # A member's are put into the order of time while they still lie as they were recorded; then those of a
+        # minibatch are taken out.
+        taken = observations // (workload.train.minibatches * mesh.shape[sharding.DATA])
+        learning = Moment(observations, samples * max(widths) + taken)
     recorded = observations // mesh.shape[sharding.DATA]
     return Memory(
         parameters=parameters,
@@ -268,3 +279,69 @@ def _agent_bytes(workload: Workload) -> int:
     dims = Dims(tuple(c.hidden_width for c in workload.members) * (workload.adapters or 1), workload.spans)
     state = jax.eval_shape(lambda seeds: ppo.init_learners(seeds, policy, dims, config), np.zeros(1, np.uint32))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+class Limit(NamedTuple):
+    """The least time of a piece of work on one device."""
+
+    seconds: float
+    bound: Literal["memory", "products"]  # what it waits for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The least time of each piece of work on a batch of whole answers."""
+
+    reading: Limit  # all prompts
+    step: Limit  # a token of every row
+    learning: Limit  # nothing without training
+    steps: int
+
+    @property
+    def seconds(self) -> float:
+        """Of it all: with training, of an iteration."""
+        return self.reading.seconds + self.steps * self.step.seconds + self.learning.seconds
+
+
+# A float32 product of full precision is six of bfloat16 (TPUs; other devices are about as much slower).
+_FLOAT32_PRODUCTS = 6
+
+
+def limits(workload: Workload, mesh: AbstractMesh, device: Device, quantise: Quantised | None = None) -> Limits:
+    """How fast a device's memory and products allow a batch to be, every answer written to its end."""
+
+    def limit(read: float, operations: float) -> Limit:
+        by_memory, by_products = read / (device.bandwidth * 1e9), operations / (device.flops * 1e12)
+        return Limit(max(by_memory, by_products), "memory" if by_memory >= by_products else "products")
+
+    reading_bytes = reading_operations = step_bytes = step_operations = 0.0
+    for run in _passes(workload, mesh):
+        config, reader = run.config, run.config.encoder or run.config
+        stored, plain = (_parameter_bytes(config, mesh, q) for q in (quantise, None))
+        factor = 2 * (_FLOAT32_PRODUCTS if config.dtype == "float32" else 1)
+        in_layers = "encoder.layers" if config.encoder else "layers"
+        of_reading = {path for path in plain if path.startswith(in_layers)}
+        groups = run.rows // run.rows_at_once
+        reading_bytes += groups * sum(stored[path] for path in of_reading) + run.prompt_cache
+        tokens = run.rows * run.tokens
+        elements = sum(plain[path] for path in of_reading) / _itemsize(config)
+        attended = 2 * tokens * run.tokens * run.heads * reader.head_width * reader.layers
+        reading_operations += factor * (tokens * elements + attended)
+        step_bytes += _read_by_a_step(config, stored) + run.cache
+        attended = 2 * run.rows * run.slots * run.heads * config.head_width * config.layers
+        step_operations += factor * (run.rows * _read_by_a_step(config, plain) / _itemsize(config) + attended)
+    learning = Limit(0.0, "memory")
+    if workload.train is not None:
+        held = memory(workload, mesh, quantise)
+        samples = workload.batch * workload.spans / mesh.shape[sharding.DATA]
+        agent = held.agent / (3 * FLOAT)  # beside two moments of Adam's
+        # Observations are taken out of their place, read forward and read for the gradient.
+        epochs = workload.train.epochs
+        read = 3 * epochs * held.observations / mesh.shape[sharding.DATA]
+        learning = limit(read, 6 * _FLOAT32_PRODUCTS * epochs * samples * agent)
+    return Limits(
+        reading=limit(reading_bytes, reading_operations),
+        step=limit(step_bytes, step_operations),
+        learning=learning,
+        steps=workload.new,
+    )
