@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_told_with_what_would(model: Callable[..., str], ru
     made = run("--models", model(), "--device", "v5e", "--batch", "512", "--new", "1024")
     assert not made["fits"]
     assert made["bytes"]["total"] > 16 * 2**30
-    assert [line.partition(":")[0] for line in made["advice"]] == ["--mesh data=1,model=2", "--batch 256", "--new 128"]
+    assert [line.partition(":")[0] for line in made["advice"]] == ["--mesh data=1,model=2", "--batch 256", "--new 256"]
 
 
 def test_training_says_hours_and_observations(model: Callable[..., str], run: Callable[..., Any]) -> None:
