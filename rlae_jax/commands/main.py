@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, specialists, train
+from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, plan, specialists, train
 from rlae_jax.commands.devices import on_devices
 from rlae_jax.commands.emorl import demo as emorl_demo
 from rlae_jax.commands.emorl import evaluate as emorl_evaluate
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": on_devices(evaluate.evaluate),
     "ablate": on_devices(ablate.ablate),
     "inspect": on_devices(inspect.inspect),
+    "plan": plan.plan,
     "emorl": emorl,
 }
 EMORL_COMMANDS: dict[str, Callable[..., Any]] = {

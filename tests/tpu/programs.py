@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlae_jax import hlo, sharding
+from rlae_jax import sharding
 from rlae_jax.config import MAPPOConfig, PPOConfig
 from rlae_jax.emorl import fine_tune, fused
 from rlae_jax.models import LoraConfig, ModelConfig, pretrain
@@ -31,12 +31,6 @@ ADAPTERS, TEXT = 2, 64
 PRETRAIN = pretrain.PretrainConfig(batch=16, steps=100)
 
 
-def caches(workload: Workload, mesh: Mesh) -> tuple[hlo.Shape, ...]:
-    """The caches of the members as one device holds them."""
-    leaves = [leaf for cache in workload.state(mesh).caches for leaf in jax.tree.leaves(cache.layers)]
-    return tuple(hlo.Shape("bf16", leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-
-
 def device_bytes(tree: Any) -> int:
     """Of the arrays as one device holds them."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
@@ -45,7 +39,7 @@ def device_bytes(tree: Any) -> int:
 
 def cache_bytes(workload: Workload, mesh: Mesh) -> int:
     """Of all caches on one device."""
-    return sum(shape.nbytes for shape in caches(workload, mesh))
+    return sum(shape.nbytes for shape in workload.cache_shapes(mesh))
 
 
 def lower_points(mesh: Mesh) -> jax.stages.Lowered:

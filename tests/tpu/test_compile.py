@@ -72,7 +72,7 @@ def elements(shape: str) -> int:
 
 def decoding_loop(compiled: Compiled, workload: Any) -> list[hlo.Instruction]:
     """What a step runs, after checking that it leaves the caches where they are."""
-    shapes = programs.caches(workload, compiled.mesh)
+    shapes = workload.cache_shapes(compiled.mesh)
     inside = compiled.module.inside(compiled.module.loop_carrying(*shapes))
     smallest = min(shape.nbytes for shape in shapes)
     assert compiled.module.copies(inside, smallest) == []
