@@ -180,6 +180,15 @@ def _decide(
     return span
 
 
+def _decide_once(state: DecodeState, policy_params: Any, spec: DecodeSpec) -> Decisions:
+    """All decisions of a policy whose decisions are alike, before the loop: on an accelerator a branch in every step
+    costs more than such a policy."""
+    span = _act(policy_params, _observe(state, None, spec), state.rows.keys, spec)
+    last = state.decisions.trajectory
+    trajectory = jax.tree.map(lambda spans, one: jnp.broadcast_to(one[:, None], spans.shape), last, span)
+    return state.decisions._replace(span=span, trajectory=trajectory)
+
+
 def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec) -> Observation:
     """What the policy sees, as far as it reads it."""
     reads, decisions = spec.policy.reads, state.decisions
@@ -305,8 +314,10 @@ def _remember(
 ) -> Decisions:
     """The trajectory with the decision in force."""
     last = state.decisions
-    next_step = last.next_step
-    if next_step is not None and span.length is not None:
+    trajectory, next_step = last.trajectory, last.next_step
+    if spec.decides_once:
+        pass
+    elif next_step is not None and span.length is not None:
         place = jnp.arange(len(due)), jnp.where(due, last.taken, spec.spans)  # beyond the end nothing is written
         trajectory = jax.tree.map(lambda spans, one: spans.at[place].set(one, mode="drop"), last.trajectory, span)
         next_step = jnp.where(due, state.step + span.length, next_step)
@@ -321,10 +332,10 @@ def _step(passes: tuple[ForwardPass, ...], policy_params: Any, spec: DecodeSpec,
     """Read, decide, fuse, choose, record."""
     due = _due(state, spec)
     span, prediction = state.decisions.span, None
-    if spec.decides_first:
+    if spec.decides_first and not spec.decides_once:
         span = _decide(state, due, prediction, policy_params, spec)
     members, prediction = state.members.read(passes, state.step, ~state.done, span.weights, spec)
-    if not spec.decides_first:
+    if not spec.decides_first and not spec.decides_once:
         span = _decide(state, due, prediction, policy_params, spec)
     fused = _fuse(passes, members, prediction, span.weights, spec)
     choice = _choose(state, members, fused, spec)
@@ -342,6 +353,8 @@ def decode_spans(
     in place."""
     # Outside the loop: what adapters need is laid out once.
     passes = bind_members(params, spec, state.members.rows(len(spec.members)))
+    if spec.decides_once:
+        state = state._replace(decisions=_decide_once(state, policy_params, spec))
     step = functools.partial(_step, passes, policy_params, spec)
 
     def going(state: DecodeState) -> Bool[Array, ""]:

@@ -85,6 +85,11 @@ class DecodeSpec:
         return Dims(tuple(member.hidden_width for member in self.members), self.spans, text)
 
     @property
+    def decides_once(self) -> bool:
+        """Whether every decision is the same: the policy looks at nothing and draws nothing."""
+        return not (self.policy.reads or self.sample_weights or self.span_lengths)
+
+    @property
     def decides_first(self) -> bool:
         """Whether weights are known before the members are read: members without weight need not be."""
         return self.union is not None and not {"hidden", "stats"} & set(self.policy.reads)

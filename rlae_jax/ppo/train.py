@@ -292,6 +292,8 @@ def train_seeds(
 
 
 def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) -> BoundPolicy:
+    # Wherever they were trained, they are to be used anywhere.
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
     assert config.span_length is not None
     return BoundPolicy(
         ppo.make_policy(config),
@@ -443,10 +445,10 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         if step is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")
         shapes = jax.eval_shape(functools.partial(_fresh, config, dims))
-        state = checkpoints.restore(step, sharding.abstract(shapes, None))
+        state = checkpoints.restore(step, sharding.abstract(shapes, sharding.mesh_in_force()))
     finally:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
-    params = jax.tree.map(jnp.asarray, _nth(state.learner.params if newest else state.best, e))
+    params = _nth(jax.tree.map(np.asarray, state.learner.params if newest else state.best), e)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
     return _bound(config, params, dims, encoder)
