@@ -15,6 +15,15 @@ class InputError(ValueError):
 class Interrupted(Exception):
     """Training was stopped by Ctrl-C after its state was saved. The commands exit with status 130."""
 
+    what = "stopped"  # as messages begin
+
+
+class Preempted(Interrupted):
+    """Training was stopped from outside (SIGTERM, or the platform wants the machine back) after its state was saved.
+    The commands exit with status 75: run again with --resume."""
+
+    what = "preempted"
+
 
 def grouped_error(headline: str, findings: Iterable[tuple[str, str]], remedy: str = "") -> InputError:
     """An `InputError` that counts findings per kind and shows the first five of each.

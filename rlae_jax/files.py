@@ -1,4 +1,5 @@
-"""Writing files so that a reader never meets a half-written one: a temporary name first, then a rename."""
+"""Writing files so that a reader never meets a half-written one: a temporary name first, then a rename. Of several
+processes the first one writes."""
 
 import hashlib
 import json
@@ -7,11 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rlae_jax import hosts
 from rlae_jax.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file's content at once."""
+    if not hosts.is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")

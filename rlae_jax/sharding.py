@@ -376,11 +376,25 @@ def check_rows(what: str, n: int, mesh: Mesh | None) -> None:
 
 def to_host(tree: T) -> T:
     """Arrays of any mesh as host arrays, whole on every process."""
-    leaves = jax.tree.leaves(tree)
-    if all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
-        fetched: T = jax.device_get(tree)
-        return fetched
-    from jax.experimental import multihost_utils
+    leaves, structure = jax.tree.flatten(tree)
+    apart = [
+        i
+        for i, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    ]
+    if apart:
+        from jax.experimental import multihost_utils
 
-    gathered: T = multihost_utils.process_allgather(tree, tiled=True)
-    return gathered
+        gathered = multihost_utils.process_allgather([leaves[i] for i in apart], tiled=True)
+        for i, leaf in zip(apart, gathered, strict=True):
+            leaves[i] = leaf
+    fetched: T = jax.tree.unflatten(structure, jax.device_get(leaves))
+    return fetched
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Of several processes, has each run what is called inside on a device of its own, apart from the others."""
+    apart = jax.process_count() > 1
+    with jax.set_mesh(Mesh(np.empty((), object), ())) if apart else contextlib.nullcontext():
+        yield

@@ -5,22 +5,25 @@ imports inside, so that help and mistakes in a call come without waiting for it.
 """
 
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
-from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, plan, specialists, train
+from rlae_jax import hosts
+from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, plan, specialists, train, watch
 from rlae_jax.commands.devices import on_devices
 from rlae_jax.commands.emorl import demo as emorl_demo
 from rlae_jax.commands.emorl import evaluate as emorl_evaluate
 from rlae_jax.commands.emorl import export as emorl_export
 from rlae_jax.commands.emorl import search as emorl_search
 from rlae_jax.commands.emorl import train as emorl_train
-from rlae_jax.errors import InputError, Interrupted
+from rlae_jax.errors import InputError, Interrupted, Preempted
 
 CACHE_VARIABLE = "RLAE_JAX_COMPILATION_CACHE"
 
@@ -32,9 +35,9 @@ def emorl() -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": on_devices(demo.demo),
     "specialists": on_devices(specialists.specialists),
-    "generate": on_devices(generate.generate),
-    "train": on_devices(train.train),
-    "evaluate": on_devices(evaluate.evaluate),
+    "generate": on_devices(generate.generate, hosts_too=True),
+    "train": on_devices(train.train, hosts_too=True),
+    "evaluate": on_devices(evaluate.evaluate, hosts_too=True),
     "ablate": on_devices(ablate.ablate),
     "inspect": on_devices(inspect.inspect),
     "plan": plan.plan,
@@ -42,9 +45,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 EMORL_COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": on_devices(emorl_demo.demo),
-    "train": on_devices(emorl_train.train),
-    "search": on_devices(emorl_search.search),
-    "evaluate": on_devices(emorl_evaluate.evaluate),
+    "train": on_devices(emorl_train.train, hosts_too=True),
+    "search": on_devices(emorl_search.search, hosts_too=True),
+    "evaluate": on_devices(emorl_evaluate.evaluate, hosts_too=True),
     "export": emorl_export.export,
 }
 
@@ -61,8 +64,25 @@ def turn_on_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# What the runtime's errors begin with.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
+
+
+def _end(status: int, line: str) -> NoReturn:
+    """Ends with a line on standard error; of several processes the others end too."""
+    print(line, file=sys.stderr)
+    if hosts.count() > 1:
+        hosts.fail(line, status)
+    sys.exit(status)
+
+
 def main() -> None:
-    """The entry point of `rlae-jax`. Exit status 2: unusable input; 130: stopped by Ctrl-C."""
+    """The entry point of `rlae-jax`.
+
+    Exit status 2: unusable input; 130: stopped by Ctrl-C; 75: stopped from outside after the state was saved (SIGTERM,
+    preemption), or another process of the run was lost: run again with --resume.
+    """
+    watch.watch()
     turn_on_compilation_cache()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
@@ -82,11 +102,17 @@ def main() -> None:
             f"Compiled programs are kept in ~/.cache/rlae_jax (set {CACHE_VARIABLE} to another directory, or to off).",
         )
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        sys.exit(130)
+        _end(2, f"error: {error}")
+    except Interrupted as error:  # of all processes at once
+        if hosts.is_first():
+            print(error, file=sys.stderr)
+        sys.exit(75 if isinstance(error, Preempted) else 130)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        _end(130, "stopped")
+    except Exception as error:
+        if hosts.count() == 1:
+            raise
+        if _STATUS.match(str(error)):
+            hosts.await_loss()  # the process that it could not reach may be gone
+        traceback.print_exc()
+        _end(1, f"{type(error).__name__}: {error}")

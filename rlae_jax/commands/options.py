@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from rlae_jax.errors import InputError, Interrupted
+from rlae_jax.errors import InputError, Interrupted, Preempted
 
 if TYPE_CHECKING:
     from rlae_jax.config import PPOConfig
@@ -223,9 +223,12 @@ class AgentOptions:
 
 @contextlib.contextmanager
 def resumable(resumed: bool) -> Iterator[None]:
-    """Turns Ctrl-C into an `Interrupted` that says how to go on: the command's own line, ready to be pasted."""
+    """Turns Ctrl-C into an `Interrupted` that says how to go on: the command's own line, ready to be pasted. What was
+    preempted is run again by a script: one line tells it how."""
     try:
         yield
+    except Preempted as preempted:
+        raise Preempted(f"{preempted}; run again with --resume") from None
     except (Interrupted, KeyboardInterrupt) as interrupted:
         command = shlex.join(sys.argv[1:] + ([] if resumed else ["--resume"]))
         raise Interrupted(f"{str(interrupted) or 'stopped'}. Go on with:\n  rlae-jax {command}") from None

@@ -72,7 +72,7 @@ def score_by_objectives(objectives: Sequence[Objective]) -> Scoring:
     """The scores of an answer to its prompt under each objective."""
 
     def start(examples: Examples, texts: Sequence[str]) -> Callable[[], Float[np.ndarray, "N M"]]:
-        scores = np.stack([objective(examples.prompts, texts) for objective in objectives], axis=1)
+        scores = np.stack([objective.share(examples.prompts, texts) for objective in objectives], axis=1)
         return lambda: scores
 
     return Scoring(tuple(objective.name for objective in objectives), start)

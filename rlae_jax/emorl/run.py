@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlae_jax import files
+from rlae_jax import files, hosts
 from rlae_jax.emorl import embedded
 from rlae_jax.emorl.scorers import Objective, get_objectives
 from rlae_jax.emorl.train import ADAPTER, OBJECTIVES, WEIGHTINGS, Target, check_targets
@@ -190,7 +190,9 @@ class Run:
         number = 2
         while kept.exists():
             kept, number = path.with_name(f"{name}-{'+'.join(searched)}-{number}"), number + 1
-        path.rename(kept)
+        hosts.wait()  # until all have seen what is there
+        if hosts.is_first():
+            path.rename(kept)
         return path, kept
 
     def adapter(self, name: str) -> Adapter:

@@ -1,8 +1,8 @@
 """What objectives measure: scores of responses to prompts, each in a known range.
 
 In: prompts and responses. Out: Float[N] in [low, high], higher is better. Text functions count words; model scorers run
-Flax models on the device, a bounded batch at a time. An empty response scores `low` everywhere, whatever a model would
-make of it.
+Flax models on the device, a bounded batch at a time; of several processes each has them on a device of its own. An
+empty response scores `low` everywhere, whatever a model would make of it.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from rlae_jax import hosts, sharding
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Encoder, load, load_encoder
 from rlae_jax.models.lm import require_tokenizer
@@ -52,7 +53,8 @@ class Objective:
         written = [i for i, response in enumerate(responses) if response.strip()]
         if not written:
             return scores
-        given = np.asarray(self.score([prompts[i] for i in written], [responses[i] for i in written]), np.float64)
+        with sharding.alone():
+            given = np.asarray(self.score([prompts[i] for i in written], [responses[i] for i in written]), np.float64)
         if given.shape != (len(written),):
             raise InputError(
                 f"scorer {self.name} gave scores of shape {list(given.shape)} for {len(written)} responses; expected "
@@ -64,6 +66,11 @@ class Objective:
             raise InputError(f"scorer {self.name} gave {given[wrong[0]]} for the response {response[:60]!r}")
         scores[written] = np.clip(given, self.low, self.high)
         return scores
+
+    def share(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, " N"]:
+        """Scores of what all processes have, each of which scores its share; the whole, and the same, on all."""
+        own = hosts.share(len(responses))
+        return hosts.join(self([prompts[i] for i in own], [responses[i] for i in own]), own, len(responses))
 
 
 def words(text: str) -> list[str]:
@@ -334,7 +341,8 @@ def _named(text: str) -> tuple[str, Callable[[], Objective]]:
 
 
 def _from_checkpoint(name: str, checkpoint: str) -> Objective:
-    model: LM | Encoder = load(checkpoint) if name == "fluency" else load_encoder(checkpoint)
+    with sharding.alone():
+        model: LM | Encoder = load(checkpoint) if name == "fluency" else load_encoder(checkpoint)
     require_tokenizer(model.tokenizer, checkpoint)
     return MODEL_OBJECTIVES[name](model)
 

@@ -158,7 +158,7 @@ class PointEvaluator:
         self.answers += len(points) * len(prompts) * self._samples
         asked = [prompt for prompt in prompts for _ in range(self._samples)] * len(points)
         flat = [text for own in texts for text in own]
-        scores = np.stack([objective(asked, flat) for objective in self._objectives], axis=-1)
+        scores = np.stack([objective.share(asked, flat) for objective in self._objectives], axis=-1)
         self._on_points(self.decoded)
         means: Float[np.ndarray, "N n M"] = scores.reshape(len(points), len(prompts), self._samples, -1).mean(axis=2)
         return means

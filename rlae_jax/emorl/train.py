@@ -25,19 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files, sharding
+from rlae_jax import files, hosts, sharding
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
 from rlae_jax.emorl.fine_tune import EMORLConfig, Samples, TrainingState
 from rlae_jax.emorl.scorers import Objective
-from rlae_jax.errors import InputError, Interrupted
+from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Prompts, Row
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
 from rlae_jax.models.lm import load_adapter
 from rlae_jax.runs.checkpoints import Checkpoints
-from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
 from rlae_jax.runs.metrics import MetricsLog, read_metrics
 from rlae_jax.tasks.prompts import PromptSet
 
@@ -175,6 +175,7 @@ def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[
         "prompts": {"name": prompts.name, "sha256": prompts.digest()},
         "data": None if data is None else dict(data),
         "settings": dataclasses.asdict(config),
+        **devices(sharding.describe(base.mesh)),
     }
 
 
@@ -202,7 +203,7 @@ def train_adapters(
     Raises:
       InputError: two targets of one name, a directory of another run or with one of the targets, a tokenizer that is
         missing, prompts that do not fit.
-      Interrupted: Ctrl-C; `resume=True` goes on.
+      Interrupted: Ctrl-C; `resume=True` goes on. `Preempted` where SIGTERM or the platform stopped it.
     """
     check_targets(targets)
     base.require_tokenizer()
@@ -221,7 +222,7 @@ def train_adapters(
     learners = []
     for target in targets:
         directory = directories[target.name]
-        if target.name in claimed and target.name not in there:
+        if target.name in claimed and target.name not in there and hosts.is_first():
             shutil.rmtree(directory)  # failed before its first validation: nothing to go on from
         claim_directory(directory, {"command": "emorl train"} | target.config(), resume=resume)
         if not (directory / TRAINING_FILE).is_file():
@@ -248,19 +249,21 @@ def train_adapters(
                 )
                 learners = [learner for learner in learners if learner not in done]
                 now = time.monotonic()
-                late = max_minutes is not None and now - began > 60 * max_minutes
+                late = is_late(began, now, max_minutes)
                 stop = stop_requested()
-                if stop or late or now - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                due: bool = hosts.gather(now - saved > _SECONDS_BETWEEN_CHECKPOINTS)[0]
+                if stop is not None or late or due:
                     saved = now
                     for learner in learners:
                         learner.checkpoints.save(learner.step, learner.saved)
-                if learners and stop:
-                    raise Interrupted(f"stopped; saved in {out}")
+                if learners and stop is not None:
+                    raise stop(f"{stop.what}; saved in {out}")
                 if late:
                     break
     finally:
         for learner in learners:
             learner.close()
+    hosts.wait()  # for what the first has written
     finished = [target.name for target in targets if (directories[target.name] / ADAPTER).is_dir()]
     return {name: dataclasses.replace(load_adapter(directories[name] / ADAPTER, base), name=name) for name in finished}
 
@@ -275,6 +278,7 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig) -> _L
     if newest is not None:
         saved = checkpoints.restore(newest, sharding.abstract(saved, base.mesh))
     log = MetricsLog(directory, -1 if newest is None else newest)
+    hosts.wait()  # before its lines are read
     weights = None
     if target.weighting != "equal":
         weights = DynaOpt(
@@ -300,8 +304,9 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     """Writes what was best on dev, and what it took."""
     rows = learner.history
     best = max(rows, key=lambda row: row["dev"])
-    adapter = Adapter(config.lora, jax.tree.map(lambda leaf: leaf[0], learner.saved.best), learner.target.name)
-    if not (learner.directory / ADAPTER).is_dir():
+    best_factors = jax.tree.map(lambda leaf: leaf[0], sharding.to_host(learner.saved.best))
+    adapter = Adapter(config.lora, best_factors, learner.target.name)
+    if hosts.is_first() and not (learner.directory / ADAPTER).is_dir():
         save_adapter(adapter, base, learner.directory / ADAPTER)
     per_step = config.batch * config.samples
     record = {
@@ -375,16 +380,20 @@ class _Loop:
         )
         prompts = sharding.place_rows(self.train.take(rows.reshape(-1)), self.base.mesh)
         samples = fine_tune.sample(self.base.params, stack, prompts, seeds, self.spec(config.temperature), self._static)
-        asked = np.repeat(rows.reshape(-1), config.samples)
-        texts = self._decode(self.train, asked, sharding.to_host(samples))
-        rewards = np.empty((len(learners), config.batch * config.samples), np.float32)
+        # Every process reads and scores the samples that lie on its devices.
+        per_block = config.batch * config.samples
+        own = sharding.own_rows(len(learners) * per_block, self.base.mesh)
+        asked = np.repeat(rows.reshape(-1), config.samples)[own]
+        texts = self._decode(self.train, asked, sharding.fetch_own_rows(samples))
+        own_rewards = np.empty(len(own), np.float32)
         for m, learner in enumerate(learners):
-            own = slice(m * rewards.shape[1], (m + 1) * rewards.shape[1])
-            questions = [self.train.texts[i] for i in asked[own]]
-            scores = np.stack([score(questions, texts[own]) for score in learner.target.objectives], axis=1)
             if learner.weights is not None:
                 learner.weights.step()
-            rewards[m] = scorers.combine(scores, config.combination, learner.reward_weights())
+            of_block = np.flatnonzero(own // per_block == m)
+            questions, answers = [self.train.texts[i] for i in asked[of_block]], [texts[i] for i in of_block]
+            scores = np.stack([score(questions, answers) for score in learner.target.objectives], axis=1)
+            own_rewards[of_block] = scorers.combine(scores, config.combination, learner.reward_weights())
+        rewards = hosts.join(own_rewards, own, len(learners) * per_block).reshape(len(learners), per_block)
         after: tuple[TrainingState, dict[str, Any]] = fine_tune.update(
             self.base.params, stack, prompts, samples, rewards, seeds, self.base.config, self._static
         )
@@ -419,7 +428,8 @@ class _Loop:
         for i, learner in enumerate(learners):
             own = texts[i * filled : i * filled + n]
             scores = {
-                objective.name: float(objective(self.dev.texts, own).mean()) for objective in learner.target.objectives
+                objective.name: float(objective.share(self.dev.texts, own).mean())
+                for objective in learner.target.objectives
             }
             score = float(np.mean(list(scores.values())))
             if score > learner.saved.best_score:

@@ -55,8 +55,8 @@ def score_by_reward(pool: RewardPool) -> Scoring:
     """A task's reward as the only objective."""
 
     def start(examples: Examples, texts: Sequence[str]) -> Callable[[], Float[np.ndarray, "N 1"]]:
-        pending = pool.submit(examples.prompts, texts, examples.references)
-        return lambda: pending.result()[:, None]
+        scores = pool.share(examples.prompts, texts, examples.references)
+        return lambda: scores()[:, None]
 
     return Scoring(("reward",), start)
 
@@ -224,8 +224,8 @@ class Answerer:
         # Another pool: that a reward cannot take an answer as a reference is no problem to be told.
         with RewardPool(self._task.reward) as pool:
             pairs = list(itertools.permutations(range(len(texts)), 2))
-            pending = [pool.submit(self._examples.prompts, texts[i], texts[j]) for i, j in pairs]
+            pending = [pool.share(self._examples.prompts, texts[i], texts[j]) for i, j in pairs]
             for (i, j), scores in zip(pairs, pending, strict=True):
-                same[i, j] |= scores.result() == 1
+                same[i, j] |= scores() == 1
         votes: Int[np.ndarray, "K N"] = (same | same.swapaxes(0, 1)).sum(axis=1)
         return votes

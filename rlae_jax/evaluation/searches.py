@@ -186,10 +186,10 @@ def _rewards(
     for rows, counting in _full_batches(len(places)):
         part = examples.select([places[row] for row in rows])
         texts = answer_batch(method_for(rows, part), task, part).texts[:counting]
-        pending.append(pool.submit(part.prompts[:counting], texts, part.references[:counting]))
+        pending.append(pool.share(part.prompts[:counting], texts, part.references[:counting]))
         done += counting
         on_progress(done)
-    return np.concatenate([rewards.result() for rewards in pending])
+    return np.concatenate([rewards() for rewards in pending])
 
 
 def _always(method: Method) -> Callable[[Int[np.ndarray, " B"], Examples], Method]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from rlae_jax import files
+from rlae_jax import files, hosts
 from rlae_jax.errors import InputError
 
 Evaluate = Callable[[Float[np.ndarray, "N d"]], Float[np.ndarray, "N M"]]
@@ -106,7 +106,7 @@ class Scores:
         return np.array([self._known[self._key(point)] for point in wanted])
 
     def _write(self, part: Sequence[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
-        if self._path is None:
+        if self._path is None or not hosts.is_first():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlae_jax import files, sharding
+from rlae_jax import files, hosts, sharding
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
-from rlae_jax.errors import InputError, Interrupted
+from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
@@ -35,7 +35,7 @@ from rlae_jax.fusion.state import Answers
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.runs.checkpoints import Checkpoints
-from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, epoch_rows, stop_requests
+from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
 from rlae_jax.runs.metrics import MetricsLog, load_sinks, read_metrics
 from rlae_jax.tasks import Examples, RewardPool, Task
 
@@ -61,7 +61,7 @@ class TrainProgress:
 
 
 def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec) -> dict[str, Any]:
-    """The content of config.json: everything that the result of a run depends on."""
+    """The content of config.json: everything that the result of a run depends on, and where it ran."""
     return {
         "schema": 1,
         "algorithm": config.algorithm,
@@ -78,6 +78,7 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         "text_width": spec.dims.text,
         "preset": config.preset,
         "settings": dataclasses.asdict(config),
+        **devices(sharding.describe(ensemble.mesh)),
     }
 
 
@@ -184,7 +185,8 @@ def train(
 
     Raises:
       InputError: prompts that do not fit, a directory that belongs to another run. Told before any training.
-      Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it.
+      Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it. `Preempted` where SIGTERM or the
+        platform stopped it.
     """
     if config is not None and config.seeds > 1:
         raise InputError("train returns one policy; use train_seeds for several seeds")
@@ -240,7 +242,7 @@ def train_seeds(
     dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
     load_sinks(log_to)  # told before anything is written
     claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
-    if ensemble.union is not None:
+    if ensemble.union is not None and hosts.is_first():
         ensemble.union.save(out / UNION_FILE)
 
     state, seeds = sharding.whole(_fresh(config, dims), ensemble.mesh), _seeds(config)
@@ -264,11 +266,12 @@ def train_seeds(
                 state = state._replace(learner=learner)
                 values = _values(jax.device_get(metrics))
                 values["seconds"] = time.perf_counter() - started
-                values["failed_rewards"] = len(pool.problems)
+                problems = hosts.gather([len(pool.problems), str(pool.problems)])
+                values["failed_rewards"] = sum(n for n, _ in problems)
                 done = iteration + 1
-                late = max_minutes is not None and time.monotonic() - began > 60 * max_minutes
+                late = is_late(began, time.monotonic(), max_minutes)
                 stop = stop_requested()
-                scored = stop or late or done % config.eval_every == 0 or done == config.iterations
+                scored = stop is not None or late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
                     now = [_nth(state.learner.params, e) for e in range(config.seeds)]
                     scores = [np.mean(_dev_scores(ensemble, task, pool, dev_split, agent, spec)) for agent in now]
@@ -279,9 +282,9 @@ def train_seeds(
                 log.write(done, values)
                 if scored:
                     checkpoints.save(done, state)
-                on_progress(TrainProgress(done, values, str(pool.problems) if pool.problems else ""))
-                if stop and done < config.iterations:
-                    raise Interrupted(f"stopped after iteration {done} of {config.iterations}; saved in {out}")
+                on_progress(TrainProgress(done, values, "\n".join(told for _, told in problems if told)))
+                if stop is not None and done < config.iterations:
+                    raise stop(f"{stop.what} after iteration {done} of {config.iterations}; saved in {out}")
                 if late:
                     break
     finally:
@@ -343,12 +346,14 @@ def _iterate(
     experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
     # Every process reads and rewards the answers that lie on its devices.
     n = len(rows) * config.samples
-    answered = np.repeat(rows, config.samples)[sharding.own_rows(n, ensemble.mesh)]
+    own = sharding.own_rows(n, ensemble.mesh)
+    answered = np.repeat(rows, config.samples)[own]
     texts = _texts(ensemble, task, [split.rows[i] for i in answered], experience)
     asked, references = (
         [column[i] for i in answered] for column in (split.examples.prompts, split.examples.references)
     )
-    scores = sharding.join_rows(pool.submit(asked, texts, references).result(), n, ensemble.mesh)
+    rewards = hosts.join(pool.submit(asked, texts, references).result(), own, n)
+    scores = sharding.place_rows(rewards, ensemble.mesh)
     learnt: tuple[ppo.LearnerState, dict[str, Array]] = ppo.learn_from_text(
         learner, experience, scores, seeds, spec, config
     )
@@ -402,8 +407,8 @@ def _dev_scores(
         text = dev.read_text(np.arange(len(dev.rows))[part])
         answers = ensemble.run(dev.rows[part], policy_params, 0, greedy, text=text)
         texts = _texts(ensemble, task, dev.rows[part], answers)
-        pending.append(pool.submit(dev.examples.prompts[part], texts, dev.examples.references[part]))
-    return np.concatenate([scores.result() for scores in pending])
+        pending.append(pool.share(dev.examples.prompts[part], texts, dev.examples.references[part]))
+    return np.concatenate([scores() for scores in pending])
 
 
 def read_run(run: str | os.PathLike[str]) -> tuple[PPOConfig, Dims]:
@@ -445,10 +450,10 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         if step is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")
         shapes = jax.eval_shape(functools.partial(_fresh, config, dims))
-        state = checkpoints.restore(step, sharding.abstract(shapes, sharding.mesh_in_force()))
+        state = sharding.to_host(checkpoints.restore(step, sharding.abstract(shapes, None)))
     finally:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
-    params = _nth(jax.tree.map(np.asarray, state.learner.params if newest else state.best), e)
+    params = _nth(state.learner.params if newest else state.best, e)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
     return _bound(config, params, dims, encoder)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from rlae_jax import hosts
 from rlae_jax.errors import InputError
 from rlae_jax.statistics import rank_correlation
 
@@ -31,10 +32,11 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial)
+    if hosts.is_first():
+        partial = path.with_name(f".{path.name}.partial.png")
+        figure.savefig(partial)
+        partial.replace(path)
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def learning_curve(

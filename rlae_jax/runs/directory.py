@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files
-from rlae_jax.errors import InputError, grouped_error
+from rlae_jax import files, hosts
+from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
 
 CONFIG_FILE = "config.json"
 
@@ -40,23 +41,46 @@ def _short(value: Any) -> str:
 def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
     """Makes sure that a run directory is new, or that it belongs to this very run and may be resumed.
 
-    A resumed run may be longer than it was.
+    A resumed run may be longer than it was, and on other devices (`devices`), which a warning says. Of several
+    processes the first claims, once they agree on what.
 
     Raises:
-      InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made.
+      InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made; processes
+        that differ.
     """
+    hosts.agree(wanted)
+    hosts.first(lambda: _claim(out, wanted, resume))
+
+
+def devices(mesh: dict[str, int] | None) -> dict[str, Any]:
+    """What a run's configuration says of devices, on which its result does not depend.
+
+    Args:
+      mesh: of `sharding.describe`.
+    """
+    return {"mesh": mesh, "processes": hosts.count()}
+
+
+def _on(config: dict[str, Any]) -> str:
+    mesh, processes = config.get("mesh"), config.get("processes", 1)
+    where = "one device" if mesh is None else "the mesh " + ",".join(f"{name}={size}" for name, size in mesh.items())
+    return where if processes == 1 else f"{where} of {processes} processes"
+
+
+def _claim(out: Path, wanted: dict[str, Any], resume: bool) -> None:
     path = out / CONFIG_FILE
     files.require_writable_parent(out)
     if path.is_file():
-        kinds = [raw.get("command", "train") for raw in (wanted, files.read_json(path))]
+        there = files.read_json(path)
+        kinds = [raw.get("command", "train") for raw in (wanted, there)]
         if kinds[0] != kinds[1]:
             raise InputError(
                 f"{out} holds what the command {kinds[1]} made; choose another directory for this {kinds[0]}"
             )
         findings = [
             ("settings differ", difference)
-            for difference in _differences(_plain(wanted), files.read_json(path))
-            if not difference.startswith(("settings.iterations ", "settings.steps "))
+            for difference in _differences(_plain(wanted), there)
+            if not difference.startswith(("settings.iterations ", "settings.steps ", "mesh", "processes "))
         ]
         if findings:
             raise grouped_error(
@@ -64,6 +88,8 @@ def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
             )
         if not resume:
             raise InputError(f"{out} holds this run already; resume it (--resume, resume=True) or choose another name")
+        if _on(there) != _on(wanted):
+            warnings.warn(f"{out} was on {_on(there)} and goes on on {_on(wanted)}", stacklevel=4)
     elif out.is_dir() and any(out.glob("*.jsonl")):
         raise InputError(f"{out} holds files of something else and no {CONFIG_FILE}; choose another directory")
     files.write_json(path, wanted)
@@ -81,23 +107,49 @@ def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray,
     return rows
 
 
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C into a request that is answered between iterations; a second one interrupts at once."""
-    requested = False
+# Asked between iterations, by all processes at the same ones: what to raise after saving, if one is to stop.
+StopRequested = Callable[[], type[Interrupted] | None]
 
-    def request(signum: int, frame: Any) -> None:
-        nonlocal requested
-        if requested:
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequested]:
+    """Turns Ctrl-C, SIGTERM and preemption notices into requests that are answered between iterations, by all processes
+    after the same one. A second Ctrl-C interrupts at once."""
+    interrupted = preempted = False
+
+    def interrupt(signum: int, frame: Any) -> None:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        requested = True
+        interrupted = True
         sys.stderr.write("\nstopping after this iteration; once more stops at once\n")
 
+    def preempt(signum: int, frame: Any) -> None:
+        nonlocal preempted
+        preempted = True
+        sys.stderr.write("\nSIGTERM: stopping after this iteration\n")
+
+    def requested() -> type[Interrupted] | None:
+        told = hosts.gather([interrupted, preempted])
+        if hosts.preempted() or any(of_host[1] for of_host in told):
+            return Preempted
+        return Interrupted if any(of_host[0] for of_host in told) else None
+
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield requested
         return
-    previous = signal.signal(signal.SIGINT, request)
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda: requested
+        yield requested
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def is_late(began: float, now: float, max_minutes: float | None) -> bool:
+    """Whether a run is to stop for its time; of several processes the first one's clock counts."""
+    if max_minutes is None:
+        return False
+    late: bool = hosts.gather(now - began > 60 * max_minutes)[0]
+    return late

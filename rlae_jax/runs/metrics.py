@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import IO, Any, Protocol, runtime_checkable
 
-from rlae_jax import files
+from rlae_jax import files, hosts
 from rlae_jax.errors import InputError
 
 FILE_NAME = "metrics.jsonl"
@@ -114,7 +114,8 @@ def scalars_of(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Appends to a run's metrics. Opening it for iteration i forgets what an interrupted run wrote after i.
+    """Appends to a run's metrics. Opening it for iteration i forgets what an interrupted run wrote after i. Of several
+    processes the first one writes.
 
     Args:
       sinks: names of `SINKS` to which every line goes as well.
@@ -125,6 +126,10 @@ class MetricsLog:
 
     def __init__(self, directory: Path, iteration: int, sinks: Iterable[str] = ()):
         modules = load_sinks(sinks)
+        self._file: IO[str] | None = None
+        self._sinks: list[Sink] = []
+        if not hosts.is_first():
+            return
         kept = [row for row in read_metrics(directory) if row["iteration"] <= iteration]
         files.write_json_lines(directory / FILE_NAME, kept)
         self._file = (directory / FILE_NAME).open("a", encoding="utf-8")
@@ -132,12 +137,15 @@ class MetricsLog:
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
         """One line, on disk when this returns."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
         self._file.flush()
         for sink in self._sinks:
             sink.write(iteration, scalars_of(values))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for sink in self._sinks:
             sink.close()

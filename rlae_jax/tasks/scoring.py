@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Float
 
+from rlae_jax import hosts
 from rlae_jax.errors import SHOWN_PER_KIND, InputError
 from rlae_jax.tasks import reward_worker
 from rlae_jax.tasks.reward_worker import Reference, attempt
@@ -181,6 +182,15 @@ class RewardPool:
                 pending.set(index, attempt(self.reward, text, reference))
         self._pending = [one for one in self._pending if one._missing] + [pending]
         return pending
+
+    def share(
+        self, prompts: Sequence[str], texts: Sequence[str], references: Sequence[Reference]
+    ) -> Callable[[], Float[np.ndarray, " B"]]:
+        """As `submit`, of the same texts on all processes, each of which scores its share. Calling what it returns, on
+        all of them in the same order, waits for all scores: what a reward does not decide alike they still share."""
+        own = hosts.share(len(texts))
+        pending = self.submit(*([column[i] for i in own] for column in (prompts, texts, references)))
+        return lambda: hosts.join(pending.result(), own, len(texts))
 
 
 # Whose score, which of them, and the message to the worker.
