@@ -128,7 +128,8 @@ def test_members_with_different_tokenizers(sizes: tuple[int, int]) -> None:
         return
     assert {kind for kind, _ in counted} <= {"all-reduce", "all-gather", "collective-permute"}
     large = [key for key, n in counted.items() for _ in range(n) if elements(key[1]) >= compiled.rows * MODEL.vocab]
-    assert large == [("all-gather", f"f32[{compiled.rows},{MODEL.vocab}]")]
+    assert set(large) == {("all-gather", f"f32[{compiled.rows},{MODEL.vocab}]")}
+    assert len(large) <= len(UNION.members)
 
 
 @pytest.mark.parametrize("sizes", [ONE, BOTH], ids=str)
