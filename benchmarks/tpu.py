@@ -3,8 +3,8 @@
     python -m benchmarks.tpu [--quick] [--only WORDS] [--page]
 
 Each case is the decoding loop of two members, lowered with shapes alone and compiled by libtpu (`pip install
-'rlae-jax[tpu]'`) for chips that are not there. Nothing is run: cycles are the compiler's estimates, to be compared with
-the time in which a step's bytes can be read. A case takes one to five minutes; what is done is kept in
+'rlae-jax[tpu-plan]'`) for chips that are not there. Nothing is run: cycles are the compiler's estimates, to be compared
+with the time in which a step's bytes can be read. A case takes one to five minutes; what is done is kept in
 docs/tpu/results.json, and the same command goes on from there. `--page` writes docs/tpu.md from it.
 """
 
@@ -143,7 +143,7 @@ HEAD = (
 TEXT = """# On TPUs, compiled without one
 
 Made by `python -m benchmarks.tpu --page` from docs/tpu/results.json, which `python -m benchmarks.tpu` fills. Needed:
-`pip install 'rlae-jax[tpu]'`, a CPU. {versions}.
+`pip install 'rlae-jax[tpu-plan]'`, a CPU. {versions}.
 
 Two members of Llama 3's 1B and 8B sizes, bfloat16, one tokenizer, uniform weights, prompts of {prompt} and answers of
 {new} tokens: the decoding loop, whose cache has {slots} slots. Chips lie on the mesh axis `model`. Bytes are those of

@@ -27,7 +27,8 @@ def plan(
     quantise: Literal["int8", "int4", "fp8"] | None = None,
     union: int | None = None,
     adapters: int = 0,
-    train: Literal["ppo", "mappo"] | None = None,
+    train: bool = False,
+    algo: Literal["ppo", "mappo"] = "ppo",
     iterations: int | None = None,
     span_length: int = 4,
     memory: Annotated[float | None, arg(metavar="GIB")] = None,
@@ -55,13 +56,14 @@ def plan(
             tokenizer. Default: 0 where all vocabularies are of one size, else the sum of their sizes.
         adapters: so many LoRA adapters of rank 8 of the one model are the members.
         train: also train a weight agent.
+        algo: ppo = one agent sets all weights, mappo = one agent per member sets its own.
         iterations: of training. Default: 200.
         span_length: tokens between two decisions.
         memory: of a device, in GiB, instead of a known device's.
         bandwidth: of a device's memory, in 10^9 bytes per second.
         flops: of a device's bfloat16 products, in 10^12 per second.
         compile: ask the TPU compiler as well, for the program itself: seconds to minutes. It needs libtpu, which comes
-            with pip install 'rlae-jax[tpu]', and no TPU.
+            with pip install 'rlae-jax[tpu-plan]', and no TPU.
         json_output: print JSON instead of tables.
     """
     from rlae_jax import report, sharding
@@ -75,8 +77,8 @@ def plan(
     low = [f"--{name} {n}" for name, n in counts.items() if n < 1]
     if low:
         raise InputError(f"{', '.join(low)}: expected whole numbers of at least 1")
-    if iterations is not None and train is None:
-        raise InputError("--iterations are of training: give --train ppo or --train mappo, too")
+    if iterations is not None and not train:
+        raise InputError("--iterations are of training: give --train, too")
     if adapters and (len(models) > 1 or union):
         raise InputError("--adapters are of one model with one tokenizer")
     chosen = _device(device, memory, bandwidth, flops)
@@ -86,7 +88,7 @@ def plan(
     read = [_read(model, dtype) for model in models]
     members = tuple(config for _, config in read)
     vocabs = [config.vocab for config in members]
-    config = None if train is None else ALGORITHMS[train](prompts=batch)
+    config = ALGORITHMS[algo](prompts=batch) if train else None
     workload = Workload(
         members=members,
         batch=batch,
