@@ -238,7 +238,7 @@ def describe(bench: Bench, decoding: device.Decoding, step: Timing, size: int) -
         "fraction": bench.share_of_copy(size, step.median),
         "kernels_step": decoding.kernels,
         "compile_s": decoding.compile_seconds,
-        "program_gb": decoding.program_bytes / 1e9,
+        "program_gb": device.program_bytes(decoding.compiled) / 1e9,
     }
 
 
@@ -308,11 +308,17 @@ def measure_train(bench: Bench, case: Train) -> dict[str, Any]:
         lms[0].config, case.prompts, PROMPT_TOKENS, train.COMPARED.new_tokens, train.COMPARED.span_length
     )
     ours = train.Ours(work, lms)
-    first = common.seconds_of(ours.iterate)
-    rest = (ours.batch, ours.seeds, np.int32(0), ours.spec, train.CONFIG)
-    shapes = jax.eval_shape(
-        functools.partial(ppo.rollout_for_text, config=train.CONFIG), ours.state.params, ours.ensemble.params, *rest[:4]
-    )
+    given = (ours.ensemble.params, ours.batch, ours.seeds)
+    begin = time.perf_counter()
+    program = ppo.iterate.lower(ours.state, *given, ours.spec, train.CONFIG).compile()
+    compile_seconds = time.perf_counter() - begin
+
+    def iterate() -> None:
+        ours.state, metrics = program(ours.state, *given, ours.spec)
+        jax.block_until_ready((ours.state, metrics))
+
+    rollout = functools.partial(ppo.rollout_for_text, config=train.CONFIG)
+    shapes = jax.eval_shape(rollout, ours.state.params, *given, np.int32(0), ours.spec)
     experience = jax.tree.map(
         lambda leaf: np.full(leaf.shape, leaf.dtype.type(0.5 if leaf.dtype.kind not in "bi" else 1)), shapes
     )
@@ -324,7 +330,7 @@ def measure_train(bench: Bench, case: Train) -> dict[str, Any]:
         held[0], metrics = ppo.learn_from_text(held[0], experience, score, ours.seeds, ours.spec, train.CONFIG)
         jax.block_until_ready((held[0], metrics))
 
-    timings = bench.time({"iteration": ours.iterate, "learn": learn})
+    timings = bench.time({"iteration": iterate, "learn": learn})
     pairs = zip(timings["learn"].seconds, timings["iteration"].seconds, strict=True)
     return {
         **case._asdict(),
@@ -333,7 +339,9 @@ def measure_train(bench: Bench, case: Train) -> dict[str, Any]:
         **spread(timings["learn"], "learn_ms"),
         "outside": float(np.median([learning / whole for learning, whole in pairs])),
         "spans_per_second": work.spans / timings["iteration"].median,
-        "compile_s": first - timings["iteration"].median,
+        "kernels_step": device.loop_kernels(program.as_text() or ""),
+        "compile_s": compile_seconds,
+        "program_gb": device.program_bytes(program) / 1e9,
     }
 
 
@@ -383,7 +391,8 @@ def measure_search(bench: Bench) -> dict[str, Any]:
 
     bench.free_peers()
     lm = bench.members(bench.shapes.base)[0]
-    fused = Fused(lm, make_adapters(lm, ADAPTERS), mode="hidden")
+    adapters = make_adapters(lm, ADAPTERS)
+    fused = Fused(lm, adapters, mode="hidden")
     rows = random_rows(lm.config, bench.shapes.points_prompts, PROMPT_TOKENS).tolist()
     points = directions(POINTS)
 
@@ -395,6 +404,9 @@ def measure_search(bench: Bench) -> dict[str, Any]:
     first = common.seconds_of(functools.partial(level, NEW_TOKENS))
     timings = bench.time({"level": functools.partial(level, NEW_TOKENS), "one step": functools.partial(level, 1)})
     step = common.step_seconds(timings["level"], timings["one step"], NEW_TOKENS)
+    # Each adapter runs the rows of the points that give it weight.
+    run = len(rows) * int(np.count_nonzero(points))
+    size = device.step_bytes([lm.with_adapters(adapters)], run, PROMPT_TOKENS + NEW_TOKENS / 2)
     return {
         "model": bench.shapes.base,
         "adapters": ADAPTERS,
@@ -403,6 +415,8 @@ def measure_search(bench: Bench) -> dict[str, Any]:
         "prompts": len(rows),
         "new_tokens": NEW_TOKENS,
         **spread(step),
+        "bytes_step": size,
+        "fraction": bench.share_of_copy(size, step.median),
         **spread(timings["level"], "level_ms"),
         "ms_point": 1e3 * timings["level"].median / len(POINTS),
         "compile_s": first - timings["level"].median,

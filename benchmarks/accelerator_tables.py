@@ -21,7 +21,7 @@ DECODE_COLUMNS = (
     *("case", "ms/step (quartiles)", "of a copy's speed", "kernels/step", "compiled in, s", "program, GB", "peak, GB"),
     *("loop, ms", "times loop", "best torch, ms", "times best", "variant"),
 )
-OTHER_COLUMNS = ("case", "ms (quartiles)", "what", "compiled in, s", "peak, GB")
+OTHER_COLUMNS = ("case", "ms (quartiles)", "what", "kernels/step", "compiled in, s", "peak, GB")
 
 
 def number(value: float | None, form: str) -> str:
@@ -50,7 +50,7 @@ def decode_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def other_cells(row: Mapping[str, Any]) -> list[str]:
-    step = f"a step; {number(row.get('fraction'), '.2f') or '?'} of a copy's speed, {row.get('kernels_step')} kernels"
+    step = f"a step; {number(row.get('fraction'), '.2f') or '?'} of a copy's speed"
     what = {
         "train": lambda: (
             f"an iteration of {row['prompts']} prompts; {row['spans_per_second']:,.0f} spans/s, "
@@ -58,7 +58,7 @@ def other_cells(row: Mapping[str, Any]) -> list[str]:
         ),
         "adapters": lambda: f"{step}; {row['ratio_base']:.2f} times the base alone ({row['base_ms']:.3g} ms)",
         "search": lambda: (
-            f"a step; a level takes {with_quartiles(row, 'level_ms')} ms, {row['ms_point']:.3g} ms a point "
+            f"{step}; a level takes {with_quartiles(row, 'level_ms')} ms, {row['ms_point']:.3g} ms a point "
             f"({row['points']} points, {row['prompts']} prompts, {row['adapters']} adapters)"
         ),
         "mixed": lambda: (
@@ -67,7 +67,8 @@ def other_cells(row: Mapping[str, Any]) -> list[str]:
         ),
     }[row["part"]]()
     name = row["case"] if row["case"] == row["part"] else row["case"].replace("_", " ")
-    return [name, with_quartiles(row), what, number(row["compile_s"], ".1f"), number(row["peak_gb"], ".1f")]
+    kernels = str(row.get("kernels_step", ""))
+    return [name, with_quartiles(row), what, kernels, number(row["compile_s"], ".1f"), number(row["peak_gb"], ".1f")]
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Sequence[str], list[list[str]]]]:

@@ -113,13 +113,6 @@ class Decoding:
     compile_seconds: float
     kernels: int
 
-    @property
-    def program_bytes(self) -> int:
-        """Arguments, results and what the program needs besides, by the compiler's account."""
-        memory = self.compiled.memory_analysis()
-        sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        return int(sizes - memory.alias_size_in_bytes)
-
     def write(self, steps: int) -> np.ndarray:
         """Int[B, N]: as many tokens per row as there are steps."""
         job = self.job
@@ -156,6 +149,13 @@ def compile_decoding(
 
 
 # --- what was compiled ---
+
+
+def program_bytes(compiled: Any) -> int:
+    """Arguments, results and what a program needs besides, by the compiler's account."""
+    memory = compiled.memory_analysis()
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return int(sizes - memory.alias_size_in_bytes)
 
 
 def loop_kernels(text: str) -> int:

@@ -3,8 +3,8 @@
     python -m benchmarks.tpu [--quick] [--only WORDS] [--page]
 
 Each case is the decoding loop of two members, lowered with shapes alone and compiled by libtpu (`pip install
-'rlae-jax[tpu]'`) for chips that are not there. Nothing is run: cycles are the compiler's estimates, to be compared with
-the time in which a step's bytes can be read. A case takes one to five minutes; what is done is kept in
+'rlae-jax[tpu-plan]'`) for chips that are not there. Nothing is run: cycles are the compiler's estimates, to be compared
+with the time in which a step's bytes can be read. A case takes one to five minutes; what is done is kept in
 docs/tpu/results.json, and the same command goes on from there. `--page` writes docs/tpu.md from it.
 """
 
@@ -22,6 +22,7 @@ from rlae_jax import files, hlo, report
 from rlae_jax.models import ModelConfig
 from rlae_jax.models.config import Rope
 from rlae_jax.planning import tpu
+from rlae_jax.planning.devices import DEVICES
 from rlae_jax.planning.workload import Workload
 
 FOLDER, PAGE = Path("docs/tpu"), Path("docs/tpu.md")
@@ -114,9 +115,79 @@ def read_results() -> dict[str, Any]:
     return stored
 
 
+def _cells(row: dict[str, Any]) -> list[str]:
+    device = DEVICES[row["kind"]]
+    bound = row["read_per_step"] / (device.bandwidth * 1e9)
+    computing = row["cycles"] / (device.clock * 1e9)
+    return [
+        f"{row['model']} pair",
+        f"{row['chips']} x {row['kind']}",
+        str(row["batch"]),
+        *(f"{row[part] / 2**30:.2f}" for part in ("weights", "cache", "temporaries")),
+        f"{row['cycles'] / 1e6:.2f}",
+        f"{1e3 * computing:.2f}",
+        f"{1e3 * bound:.2f}",
+        f"{bound / computing:.2f}",
+        f"{row['batch'] / max(bound, computing):,.0f}",
+        str(sum(row["exchanges"].values()) or "-"),
+        str(row["cache_copies"] or "-"),
+        f"{row['compile_seconds']:.0f}",
+    ]
+
+
+HEAD = (
+    *("members", "chips", "batch", "weights, GiB", "cache, GiB", "temporaries, GiB", "cycles a step, M"),
+    *("ms of cycles", "ms of reading", "reading / cycles", "tokens/s at best", "exchanges a step", "cache copies"),
+    "compile, s",
+)
+TEXT = """# On TPUs, compiled without one
+
+Made by `python -m benchmarks.tpu --page` from docs/tpu/results.json, which `python -m benchmarks.tpu` fills. Needed:
+`pip install 'rlae-jax[tpu-plan]'`, a CPU. {versions}.
+
+Two members of Llama 3's 1B and 8B sizes, bfloat16, one tokenizer, uniform weights, prompts of {prompt} and answers of
+{new} tokens: the decoding loop, whose cache has {slots} slots. Chips lie on the mesh axis `model`. Bytes are those of
+one chip. Nothing was run.
+
+{table}
+
+- **Cycles** are the compiler's estimates, summed over a step. It gives none to copies into vector memory that run
+  beside the products, nor to exchanges: where weights are fetched ahead, the sum is less than reading takes. A step
+  takes at least the longer of the two, from which the tokens per second are.
+- **Reading** is weights and the whole cache once, by the memory's published bandwidth ({bandwidths}).
+{facts}
+- The 1B pair needs {one:.1f} GiB of weights and fits one v5e (16 GiB). The 8B pair needs {pair:.1f} GiB: more chips.
+- Every cache is donated, written in place, and copied in no step.
+
+`rlae-jax plan` answers the same by formula in seconds, and with `--compile` by this compiler, for any members.
+"""
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/tpu.md."""
-    return ""
+    rows = results["cases"]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows.values()))
+    alone, few, many = (rows[Case("1B", "v5e", 1, batch).name]["cycles"] for batch in (1, 2, 8))
+    facts = (
+        f"- **One row is slower than eight.** At batch 1 a product becomes a sum on the vector unit: "
+        f"{alone / 1e6:.1f}M cycles, against {few / 1e6:.1f}M for two rows and {many / 1e6:.1f}M for eight. On TPUs "
+        "batches have at least two rows."
+    )
+    left = [case.name for case in CASES if case.name not in rows]
+    if left:
+        facts += f"\n- Not compiled yet: {'; '.join(left)}."
+    text = TEXT.format(
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        prompt=PROMPT,
+        new=NEW,
+        slots=PROMPT + NEW,
+        table=report.markdown_table(HEAD, [_cells(rows[case.name]) for case in CASES if case.name in rows], left=2),
+        bandwidths=", ".join(f"{kind} {DEVICES[kind].bandwidth:g} GB/s" for kind in kinds),
+        facts=facts,
+        one=rows[Case("1B", "v5e", 1, 8).name]["weights"] / 2**30,
+        pair=8 * rows[Case("8B", "v5e", 8, 8).name]["weights"] / 2**30,
+    )
+    return text
 
 
 def main() -> None:

@@ -133,15 +133,33 @@ class Module:
     def _by_name(self) -> dict[str, Instruction]:
         return {i.name: i for body in self.computations.values() for i in body}
 
+    @functools.cached_property
+    def _fused(self) -> set[str]:
+        """The instructions of fused computations: what they give is not kept."""
+        called = {name for body in self.computations.values() for i in body if i.opcode == "fusion" for name in i.calls}
+        return {i.name for name in called if name in self.computations for i in self.computations[name]}
+
+    def _is_copy(self, i: Instruction) -> bool:
+        """A copy by itself, or a fusion that ends in one."""
+        if i.name in self._fused:
+            return False
+        if i.opcode != "fusion":
+            return i.opcode in _COPIES
+        return any(self.computations[name][-1].opcode == "copy" for name in i.calls if name in self.computations)
+
     def copies(self, instructions: Iterable[Instruction], at_least: int) -> list[Instruction]:
-        """Copies of arrays of at least so many bytes from place to place in the main memory. What goes to a vector
-        memory and back is how a TPU reads and writes."""
+        """Copies of arrays of at least so many bytes from place to place in the main memory.
+
+        What goes to a vector memory and back is how a TPU reads and writes, and a copy within a fusion is how it takes
+        its operand.
+        """
         found = []
         for i in instructions:
-            if i.opcode not in _COPIES or not i.shapes or i.shapes[0].nbytes < at_least:
+            if not i.shapes or i.shapes[0].nbytes < at_least or not self._is_copy(i):
                 continue
             sources = [self._by_name[name] for name in i.operands if name in self._by_name]
-            if all(shape.space == 0 for shape in (i.shapes[0], *(s for source in sources for s in source.shapes))):
+            places = [i.shapes[0], *(shape for source in sources for shape in source.shapes)]
+            if all(shape.space == 0 for shape in places if shape.nbytes >= at_least):
                 found.append(i)
         return found
 

@@ -105,6 +105,9 @@ def test_no_case_begins_that_would_not_end_in_time(run, measures):
     rows = by_case(run("--minutes", "0.5"))
     assert done == ["a", "b"]
     assert "60 s are not left" in rows["c"]["skipped"]
+    assert accelerator.measured(by_case(run("--minutes", "2"))["c"])
+    assert accelerator.measured(by_case(run("--minutes", "0.5", "--again"))["c"])  # as it was
+    assert done == ["a", "b", "c", "a", "b"]
 
 
 def test_figures_of_different_devices_stay_apart(run, measures, tmp_path):

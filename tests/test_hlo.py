@@ -30,6 +30,12 @@ HloModule jit_f, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias)
   ROOT %less = pred[]{:T(512)} constant(false)
 }
 
+%fused_computation.2 (p: bf16[4,64]) -> bf16[4,64] {
+  %p.2 = bf16[4,64]{1,0} parameter(0)
+  %copy.8 = bf16[4,64]{0,1} copy(%p.2)
+  ROOT %negate = bf16[4,64]{0,1} negate(%copy.8)
+}
+
 %branch_a (t: s32[]) -> s32[] {
   ROOT %x.3 = s32[] add(%t, %t), backend_config={"estimated_cycles":"7"}
 }
@@ -46,6 +52,8 @@ HloModule jit_f, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias)
   %agd = f32[8]{0} all-gather-done(%ag)
   %start = (bf16[4,64]{1,0:S(1)}, bf16[4,64]{1,0}, u32[]) copy-start(%fusion.1)
   %there = bf16[4,64]{1,0:S(1)} copy-done(%start)
+  %fusion.2 = bf16[4,64]{0,1} fusion(%there), kind=kLoop, calls=%fused_computation.2
+  %copy.4 = bf16[4,64]{1,0} copy(%fusion.1)
   %back = (bf16[4,64]{1,0}, bf16[4,64]{1,0:S(1)}, u32[]) copy-start(%there)
   %while.2 = (s32[]) while(%t), condition=%until, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   %choose = s32[] conditional(%t, %t, %t), branch_computations={%branch_a, %branch_b}
@@ -100,7 +108,7 @@ def test_loops_and_what_they_run(module):
     assert (outer.name, outer.body, outer.trips) == ("while.1", "body", None)
     assert (inner.name, inner.trips) == ("while.2", 3)
     assert set(module.reach("body")) == {
-        *("body", "fused_computation", "region_0.1", "inner", "until", "branch_a", "branch_b")
+        *("body", "fused_computation", "fused_computation.2", "region_0.1", "inner", "until", "branch_a", "branch_b")
     }
     assert {"copy.9", "x.2", "x.4"} <= {i.name for i in module.inside(outer)}
     assert [i.name for i in module.outside_loops()] == ["x", "copy.2", "cp", "while.1"]
@@ -124,9 +132,9 @@ def test_collectives_count_where_they_start(module):
 
 
 def test_copies_within_the_main_memory(module):
-    """Those in fusions count; those to a TPU's vector memory and back do not."""
+    """A fusion that ends in one counts; copies to a TPU's vector memory and back do not, nor those within a fusion."""
     inside = module.inside(next(module.loops()))
-    assert [i.name for i in module.copies(inside, 512)] == ["copy.9"]
+    assert [i.name for i in module.copies(inside, 512)] == ["fusion.1", "copy.4"]
     assert module.copies(inside, 513) == []
 
 

@@ -12,7 +12,7 @@
 #     sbatch examples/launch/slurm.sh /shared/runs/gsm8k
 #
 # Five minutes before the time is up, and on preemption, the processes save and end with status 75; the job then goes
-# back into the queue and on from there. RUN is on a file system that all nodes have, or in a bucket (s3://, gs://).
+# back into the queue and on from there. RUN is on a file system that all nodes have.
 set -u
 RUN=$1
 

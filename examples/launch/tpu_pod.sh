@@ -23,7 +23,7 @@ while :; do
     gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker all --command "
         ~/.local/bin/rlae-jax train --models Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct --dtype bfloat16 \
             --task gsm8k --chat --max-new-tokens 256 --preset paper --span-length 4 \
-            --coordinator auto --mesh data=-1,model=4 --out $RUN --resume"
+            --coordinator auto --mesh data=-1,model=4 --out runs/gsm8k --checkpoints $RUN --resume"
     status=$?
     # 75: preempted, saved. While the slice is gone any other failure is the preemption's, too.
     [ "$status" -eq 0 ] && exit

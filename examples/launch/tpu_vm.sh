@@ -14,4 +14,4 @@ gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --command "
     pip install --quiet 'rlae-jax[tpu]' gcsfs &&
     ~/.local/bin/rlae-jax train --models Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct --dtype bfloat16 \
         --task gsm8k --chat --max-new-tokens 256 --preset paper --span-length 4 \
-        --mesh data=-1,model=4 --out $RUN --resume"
+        --mesh data=-1,model=4 --out runs/gsm8k --checkpoints $RUN --resume"

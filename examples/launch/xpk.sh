@@ -11,4 +11,4 @@ xpk workload create --cluster "$CLUSTER" --workload rlae-gsm8k --docker-image "$
     --tpu-type v5litepod-32 --num-slices 1 --max-restarts 100 --restart-on-exit-codes 75 \
     --command "rlae-jax train --models Qwen/Qwen2.5-7B-Instruct Qwen/Qwen2.5-Math-7B-Instruct --dtype bfloat16 \
         --task gsm8k --chat --max-new-tokens 256 --preset paper --span-length 4 \
-        --coordinator auto --mesh data=-1,model=4 --out $RUN --resume"
+        --coordinator auto --mesh data=-1,model=4 --out runs/gsm8k --checkpoints $RUN --resume"

@@ -73,6 +73,7 @@ def train(
     max_minutes: float | None = None,
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = (),
     resume: bool = False,
+    checkpoints: str | None = None,
 ) -> None:
     """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
 
@@ -86,6 +87,8 @@ def train(
         max_minutes: stop after this long; --resume goes on.
         log_to: where metrics go besides metrics.jsonl; needs rlae_jax[log].
         resume: go on with the run in OUT.
+        checkpoints: where they go, if not into OUT: a directory of this run alone, or a bucket, gs://... (needs gcsfs)
+            or s3://... (s3fs). Where OUT is lost with its machine, the run goes on from there.
     """
     from rlae_jax import files, report
     from rlae_jax.evaluation import Method, evaluate
@@ -103,6 +106,7 @@ def train(
             resume=resume,
             max_minutes=max_minutes,
             log_to=log_to,
+            checkpoints=checkpoints,
             on_progress=display,
         )
     if display.problems:

@@ -297,8 +297,10 @@ def update(
     run = functools.partial(_update, model=model, config=config)
     together = bring_together((prompts._replace(keys=None), samples), m)
     blocks = split_blocks(together, m)
-    after: tuple[TrainingState, dict[str, Array]] = by_rows(run, places, WHOLE)(base, state, *blocks, rewards, seeds)
-    return after
+    after = by_rows(run, places, WHOLE)(base, state, *blocks, rewards, seeds)
+    # On a mesh every device holds the adapters, which are small.
+    whole: tuple[TrainingState, dict[str, Array]] = jax.tree.map(constrain, after)
+    return whole
 
 
 def _update(

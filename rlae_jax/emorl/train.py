@@ -189,6 +189,7 @@ def train_adapters(
     resume: bool = False,
     max_minutes: float | None = None,
     data: Mapping[str, Any] | None = None,
+    checkpoints: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Adapter]:
     """Fine-tunes an adapter for every target, all at once, and returns those that were best on dev.
@@ -198,6 +199,7 @@ def train_adapters(
       resume: go on with targets that are there already; those that are done are read.
       max_minutes: after this long it stops, with checkpoints from which it can be resumed.
       data: where the prompts come from, for those who open the run again.
+      checkpoints: where they go, if not into `out`: a directory of this run alone, or a bucket's URL.
       on_progress: called after every validation.
 
     Raises:
@@ -226,7 +228,8 @@ def train_adapters(
             shutil.rmtree(directory)  # failed before its first validation: nothing to go on from
         claim_directory(directory, {"command": "emorl train"} | target.config(), resume=resume)
         if not (directory / TRAINING_FILE).is_file():
-            learners.append(_begin(base, target, directory, config))
+            at = None if checkpoints is None else f"{checkpoints}/{target.name}"
+            learners.append(_begin(base, target, directory, config, at))
     loop = _Loop(base, ensemble, config, train, dev)
     began = saved = time.monotonic()
     try:
@@ -268,12 +271,12 @@ def train_adapters(
     return {name: dataclasses.replace(load_adapter(directories[name] / ADAPTER, base), name=name) for name in finished}
 
 
-def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig) -> _Learner:
+def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: str | None) -> _Learner:
     """A learner as its directory has it, or a new one."""
     seed = own_seed(target.name, config.seed)
     state = fine_tune.begin(base.config, config, seed)
     saved = sharding.whole(_Saved(state, jax.tree.map(jnp.copy, state.factors), np.float32(-np.inf)), base.mesh)
-    checkpoints = Checkpoints(directory)
+    checkpoints = Checkpoints(directory, at)
     newest = checkpoints.newest()
     if newest is not None:
         saved = checkpoints.restore(newest, sharding.abstract(saved, base.mesh))

@@ -22,7 +22,7 @@ from rlae_jax.fusion.prompts import Prompts, Row, fill_rows
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
 from rlae_jax.models import lora
-from rlae_jax.sharding import ROWS, WHOLE, by_rows, to_host, use
+from rlae_jax.sharding import ROWS, WHOLE, by_rows, to_host, use, whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +44,7 @@ class Job:
         policy_params, params = self.policy_params, self.params
         if getattr(self.spec.policy, "params_per_row", False) and len(policy_params) == batch:
             policy_params = np.repeat(fill_rows(np.asarray(policy_params), filled), self.samples, axis=0)
+        policy_params = whole(policy_params, self.mesh)
         if not self.spec.shared_base:
             params = tuple(_fill_choice(p, batch, filled) for p in params)
         return dataclasses.replace(self, policy_params=policy_params, params=params)

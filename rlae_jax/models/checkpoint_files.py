@@ -223,15 +223,25 @@ def _fields(source: Source, path: Path, context: int | None) -> dict[str, Any]:
 
 
 def read_config(
-    source: Source, directory: Path, *, dtype: str, precision: str | None, context: int | None = None
+    source: Source,
+    directory: Path,
+    *,
+    dtype: str,
+    precision: str | None,
+    context: int | None = None,
+    tensors: bool = True,
 ) -> ModelConfig:
     """The `ModelConfig` of a directory's model.
+
+    Args:
+      tensors: False where there need not be any: a family whose tensors tell whether its head is tied is then taken at
+        its configuration's word.
 
     Raises:
       InputError: a setting that is missing, unusable or not supported.
     """
     config = _config(source, directory / "config.json", dtype, precision, context)
-    if source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
+    if tensors and source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
         config = dataclasses.replace(config, tied_head=True)
     return config
 

@@ -49,13 +49,14 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
-def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
     """The directory that holds a model's files.
 
     Args:
       name: a local directory, returned as it is ("~" expanded), or a Hub id, "org/name" or "name". A directory wins
         over a Hub id of the same name.
       revision: branch, tag or whole commit hash of a Hub repository; None is its main branch.
+      weights: False for who reads the configuration alone; a repository's weights are then not fetched.
 
     Raises:
       InputError: no such directory and no possible Hub id; a file; a repository or revision that is not there, is not
@@ -71,7 +72,7 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None) -> Pat
         raise InputError(f"{asked} {'is a file' if os.path.exists(path) else 'is a link to nowhere'}; {EXPECTED}")
     if not _can_be_hub_id(asked):
         raise InputError(f"{asked or repr(asked)} does not exist{_similar(path)}; {EXPECTED}")
-    return _fetch(asked, revision)
+    return _fetch(asked, revision) if weights else _download(asked, revision, SMALL_FILES)
 
 
 def _can_be_hub_id(name: str) -> bool:

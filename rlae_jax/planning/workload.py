@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlae_jax import sharding
+from rlae_jax import hlo, sharding
 from rlae_jax.config import PPOConfig
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion import programs
@@ -138,6 +138,12 @@ class Workload:
         state = jax.eval_shape(decoding.prefill, self.params(None), self.prompts(None), spec)
         members = jax.tree_util.tree_map_with_path(lambda path, leaf: _place_cache(path, leaf, mesh), state.members)
         return place_rows(state, mesh)._replace(members=members)
+
+    def cache_shapes(self, mesh: Mesh) -> tuple[hlo.Shape, ...]:
+        """The caches as one device holds them."""
+        names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+        leaves = [leaf for cache in self.state(mesh).caches for leaf in jax.tree.leaves(cache.layers)]
+        return tuple(hlo.Shape(names[leaf.dtype.name], leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 
     def weights(self, mesh: Mesh | None) -> Any:
         """Fixed weights of every row."""

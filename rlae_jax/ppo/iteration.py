@@ -342,10 +342,10 @@ def _learn_all(
         return jax.vmap(functools.partial(learn, spec=spec, config=config))(states, experience, score, keys)
 
     places = (WHOLE, BLOCKS, BLOCKS, WHOLE, WHOLE)
-    learnt: tuple[LearnerState, dict[str, Array]] = by_rows(update, places, WHOLE)(
-        states, experience, score, seeds, spec
-    )
-    return learnt
+    learnt = by_rows(update, places, WHOLE)(states, experience, score, seeds, spec)
+    # On a mesh every device holds the agents, which are small.
+    whole: tuple[LearnerState, dict[str, Array]] = jax.tree.map(constrain, learnt)
+    return whole
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="states")

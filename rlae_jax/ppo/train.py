@@ -60,7 +60,9 @@ class TrainProgress:
     problems: str = ""  # what went wrong so far with rewards, in a few lines
 
 
-def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec) -> dict[str, Any]:
+def run_config(
+    ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec, checkpoints: str | None = None
+) -> dict[str, Any]:
     """The content of config.json: everything that the result of a run depends on, and where it ran."""
     return {
         "schema": 1,
@@ -78,6 +80,7 @@ def run_config(ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSp
         "text_width": spec.dims.text,
         "preset": config.preset,
         "settings": dataclasses.asdict(config),
+        "checkpoints": checkpoints,
         **devices(sharding.describe(ensemble.mesh)),
     }
 
@@ -167,6 +170,7 @@ def train(
     resume: bool = False,
     max_minutes: float | None = None,
     log_to: Sequence[str] = (),
+    checkpoints: str | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> BoundPolicy:
     """Trains a weight agent with PPO (or, with a `MAPPOConfig`, one per member) and returns what was best on dev.
@@ -181,6 +185,7 @@ def train(
       resume: continue the run in `out` (or begin it, if there is none).
       max_minutes: after this long the run stops, with a checkpoint from which it can be resumed.
       log_to: "tensorboard", "wandb": where metrics go besides metrics.jsonl.
+      checkpoints: where they go, if not into `out`: a directory of this run alone, or a bucket's URL.
       on_progress: called after every iteration.
 
     Raises:
@@ -198,6 +203,7 @@ def train(
         resume=resume,
         max_minutes=max_minutes,
         log_to=log_to,
+        checkpoints=checkpoints,
         on_progress=on_progress,
     )
     return policy
@@ -212,6 +218,7 @@ def train_seeds(
     resume: bool = False,
     max_minutes: float | None = None,
     log_to: Sequence[str] = (),
+    checkpoints: str | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> list[BoundPolicy]:
     """As `train`, for `config.seeds` agents in one program: agent e is what seed `config.seed` + e alone gives."""
@@ -241,16 +248,18 @@ def train_seeds(
     train_split = _tokenise(ensemble, task, "train", None, config, encoder)
     dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
     load_sinks(log_to)  # told before anything is written
-    claim_directory(out, run_config(ensemble, task, config, spec), resume=resume)
+    claim_directory(out, run_config(ensemble, task, config, spec, checkpoints), resume=resume)
     if ensemble.union is not None and hosts.is_first():
         ensemble.union.save(out / UNION_FILE)
 
     state, seeds = sharding.whole(_fresh(config, dims), ensemble.mesh), _seeds(config)
     static = _shaping(config)
-    checkpoints = Checkpoints(out)
-    newest = checkpoints.newest()
+    saved = Checkpoints(out, checkpoints)
+    newest = saved.newest()
+    if newest is not None and not resume:
+        raise InputError(f"{saved.path} holds checkpoints: resume (--resume, resume=True) or choose another place")
     if newest is not None:
-        state = checkpoints.restore(newest, sharding.abstract(state, ensemble.mesh))
+        state = saved.restore(newest, sharding.abstract(state, ensemble.mesh))
     first = int(state.learner.iteration[0])
     log = MetricsLog(out, first, sinks=log_to)
     began = time.monotonic()
@@ -281,7 +290,7 @@ def train_seeds(
                 # forgotten on resuming, but one before it would never be written again.
                 log.write(done, values)
                 if scored:
-                    checkpoints.save(done, state)
+                    saved.save(done, state)
                 on_progress(TrainProgress(done, values, "\n".join(told for _, told in problems if told)))
                 if stop is not None and done < config.iterations:
                     raise stop(f"{stop.what} after iteration {done} of {config.iterations}; saved in {out}")
@@ -289,12 +298,14 @@ def train_seeds(
                     break
     finally:
         log.close()
-        checkpoints.close()
+        saved.close()
     agents = [_nth(state.best, e) for e in range(config.seeds)]
     return [_bound(config, params, dims, encoder) for params in agents]
 
 
 def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) -> BoundPolicy:
+    # Wherever they were trained, they are to be used anywhere.
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
     assert config.span_length is not None
     return BoundPolicy(
         ppo.make_policy(config),
@@ -442,7 +453,7 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
     if seed is not None and not config.seed <= seed < config.seed + config.seeds:
         last = config.seed + config.seeds - 1
         raise InputError(f"{run} has no agent of seed {seed}; its seeds are {config.seed} to {last}")
-    checkpoints = Checkpoints(Path(run))
+    checkpoints = Checkpoints(Path(run), files.read_json(Path(run) / CONFIG_FILE).get("checkpoints"))
     try:
         step = checkpoints.newest()
         if step is None:
@@ -453,7 +464,5 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
     params = _nth(state.learner.params if newest else state.best, e)
-    mesh = sharding.mesh_in_force()
-    params = jax.tree.map(jnp.asarray, params) if mesh is None else sharding.whole(params, mesh)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
     return _bound(config, params, dims, encoder)

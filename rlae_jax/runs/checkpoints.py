@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from rlae_jax.errors import InputError
@@ -14,20 +15,30 @@ DIRECTORY_NAME = "checkpoints"
 
 
 class Checkpoints:
-    """The `checkpoints/` directory of a run."""
+    """The checkpoints of a run.
 
-    def __init__(self, run: Path):
+    Args:
+      run: its directory, in whose `checkpoints/` they lie by default.
+      at: elsewhere: a directory, or a bucket's URL (gs://, s3://) that Orbax writes to.
+
+    Raises:
+      InputError: what is there cannot be read, or the package for such URLs is not installed.
+    """
+
+    def __init__(self, run: Path, at: str | None = None):
         # Orbax reports every step of every save; a failure still raises.
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self.path = (run / DIRECTORY_NAME).resolve()
+        self.path: Any = (run / DIRECTORY_NAME).resolve() if at is None else epath.Path(at)
+        if at is not None and "://" not in at:
+            self.path = self.path.resolve()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(n=1),
             enable_async_checkpointing=False,
         )
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path}: the checkpoints cannot be read ({error})") from error
+        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+            raise InputError(f"{at or self.path}: the checkpoints cannot be read ({error})") from error
 
     def newest(self) -> int | None:
         """The iteration of the newest complete checkpoint."""

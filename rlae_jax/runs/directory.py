@@ -16,6 +16,8 @@ from rlae_jax import files, hosts
 from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
 
 CONFIG_FILE = "config.json"
+# What a resumed run may change: how long it is, and where it is.
+MAY_DIFFER = ("settings.iterations ", "settings.steps ", "mesh", "processes ", "checkpoints ")
 
 
 def _plain(value: Any) -> Any:
@@ -80,7 +82,7 @@ def _claim(out: Path, wanted: dict[str, Any], resume: bool) -> None:
         findings = [
             ("settings differ", difference)
             for difference in _differences(_plain(wanted), there)
-            if not difference.startswith(("settings.iterations ", "settings.steps ", "mesh", "processes "))
+            if not difference.startswith(MAY_DIFFER)
         ]
         if findings:
             raise grouped_error(

@@ -2,17 +2,19 @@
 what matters on a TPU shows: caches that its vector memory cannot hold."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding
 
-from rlae_jax import hlo, sharding
+from rlae_jax import sharding
 from rlae_jax.config import MAPPOConfig, PPOConfig
 from rlae_jax.emorl import fine_tune, fused
-from rlae_jax.models import LoraConfig, ModelConfig, pretrain
+from rlae_jax.models import LoraConfig, ModelConfig, pretrain, transformer
 from rlae_jax.planning.workload import Workload, place_params, place_rows, place_whole
 
 MODEL = ModelConfig(
@@ -31,12 +33,6 @@ ADAPTERS, TEXT = 2, 64
 PRETRAIN = pretrain.PretrainConfig(batch=16, steps=100)
 
 
-def caches(workload: Workload, mesh: Mesh) -> tuple[hlo.Shape, ...]:
-    """The caches of the members as one device holds them."""
-    leaves = [leaf for cache in workload.state(mesh).caches for leaf in jax.tree.leaves(cache.layers)]
-    return tuple(hlo.Shape("bf16", leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-
-
 def device_bytes(tree: Any) -> int:
     """Of the arrays as one device holds them."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
@@ -45,7 +41,7 @@ def device_bytes(tree: Any) -> int:
 
 def cache_bytes(workload: Workload, mesh: Mesh) -> int:
     """Of all caches on one device."""
-    return sum(shape.nbytes for shape in caches(workload, mesh))
+    return sum(shape.nbytes for shape in workload.cache_shapes(mesh))
 
 
 def lower_points(mesh: Mesh) -> jax.stages.Lowered:
@@ -83,13 +79,25 @@ def lower_fine_tune(mesh: Mesh) -> jax.stages.Lowered:
         return fine_tune.update.lower(*args, *place_whole((rewards, seeds), mesh), TRAINED, FINE_TUNE)
 
 
+def pretrain_state(mesh: Mesh) -> tuple[Any, Any]:
+    """Parameters and what the optimiser keeps of them, in parts over all devices."""
+    optimiser, axes = pretrain._optimiser(PRETRAIN), transformer.logical_axes(TRAINED)
+
+    def place(leaf: Any, names: tuple[str, ...]) -> Any:
+        spec = sharding.partition(names, leaf.shape, mesh, fsdp=True)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    kept = jax.eval_shape(optimiser.init, place_params(TRAINED, None))
+    whole = functools.partial(place_whole, mesh=mesh)
+    state = optax.tree.map_params(optimiser, place, kept, axes, transform_non_params=whole)
+    return place_params(TRAINED, mesh, fsdp=True), state
+
+
 def lower_pretrain(mesh: Mesh) -> jax.stages.Lowered:
     """Two steps of next-token training."""
-    params = place_params(TRAINED, mesh)
-    optimiser = jax.eval_shape(pretrain._optimiser(PRETRAIN).init, place_params(TRAINED, None))
     texts = jax.ShapeDtypeStruct((256, 128), jnp.int32), jax.ShapeDtypeStruct((256, 128), bool)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-    args = params, place_whole(optimiser, mesh), *place_whole(texts, mesh), None, place_whole(keys, mesh)
+    args = *pretrain_state(mesh), *place_whole(texts, mesh), None, place_whole(keys, mesh)
     # JAX's own attention mixes float32 and bfloat16 in its gradient.
     with sharding.use(mesh), jax.numpy_dtype_promotion("standard"):
         return pretrain._run_steps.lower(TRAINED, PRETRAIN, *args)

@@ -72,7 +72,7 @@ def elements(shape: str) -> int:
 
 def decoding_loop(compiled: Compiled, workload: Any) -> list[hlo.Instruction]:
     """What a step runs, after checking that it leaves the caches where they are."""
-    shapes = programs.caches(workload, compiled.mesh)
+    shapes = workload.cache_shapes(compiled.mesh)
     inside = compiled.module.inside(compiled.module.loop_carrying(*shapes))
     smallest = min(shape.nbytes for shape in shapes)
     assert compiled.module.copies(inside, smallest) == []
@@ -128,7 +128,8 @@ def test_members_with_different_tokenizers(sizes: tuple[int, int]) -> None:
         return
     assert {kind for kind, _ in counted} <= {"all-reduce", "all-gather", "collective-permute"}
     large = [key for key, n in counted.items() for _ in range(n) if elements(key[1]) >= compiled.rows * MODEL.vocab]
-    assert large == [("all-gather", f"f32[{compiled.rows},{MODEL.vocab}]")]
+    assert set(large) == {("all-gather", f"f32[{compiled.rows},{MODEL.vocab}]")}
+    assert len(large) <= len(UNION.members)
 
 
 @pytest.mark.parametrize("sizes", [ONE, BOTH], ids=str)
@@ -191,10 +192,13 @@ def test_fine_tuning_adapters(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("sizes", [ONE, BOTH], ids=str)
 def test_steps_of_pretraining(sizes: tuple[int, int]) -> None:
+    """All of a step's state is a part of its own on every device, and is donated."""
     compiled = compile_for(programs.lower_pretrain, sizes)
-    of_params = programs.device_bytes(place_params(TRAINED, compiled.mesh))
-    assert compiled.memory.alias_size_in_bytes >= of_params
-    assert compiled.memory.temp_size_in_bytes <= 4 * of_params
+    params, optimiser = (programs.device_bytes(tree) for tree in programs.pretrain_state(compiled.mesh))
+    assert_donated(compiled, params + optimiser)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(place_params(TRAINED, None)))
+    assert params < 1.05 * whole / (compiled.data * compiled.model)
+    assert compiled.memory.temp_size_in_bytes <= 4 * whole
 
 
 def assert_donated(compiled: Compiled, nbytes: int) -> None:

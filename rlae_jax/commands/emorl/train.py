@@ -98,6 +98,7 @@ def train(
     training: Annotated[TrainOptions, OmitArgPrefixes],
     resume: bool = False,
     max_minutes: float | None = None,
+    checkpoints: str | None = None,
 ) -> None:
     """Fine-tune one LoRA adapter per objective with reinforcement learning, all at once.
 
@@ -120,6 +121,8 @@ def train(
         training: how.
         resume: go on with these objectives.
         max_minutes: stop after this long; --resume goes on.
+        checkpoints: where they go, if not into OUT: a directory of this run alone, or a bucket, gs://... (needs gcsfs)
+            or s3://... (s3fs).
     """
     from rlae_jax import report
     from rlae_jax.emorl.display import show_training, training_progress
@@ -150,6 +153,7 @@ def train(
             *(lm, targets, prompts, config, out),
             resume=resume,
             max_minutes=max_minutes,
+            checkpoints=checkpoints,
             data=dataclasses.asdict(source),
             on_progress=on_progress,
         )
