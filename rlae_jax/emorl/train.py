@@ -216,6 +216,8 @@ def train_adapters(
     directories = {target.name: out / OBJECTIVES / target.name for target in targets}
     claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
     there = [name for name in claimed if read_metrics(directories[name])]
+    trained = [name for name in claimed if (directories[name] / TRAINING_FILE).is_file()]
+    claimed, there, trained = hosts.gather([claimed, there, trained])[0]
     if there and not resume:
         raise InputError(
             f"{out} holds {', '.join(there)} already; resume (--resume, resume=True) or choose other names"
@@ -227,7 +229,7 @@ def train_adapters(
         if target.name in claimed and target.name not in there and hosts.is_first():
             shutil.rmtree(directory)  # failed before its first validation: nothing to go on from
         claim_directory(directory, {"command": "emorl train"} | target.config(), resume=resume)
-        if not (directory / TRAINING_FILE).is_file():
+        if target.name not in trained:
             at = None if checkpoints is None else f"{checkpoints}/{target.name}"
             learners.append(_begin(base, target, directory, config, at))
     loop = _Loop(base, ensemble, config, train, dev)
@@ -281,7 +283,6 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: s
     if newest is not None:
         saved = checkpoints.restore(newest, sharding.abstract(saved, base.mesh))
     log = MetricsLog(directory, -1 if newest is None else newest)
-    hosts.wait()  # before its lines are read
     weights = None
     if target.weighting != "equal":
         weights = DynaOpt(
@@ -289,7 +290,8 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: s
         )
     learner = _Learner(target, directory, seed, saved, checkpoints, log, [], weights)
     done = 0
-    for row in read_metrics(directory):
+    told: list[dict[str, Any]] = hosts.gather(read_metrics(directory))[0]
+    for row in told:
         if weights is not None:
             for _ in range(row["iteration"] - done):
                 weights.step()

@@ -248,7 +248,7 @@ def train_seeds(
     train_split = _tokenise(ensemble, task, "train", None, config, encoder)
     dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
     load_sinks(log_to)  # told before anything is written
-    claim_directory(out, run_config(ensemble, task, config, spec, checkpoints), resume=resume)
+    claim_directory(out, run_config(ensemble, task, config, spec, checkpoints), resume=resume, shared=not checkpoints)
     if ensemble.union is not None and hosts.is_first():
         ensemble.union.save(out / UNION_FILE)
 

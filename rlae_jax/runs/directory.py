@@ -4,6 +4,7 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from rlae_jax import files, hosts
 from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
 
 CONFIG_FILE = "config.json"
+_SECONDS_TO_APPEAR = 60.0
 # What a resumed run may change: how long it is, and where it is.
 MAY_DIFFER = ("settings.iterations ", "settings.steps ", "mesh", "processes ", "checkpoints ")
 
@@ -40,18 +42,37 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool) -> None:
+def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool, shared: bool = True) -> None:
     """Makes sure that a run directory is new, or that it belongs to this very run and may be resumed.
 
     A resumed run may be longer than it was, and on other devices (`devices`), which a warning says. Of several
     processes the first claims, once they agree on what.
 
+    Args:
+      shared: all processes need what the first one writes.
+
     Raises:
       InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made; processes
-        that differ.
+        that differ, or do not see the same directory.
     """
     hosts.agree(wanted)
     hosts.first(lambda: _claim(out, wanted, resume))
+    blind = [i for i, sees in enumerate(hosts.gather(not shared or _appears(out / CONFIG_FILE))) if not sees]
+    if blind:
+        raise InputError(
+            f"{out} is not one directory for all processes: {CONFIG_FILE} does not appear where process {blind[0]} "
+            "runs; give one on a file system that they share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another host wrote is there: file systems may take a while to show it."""
+    late = time.monotonic() + _SECONDS_TO_APPEAR
+    while not path.is_file():
+        if time.monotonic() > late:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def devices(mesh: dict[str, int] | None) -> dict[str, Any]:
