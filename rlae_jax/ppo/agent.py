@@ -10,6 +10,7 @@ critic     joint -> value                               joint -> value
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -39,10 +40,14 @@ def init_mlp(key: Key[Array, ""], inputs: int, width: int, outputs: int) -> Mlp:
     }
 
 
+# Agents are small and their ratios near 1: accelerators' own rounding of float32 operands would be noise in them.
+_product = functools.partial(jnp.matmul, precision="highest")
+
+
 def apply_mlp(mlp: Mlp, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     """w2 tanh(w1 x + b1) + b2."""
     b1, b2 = (jax.lax.broadcast_to_rank(mlp[name], x.ndim) for name in ("b1", "b2"))
-    return jnp.tanh(x @ mlp["w1"] + b1) @ mlp["w2"] + b2
+    return _product(jnp.tanh(_product(x, mlp["w1"]) + b1), mlp["w2"]) + b2
 
 
 def _normed(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
@@ -79,7 +84,7 @@ def _read(
     if "hidden" in config.reads:
         projected = []
         for k, hidden in enumerate(observation.hidden):
-            projected.append(_normed(hidden) @ params["projections"][f"member_{k}"])
+            projected.append(_product(_normed(hidden), params["projections"][f"member_{k}"]))
         of_members.append(jnp.stack(projected, axis=1))
     if "stats" in config.reads:
         of_members.append(observation.stats)
@@ -90,7 +95,7 @@ def _read(
         last = params["span_embedding"].shape[0] - 1
         shared.append(params["span_embedding"][jnp.minimum(observation.span, last)])
     if "text" in config.reads:
-        shared.append(_normed(observation.text) @ params["text_projection"])
+        shared.append(_product(_normed(observation.text), params["text_projection"]))
     return (
         jnp.concatenate(of_members, axis=-1) if of_members else None,
         jnp.concatenate(shared, axis=-1) if shared else None,

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_told_with_what_would(model: Callable[..., str], ru
 
 
 def test_training_says_hours_and_observations(model: Callable[..., str], run: Callable[..., Any]) -> None:
-    made = run("--models", model(), model("other"), "--device", "h100", "--batch", "64", "--train", "ppo")
+    made = run("--models", model(), model("other"), "--device", "h100", "--batch", "64", "--train")
     assert made["device"]["name"] == "H100"
     assert made["bytes"]["observations"] == 64 * 64 * 2 * 2048 * 4
     assert made["iterations"] == 200
@@ -124,7 +124,8 @@ def test_tables_show_every_moment(
     model: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(main.CACHE_VARIABLE, "off")
-    arguments = ["--models", model(), "--device", "L4", "--train", "mappo", "--batch", "8", "--quantise", "int8"]
+    arguments = ["--models", model(), "--device", "L4", "--train", "--algo", "mappo"]
+    arguments += ["--batch", "8", "--quantise", "int8"]
     monkeypatch.setattr(sys, "argv", ["rlae-jax", "plan", *arguments])
     main.main()
     said = capsys.readouterr().out

@@ -104,6 +104,20 @@ class TestARun:
         expected = dataclasses.replace(newest, params=jax.tree.map(lambda leaf: leaf[0], worse.params))
         assert_same_params(rj.load_policy(copied, newest=True), expected)
 
+    def test_checkpoints_elsewhere_survive_the_directory(self, finished, ensemble, tmp_path, raises_input_error):
+        """As in a bucket, where a machine is lost with its disk: another one goes on from the newest checkpoint."""
+        _, returned, task = finished
+        half = dataclasses.replace(toys.SETTINGS, iterations=12)
+        kept = {"checkpoints": str(tmp_path / "bucket")}
+        rj.train(ensemble, task, half, tmp_path / "first", **kept)
+        assert not (tmp_path / "first" / "checkpoints").exists()
+        assert rj.load_policy(tmp_path / "first").span_length == 1
+        raises_input_error(lambda: rj.train(ensemble, task, half, tmp_path / "new", **kept), "resume")
+        gone_on = rj.train(ensemble, task, toys.SETTINGS, tmp_path / "second", resume=True, **kept)
+        assert_same_params(gone_on, returned)
+        assert iterations(tmp_path / "second") == list(range(13, toys.SETTINGS.iterations + 1))
+        assert_same_params(rj.load_policy(tmp_path / "second"), returned)
+
     @pytest.mark.slow
     def test_rewards_from_text_train_as_rewards_from_tokens(self, ensemble, tmp_path):
         config = dataclasses.replace(toys.SETTINGS, iterations=3, eval_every=3)

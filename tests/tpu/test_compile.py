@@ -103,7 +103,7 @@ def test_decoding_in_lockstep(sizes: tuple[int, int]) -> None:
     compiled = compile_for(LOCKSTEP.lower_loop, sizes)
     inside = decoding_loop(compiled, LOCKSTEP)
     assert_exchanges(compiled, inside, states=2 * (1 + 2 * MODEL.layers), rows=compiled.rows)
-    assert_donated(compiled, programs.device_bytes(LOCKSTEP.state(compiled.mesh)))
+    assert_donated(compiled, programs.cache_bytes(LOCKSTEP, compiled.mesh))
     logits = compiled.rows * MODEL.vocab // compiled.model * 4
     assert compiled.memory.temp_size_in_bytes <= 6 * logits + MIB
 
@@ -113,7 +113,7 @@ def test_adapters_over_one_base(sizes: tuple[int, int]) -> None:
     compiled = compile_for(SHARED.lower_loop, sizes)
     inside = decoding_loop(compiled, SHARED)
     assert_exchanges(compiled, inside, states=1 + 2 * MODEL.layers, rows=2 * compiled.rows)
-    assert_donated(compiled, programs.device_bytes(SHARED.state(compiled.mesh)))
+    assert_donated(compiled, programs.cache_bytes(SHARED, compiled.mesh))
 
 
 @pytest.mark.parametrize("sizes", [ONE, BOTH, ROWS], ids=str)
@@ -122,7 +122,7 @@ def test_members_with_different_tokenizers(sizes: tuple[int, int]) -> None:
     brought together; nothing else of their size moves."""
     compiled = compile_for(UNION.lower_loop, sizes)
     counted = exchanged(decoding_loop(compiled, UNION))
-    assert_donated(compiled, programs.device_bytes(UNION.state(compiled.mesh)))
+    assert_donated(compiled, programs.cache_bytes(UNION, compiled.mesh))
     if compiled.model == 1:
         assert not counted
         return
@@ -178,12 +178,14 @@ def test_points_of_a_search(sizes: tuple[int, int]) -> None:
     assert compiled.memory.temp_size_in_bytes <= 2 * programs.cache_bytes(SHARED, compiled.mesh)
 
 
-@pytest.mark.parametrize("sizes", [ONE, ROWS], ids=str)
+@pytest.mark.parametrize("sizes", [ONE, BOTH, ROWS], ids=str)
 def test_fine_tuning_adapters(sizes: tuple[int, int]) -> None:
     """Groups of devices exchange the adapters' gradients, not activations."""
     compiled = compile_for(programs.lower_fine_tune, sizes)
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(programs.fine_tune_state()))
     assert_donated(compiled, state)
+    if compiled.model > 1:
+        return
     everything = [i for body in compiled.module.computations.values() for i in body]
     reduced = sum(n * elements(shape) for (kind, shape), n in exchanged(everything).items() if kind == "all-reduce")
     factors = sum(leaf.size for leaf in jax.tree.leaves(programs.fine_tune_state().factors))
