@@ -11,6 +11,7 @@ Nothing here is passed along: programs ask for the mesh in force, under which `u
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -64,14 +65,21 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[Any] | None = 
         sizes[left[0]] = n // known
     shape = tuple(sizes.values())
     kinds = (AxisType.Auto,) * len(shape)
+    used = math.prod(shape)
     if devices is None:
-        return jax.make_mesh(shape, tuple(sizes), axis_types=kinds, devices=jax.devices()[: data_size(shape)])
-    return Mesh(np.asarray(devices[: data_size(shape)]).reshape(shape), tuple(sizes), axis_types=kinds)
+        return jax.make_mesh(shape, tuple(sizes), axis_types=kinds, devices=jax.devices()[:used])
+    return Mesh(np.asarray(devices[:used]).reshape(shape), tuple(sizes), axis_types=kinds)
 
 
-def data_size(shape: Sequence[int]) -> int:
-    """How many devices a mesh of this shape has."""
-    return int(np.prod(shape))
+def groups_of(mesh: Mesh | None) -> int:
+    """How many groups of devices have rows of their own; 1 without a mesh."""
+    return 1 if mesh is None else int(mesh.shape[DATA])
+
+
+def fill(n: int, mesh: Mesh | None) -> int:
+    """The next number of rows, from n on, that every group of devices has an equal part of."""
+    groups = groups_of(mesh)
+    return -(-n // groups) * groups
 
 
 def _text(sizes: Mapping[str, int]) -> str:
@@ -367,9 +375,9 @@ def abstract(tree: T, mesh: Mesh | None) -> T:
 
 def check_rows(what: str, n: int, mesh: Mesh | None) -> None:
     """Raises an `InputError` for a number of rows that a mesh does not divide."""
-    size = 1 if mesh is None else mesh.shape[DATA]
+    size = groups_of(mesh)
     if n % size:
-        below, above = n // size * size, -(-n // size) * size
+        below, above = n // size * size, fill(n, mesh)
         fitting = f"{below} or {above}" if below else str(above)
         raise InputError(f"{what} {n} is not divided by {DATA}={size} of the mesh; {fitting} would be")
 

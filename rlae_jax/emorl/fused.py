@@ -37,7 +37,7 @@ from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
 from rlae_jax.models import LM, Adapter
 from rlae_jax.models.lm import load_adapters
-from rlae_jax.sharding import DATA, ROWS, WHOLE, by_rows, to_host, use
+from rlae_jax.sharding import ROWS, WHOLE, by_rows, fill, groups_of, to_host, use
 
 MODES = {"hidden": "hidden", "probs": "linear", "loglinear": "loglinear", "params": "params"}
 DEFAULT_MEMORY = 2 << 30  # bytes of keys and values that a batch of points may take
@@ -125,8 +125,7 @@ class Fused:
         """
         spec = self.ensemble.spec(max_new_tokens=max_new_tokens, temperature=temperature, ignore_eos=ignore_eos)
         self.ensemble.check_lengths(self.ensemble.lengths(rows), max_new_tokens)
-        groups = 1 if self.base.mesh is None else self.base.mesh.shape[DATA]
-        batch = -(-len(rows) // groups) * groups
+        batch = fill(len(rows), self.base.mesh)
         keys = _keys(np.uint32(seed), np.arange(first, first + batch))
         prompts = self.ensemble.prompts(rows, spec, batch=batch)._replace(keys=keys)
         return PointDecoder(self, tuple(map(tuple, rows)), prompts, spec, samples, memory)
@@ -157,7 +156,7 @@ class PointDecoder:
     @property
     def _groups(self) -> int:
         """Of devices, each with prompts of its own."""
-        return 1 if self._mesh is None else self._mesh.shape[DATA]
+        return groups_of(self._mesh)
 
     @functools.cached_property
     def at_once(self) -> int:

@@ -421,8 +421,7 @@ class _Loop:
         """Scores greedy answers to the dev prompts, keeps the adapters that are the best so far, and writes metrics."""
         n, m = len(self.dev.texts), len(learners)
         stack = fine_tune.join([learner.saved.state for learner in learners])
-        groups = 1 if self.base.mesh is None else self.base.mesh.shape[sharding.DATA]
-        filled = -(-n // groups) * groups
+        filled = sharding.fill(n, self.base.mesh)
         places = np.tile(np.arange(filled) % n, m)
         seeds = np.zeros(m, np.uint32)
         once = dataclasses.replace(self._static, samples=1, algorithm="ppo")

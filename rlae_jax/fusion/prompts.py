@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int, Integer, Key
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion.reading import Text
-from rlae_jax.sharding import DATA, platform
+from rlae_jax.sharding import fill, groups_of, platform
 
 SMALLEST_PROMPT_BUCKET = 16
 # A prompt's ids; of members with different tokenizers a tuple of each member's own.
@@ -72,8 +72,8 @@ def smallest_batch() -> int:
 
 def batch_bucket(n: int, mesh: Mesh | None = None) -> int:
     """The size of a batch that holds n rows, for each group of a mesh's devices alike."""
-    groups = 1 if mesh is None else mesh.shape[DATA]
-    return groups * bucket(-(-n // groups), smallest_batch())
+    groups = groups_of(mesh)
+    return groups * bucket(fill(n, mesh) // groups, smallest_batch())
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
