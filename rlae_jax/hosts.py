@@ -26,7 +26,8 @@ from jaxtyping import Int, Shaped
 from rlae_jax.errors import InputError
 
 CONNECT_VARIABLE, HEARTBEAT_VARIABLE = "RLAE_JAX_CONNECT_SECONDS", "RLAE_JAX_HEARTBEAT_SECONDS"
-_CONNECT_SECONDS, _HEARTBEAT_SECONDS = 60, 30  # until missing processes, and lost ones, are told
+# Until missing processes (a cluster may start them minutes apart), and lost ones, are told.
+_CONNECT_SECONDS, _CLUSTER_SECONDS, _HEARTBEAT_SECONDS = 60, 300, 30
 _SHUTDOWN_SECONDS = 600  # at the end the others wait while the first writes
 _LEAVE_SECONDS = 10
 _WEEK_MS = 7 * 24 * 3600 * 1000
@@ -75,7 +76,8 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
     import jax
     from jax._src import distributed
 
-    connect = int(os.environ.get(CONNECT_VARIABLE, _CONNECT_SECONDS))
+    usual = _CLUSTER_SECONDS if coordinator == "auto" else _CONNECT_SECONDS
+    connect = int(os.environ.get(CONNECT_VARIABLE, usual))
     heartbeat = int(os.environ.get(HEARTBEAT_VARIABLE, _HEARTBEAT_SECONDS))
     given: dict[str, Any] = {}
     if coordinator != "auto":

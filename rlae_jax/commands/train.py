@@ -77,7 +77,8 @@ def train(
 ) -> None:
     """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
 
-    Ctrl-C saves and says how to go on. At the end the agent and equal weights are scored on the dev split.
+    Ctrl-C saves and says how to go on; SIGTERM saves, too (exit status 75: run again with --resume). At the end the
+    agent and equal weights are scored on the dev split.
 
     Args:
         model: which models, and how they are fused.

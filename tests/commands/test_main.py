@@ -116,6 +116,10 @@ class TestHelp:
             ("generate", "--models --prompt --weights --policy --max-new-tokens --span-length --temperature --seed"),
             ("generate", "--min-p --repetition-penalty --samples --stream --scores --end-ids --member-tokens --fusion"),
             ("train", "--models --task --data --out --algo --iterations --seed --resume --end-ids"),
+            *(
+                (command, "--mesh --coordinator --processes --process-id")
+                for command in ("generate", "train", "evaluate")
+            ),
             ("train", "--seeds --max-minutes --span-lengths --encoder --log-to --reward --chat --shots --data-dir"),
             ("ablate", "--models --task --out --vary --set --seeds --split --resume"),
             ("evaluate", "--models --task --split --policy --methods --out --limit --end-ids"),

@@ -103,7 +103,7 @@ def train(
     """Fine-tune one LoRA adapter per objective with reinforcement learning, all at once.
 
     Into a run that exists, only the new objectives are trained: base, data and settings are the run's own. Ctrl-C
-    saves, and says how to go on.
+    saves, and says how to go on; SIGTERM saves, too (exit status 75: run again with --resume).
 
     Args:
         objective: what to score answers by; each gets an adapter of its own. coverage (the prompt's words that the
