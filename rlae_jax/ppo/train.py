@@ -231,7 +231,7 @@ def train_seeds(
     done = max((row["iteration"] for row in read_metrics(out)), default=0) if resume else 0
     if done > config.iterations:
         raise InputError(
-            f"{out} has done {done} iterations already; to go on give more than that, not {config.iterations}"
+            f"{out} has done {done} iterations already; to go on give at least that, not {config.iterations}"
         )
     sharding.check_rows("prompts", config.prompts, ensemble.mesh)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder, mesh=ensemble.mesh)
