@@ -173,10 +173,11 @@ class LM:
         """A hash by which a run knows its members again: the configuration and the start of every tensor."""
         digest = hashlib.sha256(repr(self.config).encode())
         n = checkpoint_files.START
-        starts = [leaf.reshape(-1)[:n] for leaf in jax.tree.leaves(self.params)] if self.starts is None else []
+        noted = None if self.mesh is None else self.starts
+        starts = [leaf.reshape(-1)[:n] for leaf in jax.tree.leaves(self.params)] if noted is None else []
         # Of every adapter, whose axis is the first.
         starts += [leaf.reshape(len(leaf), -1)[:, :n] for leaf in jax.tree.leaves(self.stack)]
-        digest.update(self.starts or b"")
+        digest.update(noted or b"")
         for start in sharding.to_host(starts):
             digest.update(start.tobytes())
         return digest.hexdigest()

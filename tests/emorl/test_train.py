@@ -280,7 +280,7 @@ class TestBadInput:
         before = contents(alone)
         words = Target.of(WORDS)
         fewer = PromptSet("few", PROMPTS.splits | {"train": PROMPTS.split("train")[:4]})
-        other = dataclasses.replace(base, params=jax.tree.map(lambda leaf: leaf + 1, base.params), starts=None)
+        other = dataclasses.replace(base, params=jax.tree.map(lambda leaf: leaf + 1, base.params))
         for attempt, part in (
             (lambda: train_adapters(base, [words], PROMPTS, settings(batch=1), alone), "settings.batch"),
             (lambda: train_adapters(base, [words], PROMPTS, settings(seed=1), alone, resume=True), "settings.seed"),
