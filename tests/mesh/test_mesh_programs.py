@@ -143,7 +143,9 @@ def test_without_a_mesh_nothing_is_different(make_wide, monkeypatch):
                 monkeypatch.setattr(module, "by_rows", lambda function, places, out=None: function)
         texts[kind] = {name: f.lower(*args).as_text() for name, (f, args) in programs_of(make_wide).items()}
     assert texts["as it is"] == texts["without"]
-    assert not any("sharding" in text for text in texts["as it is"].values())
+    lines = [line for text in texts["as it is"].values() for line in text.splitlines()]
+    # JAX marks arrays of keys itself, with a mesh that is empty.
+    assert not [line for line in lines if "sharding" in line and "@empty_mesh" not in line]
 
 
 def _modules():
