@@ -56,11 +56,11 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[Any] | None = 
     left = [name for name, size in sizes.items() if size == -1]
     wrong = [f"{name}={size}" for name, size in sizes.items() if size != -1 and size < 1]
     if wrong or len(left) > 1:
-        raise InputError(f"a mesh's sizes are whole numbers of at least 1, one of them may be -1; not {_text(sizes)}")
+        raise InputError(f"a mesh's sizes are whole numbers of at least 1, one of them may be -1; not {as_text(sizes)}")
     known = data * model if not left else model if left[0] == DATA else data
     if n % known or (not left and known < n and jax.process_count() > 1):
         fitting = ", ".join(f"{DATA}={n // m},{MODEL}={m}" for m in range(1, n + 1) if n % m == 0)
-        raise InputError(f"the mesh {_text(sizes)} does not divide the {n} devices; these do: {fitting}")
+        raise InputError(f"the mesh {as_text(sizes)} does not divide the {n} devices; these do: {fitting}")
     if left:
         sizes[left[0]] = n // known
     shape = tuple(sizes.values())
@@ -82,7 +82,8 @@ def fill(n: int, mesh: Mesh | None) -> int:
     return -(-n // groups) * groups
 
 
-def _text(sizes: Mapping[str, int]) -> str:
+def as_text(sizes: Mapping[str, int]) -> str:
+    """A mesh's sizes, as `read_mesh` reads them."""
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 

@@ -322,8 +322,7 @@ def _update(
     optimiser = _optimiser(config)
     drawn = step_keys(seeds, state.step, 1)
 
-    def blocks(x: Array) -> Array:
-        return x.reshape(m, -1, *x.shape[1:])
+    blocks = functools.partial(split_blocks, n=m)
 
     def split(x: Array) -> Array:
         """[M * R, ...] -> [parts, M * R / parts, ...], each part with rows of all blocks."""

@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.fusion import programs
 from rlae_jax.fusion.decode import decode_spans, params_places, prefill
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.lockstep import Lockstep, RowSubsets
@@ -146,7 +147,7 @@ class PointDecoder:
     def _read(self) -> DecodeState:
         """The state before the first token, with every prompt's keys and values under every adapter."""
         with use(self._mesh):
-            state: DecodeState = _prefill(self.fused.ensemble.params, self.prompts, self.spec)
+            state: DecodeState = programs.prefill(self.fused.ensemble.params, self.prompts, self.spec, 1)
         return state
 
     @property
@@ -164,7 +165,8 @@ class PointDecoder:
         alone = self.fused.mode == "params"
         if alone:
             adapted = self._adapted(np.zeros((1, len(self.fused.names)), np.float32))
-            state = jax.eval_shape(_prefill, adapted, self.prompts, self.spec)
+            read = functools.partial(programs.prefill, samples=1)
+            state = jax.eval_shape(read, adapted, self.prompts, self.spec)
         else:
             state = self._read
         # Samples share what an encoder read, and so do points that do not change how it reads.
@@ -254,12 +256,6 @@ def _row_subsets(points: Float[np.ndarray, "N M"], prompts: int, samples: int) -
 def _keys(seed: Array, numbers: Int[Array, " B"]) -> Array:
     """A key for each prompt, by its number."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
-
-
-@jax.jit
-def _prefill(params: Any, prompts: Prompts, spec: DecodeSpec) -> DecodeState:
-    state: DecodeState = by_rows(prefill, (params_places(params, spec), ROWS, WHOLE))(params, prompts, spec)
-    return state
 
 
 def _for_points(state: DecodeState, points: int, samples: int) -> DecodeState:

@@ -375,6 +375,11 @@ def params_places(params: tuple[MemberParams, ...], spec: DecodeSpec) -> tuple[A
     return tuple(map(one, params))
 
 
+def decoding_places(params: tuple[MemberParams, ...], policy_params: Any, spec: DecodeSpec) -> tuple[Any, ...]:
+    """Where members' arrays, rows (prompts or a state), a policy's parameters and the spec lie in `by_rows`."""
+    return params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE
+
+
 def decode(
     params: tuple[MemberParams, ...],
     prompt_ids: Any,
@@ -399,8 +404,9 @@ def decode(
     def run(params: tuple[MemberParams, ...], prompts: Prompts, policy_params: Any, spec: DecodeSpec) -> DecodeState:
         return decode_spans(params, prefill(params, prompts, spec), policy_params, spec)
 
-    places = (params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE)
-    state: DecodeState = by_rows(run, places)(params, prompts, policy_params, spec)
+    state: DecodeState = by_rows(run, decoding_places(params, policy_params, spec))(
+        params, prompts, policy_params, spec
+    )
     return state
 
 

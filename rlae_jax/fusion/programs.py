@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from rlae_jax.fusion import decode as decoding
-from rlae_jax.fusion.decode import params_places
-from rlae_jax.fusion.policy import policy_places
+from rlae_jax.fusion.decode import decoding_places, params_places
 from rlae_jax.fusion.prompts import Prompts, Row, fill_rows
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
@@ -70,8 +69,7 @@ def decode_batch(params: Any, prompts: Prompts, policy_params: Any, spec: Decode
     def run(params: Any, prompts: Prompts, policy_params: Any, spec: DecodeSpec) -> Answers:
         return decoding.decode_batch(params, prompts, policy_params, spec, samples)
 
-    places = (params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE)
-    answers: Answers = by_rows(run, places)(params, prompts, policy_params, spec)
+    answers: Answers = by_rows(run, decoding_places(params, policy_params, spec))(params, prompts, policy_params, spec)
     return answers
 
 
@@ -92,7 +90,7 @@ def decode_until(
     params: Any, state: DecodeState, policy_params: Any, spec: DecodeSpec, until: Int[Array, ""]
 ) -> DecodeState:
     """The state at a later step."""
-    places = (params_places(params, spec), ROWS, policy_places(spec.policy, policy_params), WHOLE, WHOLE)
+    places = (*decoding_places(params, policy_params, spec), WHOLE)
     later: DecodeState = by_rows(decoding.decode_spans, places)(params, state, policy_params, spec, until)
     return later
 

@@ -258,7 +258,7 @@ def tables(plan: Plan) -> list[rich.console.RenderableType]:
     workload, limits, device = plan.workload, plan.limits, plan.device
     count = plan.mesh[sharding.DATA] * plan.mesh[sharding.MODEL]
     where = f"{count} x {device.name}" if count > 1 else device.name
-    sizes = ",".join(f"{name}={size}" for name, size in plan.mesh.items())
+    sizes = sharding.as_text(plan.mesh)
     held = rich.table.Table(title=f"{' + '.join(map(rich.markup.escape, plan.names))} on {where} ({sizes})")
     held.add_column("GiB on each device")
     for column in ("held", "temporary", "together"):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files, hosts
+from rlae_jax import files, hosts, sharding
 from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
 
 CONFIG_FILE = "config.json"
@@ -86,7 +86,7 @@ def devices(mesh: dict[str, int] | None) -> dict[str, Any]:
 
 def _on(config: dict[str, Any]) -> str:
     mesh, processes = config.get("mesh"), config.get("processes", 1)
-    where = "one device" if mesh is None else "the mesh " + ",".join(f"{name}={size}" for name, size in mesh.items())
+    where = "one device" if mesh is None else f"the mesh {sharding.as_text(mesh)}"
     return where if processes == 1 else f"{where} of {processes} processes"
 
 

@@ -8,6 +8,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.emorl import fused as fused_module
 from rlae_jax.emorl.fused import MODES, Fused, _batch_size
+from rlae_jax.fusion import programs
 from rlae_jax.fusion.prompts import pad_rows
 from tests.helpers.adapters import EVERY_LAYER, add_by_hand, random_adapter
 
@@ -228,6 +229,6 @@ def test_programs_are_shared_between_points(make_lm):
     points = Fused(lm, [random_adapter(lm, m, rank=2) for m in range(2)]).prepare(ROWS, max_new_tokens=3)
     rng = np.random.default_rng(0)
     points.decode(rng.random((17, 2)))
-    before = fused_module._answer._cache_size(), fused_module._prefill._cache_size()
+    before = fused_module._answer._cache_size(), programs.prefill._cache_size()
     points.decode(rng.random((18, 2)))  # 17 were filled up to 18
-    assert (fused_module._answer._cache_size(), fused_module._prefill._cache_size()) == before
+    assert (fused_module._answer._cache_size(), programs.prefill._cache_size()) == before
