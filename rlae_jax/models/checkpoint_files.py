@@ -1,28 +1,29 @@
 """Hugging Face directories to and from parameter trees.
 
-In: a directory with `config.json` and `model.safetensors` (or shards with an index). Out: a `ModelConfig` and a nested
-dictionary of arrays, each tensor read, transformed and placed on the device alone. `write_model` is the inverse.
-Everything that can be known from the files' headers is checked before the first tensor is read.
+In: a directory with `config.json`, and a `TensorSource` (`stored.py`). Out: a `ModelConfig` and a nested dictionary of
+arrays, each tensor read, transformed and placed on the device alone. `write_model` is the inverse. Everything that can
+be known from the files' headers is checked before the first tensor is read.
 
-Which tensor goes where is a family's table (`families/`); what this file does is the same for all. Only safetensors are
-read: pickled weights can run code.
+Which tensor goes where is a family's table (`families/`); what this file does is the same for all. Pickled weights are
+never read: they can run code.
 """
 
 import dataclasses
+import functools
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlae_jax import sharding
@@ -32,12 +33,14 @@ from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.rope import frequencies
-from rlae_jax.models.transformer import Params, abstract_params, linears, logical_axes
+from rlae_jax.models.stored import StoredTensor, TensorSource, get_leaf, put_leaf, stored_tensors, tensor_files
+from rlae_jax.models.transformer import Params, abstract_params, logical_axes
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PRECISIONS = (None, "default", "high", "highest")
 SHARD_BYTES = 5_000_000_000
+_READERS = 2  # tensors that are read at a time
 START = 16  # entries of an array by which a model is known again
 
 
@@ -48,122 +51,6 @@ class Source:
     family: Family
     config: Mapping[str, Any]  # config.json as it was
     generation: Mapping[str, Any]  # generation_config.json as it was
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """One checkpoint tensor and the leaves of the parameter tree that it holds."""
-
-    key: str
-    paths: tuple[tuple[Any, ...], ...]  # several: a fused tensor, split along its outputs
-    shapes: tuple[tuple[int, ...], ...]  # of the leaves
-    kind: Literal["kernel", "bias", "plain"] = "plain"  # of a linear layer, or stored as it is
-    inputs: int = 0  # leading axes of a kernel that are inputs
-    inputs_first: bool = False  # a kernel stored as [inputs, outputs]
-    by_head: bool = False  # a fused tensor that holds the parts of one head after another
-
-    def _parts(self) -> list[tuple[int, ...]]:
-        """The leaves' shapes as [inputs, outputs...]."""
-        return [(math.prod(shape[: self.inputs]), *shape[self.inputs :]) for shape in self.shapes]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
-        if self.kind == "plain":
-            return self.shapes[0]
-        parts = self._parts()
-        outputs = sum(math.prod(part[1:]) for part in parts)
-        if self.kind == "bias":
-            return (outputs,)
-        return (parts[0][0], outputs) if self.inputs_first else (outputs, parts[0][0])
-
-    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The leaves that the stored tensor holds."""
-        if self.kind == "plain":
-            return [tensor]
-        parts = self._parts()
-        rows = tensor.reshape(1, -1) if self.kind == "bias" else tensor if self.inputs_first else tensor.T
-        if self.by_head:
-            heads, width = parts[0][1:]
-            split = list(np.moveaxis(rows.reshape(rows.shape[0], heads, len(parts), width), 2, 0))
-        else:
-            edges = np.cumsum([math.prod(part[1:]) for part in parts])[:-1]
-            split = np.split(rows, edges, axis=1)
-        return [part.reshape(shape) for part, shape in zip(split, self.shapes, strict=True)]
-
-    def join(self, leaves: list[np.ndarray]) -> np.ndarray:
-        """The stored tensor that holds the leaves."""
-        if self.kind == "plain":
-            return leaves[0]
-        parts = [leaf.reshape(shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
-        tensor: np.ndarray
-        if self.by_head:
-            tensor = np.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
-        else:
-            tensor = np.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
-        if self.kind == "bias":
-            return tensor.reshape(-1)
-        return tensor if self.inputs_first else tensor.T
-
-
-def split_path(path: str) -> tuple[Any, ...]:
-    """("layers", 0, "attention") of "layers.0.attention": keys of the parameter tree."""
-    return tuple(int(name) if name.isdigit() else name for name in path.split("."))
-
-
-def get_leaf(tree: Params, path: tuple[Any, ...]) -> Any:
-    """What stands at a path of the tree, or None."""
-    for key in path:
-        if not isinstance(tree, dict) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: Params, path: tuple[Any, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def modules(family: Family, config: ModelConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(the family's name of a module, the same with its layer's number, our dotted paths) of every module that the
-    model has."""
-    table = family.modules(config) if callable(family.modules) else family.modules
-    tree = abstract_params(config)
-    for name, ours in table.items():
-        ours = (ours,) if isinstance(ours, str) else ours
-        stack = config.encoder if ours[0].startswith("encoder.") and config.encoder else config
-        for i in range(stack.layers if "{i}" in name + ours[0] else 1):
-            paths = tuple(path.format(i=i) for path in ours)
-            if get_leaf(tree, split_path(paths[0])) is not None:
-                yield name, name.format(i=i), paths
-
-
-def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, ...]:
-    """Every tensor of a model's checkpoint."""
-    tree, specs = abstract_params(config), linears(config)
-    found = []
-    for name, key, paths in modules(family, config):
-        first = get_leaf(tree, split_path(paths[0]))
-        if not isinstance(first, dict):
-            found.append(StoredTensor(f"{key}.weight", (split_path(paths[0]),), (first.shape,)))
-            continue
-        linear = specs.get(paths[0])
-        for leaf in first:
-            leaf_paths = tuple((*split_path(path), leaf) for path in paths)
-            found.append(
-                StoredTensor(
-                    f"{key}.bias" if leaf == "bias" else f"{key}.weight",
-                    leaf_paths,
-                    tuple(get_leaf(tree, path).shape for path in leaf_paths),
-                    kind=leaf if linear and leaf in ("kernel", "bias") else "plain",
-                    inputs=linear.inputs if linear and leaf == "kernel" else 0,
-                    inputs_first=name in family.inputs_first,
-                    by_head=name in family.fused_by_head,
-                )
-            )
-    return tuple(found)
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -305,67 +192,6 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def tensor_files(directory: Path, name: str = "model") -> dict[str, Path]:
-    """Tensor name -> the file that holds it, of `name`.safetensors or its shards.
-
-    Raises:
-      InputError: no such files, only pickled ones, shards that are not there, files that are corrupt.
-    """
-    index, single = directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
-        absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
-        if absent:
-            raise grouped_error(
-                f"{directory}: the index names files that are not there", [("files", file) for file in absent]
-            )
-        return {key: directory / file for key, file in weight_map.items()}
-    if not single.is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-        if pickled:
-            raise InputError(
-                f"{directory}: only pickled weights ({', '.join(pickled[:5])}); pickles can run code and are never "
-                f"read. Save the model with safe_serialization=True to get {name}.safetensors"
-            )
-        raise InputError(f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json")
-    return dict.fromkeys(tensor_shapes(single), single)
-
-
-def open_tensors(path: Path) -> Any:
-    """A safetensors file.
-
-    Raises:
-      InputError: it is truncated or corrupt.
-    """
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: truncated or corrupt safetensors file ({error})") from error
-
-
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a file, from its header."""
-    reader = open_tensors(path)
-    return {key: tuple(reader.get_slice(key).get_shape()) for key in list(reader.keys())}
-
-
-def tensor_dtypes(path: Path) -> dict[str, str]:
-    """The dtype of every tensor in a file, as safetensors names it, from its header."""
-    reader = open_tensors(path)
-    return {key: reader.get_slice(key).get_dtype() for key in list(reader.keys())}
-
-
-def read_tensor(path: Path, key: str) -> np.ndarray:
-    """One tensor. The file is opened for it alone: pages of an open mapping that were read stay resident."""
-    try:
-        tensor: np.ndarray = open_tensors(path).get_tensor(key)
-        return tensor
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot read {key} ({error})") from error
-
-
 def _modern(key: str) -> str:
     """Names of the first BERT checkpoints."""
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
@@ -378,28 +204,18 @@ class Tensors(NamedTuple):
     starts: bytes  # of every array its first entries, by which a model is known again
 
 
-def read_params(directory: Path, source: Source, config: ModelConfig, mesh: Mesh | None = None) -> Tensors:
-    """Reads every tensor of the model, one at a time, in `config.dtype`.
-
-    Args:
-      mesh: where the tensors go, every part straight to its devices; None: the default device.
+def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: Path) -> dict[str, StoredTensor]:
+    """What the source calls each tensor of the model, and where it belongs.
 
     Raises:
-      InputError: pickled weights only, corrupt files, tensors missing, unexpected or of another shape.
+      InputError: tensors missing, unexpected, of another shape or of no dtype that weights have.
     """
-    family = source.family
-    files = tensor_files(directory)
-    names = {_modern(key): key for key in files}  # what the table calls a tensor -> what the file calls it
+    headers = tensors.headers
+    names = {_modern(key): key for key in headers}  # what the table calls a tensor -> what the source calls it
     wanted = stored_tensors(family, config)
     expected = {tensor.key for tensor in wanted}
     if not any(name.startswith(family.prefix) for name in names):  # a checkpoint of the bare model
         names = {name if name in expected else family.prefix + name: key for name, key in names.items()}
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    for path in sorted(set(files.values())):
-        dtypes |= {key: dtype for key, dtype in tensor_dtypes(path).items() if files.get(key) == path}
-        shapes |= {key: shape for key, shape in tensor_shapes(path).items() if files.get(key) == path}
     # A tied checkpoint may carry the head a second time.
     ignored = [
         r"\.rotary_emb\.inv_freq$",
@@ -412,35 +228,94 @@ def read_params(directory: Path, source: Source, config: ModelConfig, mesh: Mesh
         if not any(re.search(pattern, name) for pattern in ignored)
     ]
     for tensor in wanted:
-        stored = shapes.get(names.get(tensor.key, ""))
-        if stored is None:
+        header = headers.get(names.get(tensor.key, ""))
+        if header is None:
             findings.append(("missing", tensor.key))
-        elif stored != tensor.shape:
-            findings.append(("mis-shaped", f"{tensor.key} is {list(stored)}, expected {list(tensor.shape)}"))
-        elif dtypes[names[tensor.key]] not in _STORED_DTYPES:
-            findings.append(("quantised or of no known dtype", f"{tensor.key} is {dtypes[names[tensor.key]]}"))
+        elif header.shape != tensor.shape:
+            findings.append(("mis-shaped", f"{tensor.key} is {list(header.shape)}, expected {list(tensor.shape)}"))
+        elif header.dtype not in _STORED_DTYPES:
+            findings.append(("quantised or of no known dtype", f"{tensor.key} is {header.dtype}"))
     if findings:
         raise grouped_error(
-            f"{directory}: the tensors do not fit config.json", findings, "config.json and weights must belong together"
+            f"{where}: the tensors do not fit config.json", findings, "config.json and weights must belong together"
         )
+    return {names[tensor.key]: tensor for tensor in wanted}
 
+
+class _Leaf(NamedTuple):
+    """One array of the parameter tree, placed."""
+
+    path: tuple[Any, ...]
+    value: Any
+    start: bytes
+
+
+def read_params(
+    tensors: TensorSource, source: Source, config: ModelConfig, where: Path, mesh: Mesh | None = None
+) -> Tensors:
+    """Reads every tensor of the model, in `config.dtype`.
+
+    Two threads each read a tensor, turn it and put it on the device, so that a few of them are on the host at a time,
+    never the checkpoint.
+
+    Args:
+      where: what errors call the checkpoint.
+      mesh: where the tensors go, every part straight to its devices; None: the default device.
+
+    Raises:
+      InputError: corrupt files, tensors missing, unexpected or of another shape.
+    """
+    matched = _matched(tensors, source.family, config, where)
     dtype = DTYPES[config.dtype]
+    places = {} if mesh is None else sharding.shardings(logical_axes(config), abstract_params(config), mesh)
+
+    def read(name: str) -> list[_Leaf]:
+        tensor, stored = matched[name], tensors.read(name)
+        assert isinstance(stored, np.ndarray)
+        leaves = []
+        for path, part in zip(tensor.paths, tensor.split(stored), strict=True):
+            placed = _on_device(part, dtype) if mesh is None else sharding.place(part, get_leaf(places, path), dtype)
+            leaves.append(_Leaf(path, placed, np.asarray(part.flat[:START], dtype).tobytes()))
+        return leaves
+
     params: Params = {}
     starts: Params = {}
-    places = {} if mesh is None else sharding.shardings(logical_axes(config), abstract_params(config), mesh)
-    for tensor in wanted:
-        key = names[tensor.key]
-        stored_array = read_tensor(files[key], key)
-        for leaf, part in zip(tensor.paths, tensor.split(stored_array), strict=True):
-            if mesh is None:
-                placed = jax.device_put(np.ascontiguousarray(part, dtype=dtype))
-            else:
-                placed = sharding.place(part, get_leaf(places, leaf), dtype)
-            # Waiting for each tensor keeps one host copy alive at a time instead of the whole checkpoint.
-            placed = jax.block_until_ready(placed)  # type: ignore[no-untyped-call,unused-ignore]  # jax gives no types
-            _put(params, leaf, placed)
-            _put(starts, leaf, np.asarray(part.flat[:START], dtype).tobytes())
+    for leaf in _ahead(read, matched):
+        put_leaf(params, leaf.path, leaf.value)
+        put_leaf(starts, leaf.path, leaf.start)
     return Tensors(params, b"".join(jax.tree.leaves(starts)))
+
+
+def _ahead(read: Callable[[str], list[_Leaf]], names: Iterable[str]) -> Iterator[_Leaf]:
+    """The leaves of all tensors in order, of which _READERS are read at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: deque[Future[list[_Leaf]]] = deque()
+        try:
+            for name in names:
+                if len(waiting) == _READERS:
+                    yield from waiting.popleft().result()
+                waiting.append(pool.submit(read, name))
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:  # after an error nothing further is begun
+            for future in waiting:
+                future.cancel()
+
+
+def _on_device(part: np.ndarray, dtype: Any) -> jax.Array:
+    """A tensor, possibly turned, on the default device. The runtime turns it while it copies, several times as fast as
+    numpy does; a change of dtype is the device's work."""
+    placed = jax.device_put(part)
+    if part.dtype != dtype:
+        placed = _cast(placed, dtype)
+    # Until the device has it, the host's copy stays.
+    ready: jax.Array = jax.block_until_ready(placed)  # type: ignore[no-untyped-call,unused-ignore]  # jax gives no types
+    return ready
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    return array.astype(dtype)
 
 
 def made_source(config: ModelConfig) -> Source:

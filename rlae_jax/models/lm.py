@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from rlae_jax import sharding
 from rlae_jax.errors import InputError
-from rlae_jax.models import checkpoint_files, hub, lora, peft_files, transformer
+from rlae_jax.models import checkpoint_files, hub, lora, peft_files, stored, transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.tokenizer import import_transformers
 
@@ -320,7 +320,8 @@ class Opened(NamedTuple):
         if mesh is not None:
             # Encoders, which score or are read, are small; of members nothing large is to be held whole unsaid.
             sharding.check_model(self.name, self.config, mesh, strict=self.config.has_head)
-        return checkpoint_files.read_params(self.path, self.source, self.config, mesh), mesh
+        tensors = stored.Safetensors(self.path)
+        return checkpoint_files.read_params(tensors, self.source, self.config, self.path, mesh), mesh
 
 
 def open_checkpoint(

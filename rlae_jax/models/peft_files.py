@@ -21,17 +21,10 @@ from safetensors.numpy import save_file
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models.checkpoint_files import (
-    StoredTensor,
-    get_leaf,
-    modules,
-    read_tensor,
-    stored_tensors,
-    tensor_shapes,
-)
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family, made_family
 from rlae_jax.models.lora import Adapter, Factors, LoraConfig
+from rlae_jax.models.stored import StoredTensor, get_leaf, modules, read_tensor, stored_tensors, tensor_headers
 from rlae_jax.models.transformer import Params, linears
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -180,7 +173,7 @@ def _pairs(
     base: Params,
 ) -> tuple[dict[str, _Pair], list[tuple[str, str]]]:
     """The pairs of factors in a file, by module, and what is wrong with it, as `grouped_error` takes it."""
-    shapes = tensor_shapes(path)
+    shapes = {key: header.shape for key, header in tensor_headers(path).items()}
     pairs: dict[str, _Pair] = {}
     findings = []
     for key, shape in shapes.items():

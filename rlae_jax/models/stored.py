@@ -1,0 +1,238 @@
+"""Where a checkpoint's tensors are, and which arrays of the parameter tree they hold.
+
+`TensorSource` is what a file format has to offer: names and shapes without reading anything, and one tensor at a time.
+`stored_tensors` is a family's table for one configuration: what each tensor is called, how it is shaped, and into which
+leaves of the tree it is split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.files import read_json
+from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.families import Family
+from rlae_jax.models.transformer import Params, abstract_params, linears
+
+
+class Header(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it: "F32", "BF16", "F8_E4M3", "I32", ...
+
+
+class Packed(NamedTuple):
+    """The weight of a linear layer as a quantised checkpoint holds it: (values - zero) * scale."""
+
+    values: np.ndarray  # [outputs, inputs], int8 ("int4": -8 to 7) or float8_e4m3fn
+    scale: np.ndarray  # float32 [outputs, groups]: 1, or inputs / group of them along the inputs
+    zero: np.ndarray | None  # the same; None: 0
+    kind: Literal["int8", "int4", "fp8"]
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors under their Hugging Face names and in Hugging Face's layout, [outputs, inputs]."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """Of every tensor, without reading it."""
+
+    def read(self, name: str) -> np.ndarray | Packed:
+        """One tensor."""
+
+
+class Safetensors:
+    """The tensors of `name`.safetensors, or of its shards.
+
+    Raises:
+      InputError: no such files, only pickled ones, shards that are not there, files that are corrupt.
+    """
+
+    def __init__(self, directory: Path, name: str = "model"):
+        self._files = tensor_files(directory, name)
+        self.headers: dict[str, Header] = {}
+        for path in sorted(set(self._files.values())):
+            self.headers |= {key: of for key, of in tensor_headers(path).items() if self._files.get(key) == path}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        return read_tensor(self._files[name], name)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One checkpoint tensor and the leaves of the parameter tree that it holds."""
+
+    key: str
+    paths: tuple[tuple[Any, ...], ...]  # several: a fused tensor, split along its outputs
+    shapes: tuple[tuple[int, ...], ...]  # of the leaves
+    kind: Literal["kernel", "bias", "plain"] = "plain"  # of a linear layer, or stored as it is
+    inputs: int = 0  # leading axes of a kernel that are inputs
+    inputs_first: bool = False  # a kernel stored as [inputs, outputs]
+    by_head: bool = False  # a fused tensor that holds the parts of one head after another
+
+    def _parts(self) -> list[tuple[int, ...]]:
+        """The leaves' shapes as [inputs, outputs...]."""
+        return [(math.prod(shape[: self.inputs]), *shape[self.inputs :]) for shape in self.shapes]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it is stored."""
+        if self.kind == "plain":
+            return self.shapes[0]
+        parts = self._parts()
+        outputs = sum(math.prod(part[1:]) for part in parts)
+        if self.kind == "bias":
+            return (outputs,)
+        return (parts[0][0], outputs) if self.inputs_first else (outputs, parts[0][0])
+
+    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """The leaves that the stored tensor holds."""
+        if self.kind == "plain":
+            return [tensor]
+        parts = self._parts()
+        rows = tensor.reshape(1, -1) if self.kind == "bias" else tensor if self.inputs_first else tensor.T
+        if self.by_head:
+            heads, width = parts[0][1:]
+            split = list(np.moveaxis(rows.reshape(rows.shape[0], heads, len(parts), width), 2, 0))
+        else:
+            edges = np.cumsum([math.prod(part[1:]) for part in parts])[:-1]
+            split = np.split(rows, edges, axis=1)
+        return [part.reshape(shape) for part, shape in zip(split, self.shapes, strict=True)]
+
+    def join(self, leaves: list[np.ndarray]) -> np.ndarray:
+        """The stored tensor that holds the leaves."""
+        if self.kind == "plain":
+            return leaves[0]
+        parts = [leaf.reshape(shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
+        tensor: np.ndarray
+        if self.by_head:
+            tensor = np.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
+        else:
+            tensor = np.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
+        if self.kind == "bias":
+            return tensor.reshape(-1)
+        return tensor if self.inputs_first else tensor.T
+
+
+def split_path(path: str) -> tuple[Any, ...]:
+    """("layers", 0, "attention") of "layers.0.attention": keys of the parameter tree."""
+    return tuple(int(name) if name.isdigit() else name for name in path.split("."))
+
+
+def get_leaf(tree: Params, path: tuple[Any, ...]) -> Any:
+    """What stands at a path of the tree, or None."""
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def put_leaf(tree: Params, path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def modules(family: Family, config: ModelConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(the family's name of a module, the same with its layer's number, our dotted paths) of every module that the
+    model has."""
+    table = family.modules(config) if callable(family.modules) else family.modules
+    tree = abstract_params(config)
+    for name, ours in table.items():
+        ours = (ours,) if isinstance(ours, str) else ours
+        stack = config.encoder if ours[0].startswith("encoder.") and config.encoder else config
+        for i in range(stack.layers if "{i}" in name + ours[0] else 1):
+            paths = tuple(path.format(i=i) for path in ours)
+            if get_leaf(tree, split_path(paths[0])) is not None:
+                yield name, name.format(i=i), paths
+
+
+def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, ...]:
+    """Every tensor of a model's checkpoint."""
+    tree, specs = abstract_params(config), linears(config)
+    found = []
+    for name, key, paths in modules(family, config):
+        first = get_leaf(tree, split_path(paths[0]))
+        if not isinstance(first, dict):
+            found.append(StoredTensor(f"{key}.weight", (split_path(paths[0]),), (first.shape,)))
+            continue
+        linear = specs.get(paths[0])
+        for leaf in first:
+            leaf_paths = tuple((*split_path(path), leaf) for path in paths)
+            found.append(
+                StoredTensor(
+                    f"{key}.bias" if leaf == "bias" else f"{key}.weight",
+                    leaf_paths,
+                    tuple(get_leaf(tree, path).shape for path in leaf_paths),
+                    kind=leaf if linear and leaf in ("kernel", "bias") else "plain",
+                    inputs=linear.inputs if linear and leaf == "kernel" else 0,
+                    inputs_first=name in family.inputs_first,
+                    by_head=name in family.fused_by_head,
+                )
+            )
+    return tuple(found)
+
+
+def tensor_files(directory: Path, name: str = "model") -> dict[str, Path]:
+    """Tensor name -> the file that holds it, of `name`.safetensors or its shards.
+
+    Raises:
+      InputError: no such files, only pickled ones, shards that are not there, files that are corrupt.
+    """
+    index, single = directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
+        absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+        if absent:
+            raise grouped_error(
+                f"{directory}: the index names files that are not there", [("files", file) for file in absent]
+            )
+        return {key: directory / file for key, file in weight_map.items()}
+    if not single.is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+        if pickled:
+            raise InputError(
+                f"{directory}: only pickled weights ({', '.join(pickled[:5])}); pickles can run code and are never "
+                f"read. Save the model with safe_serialization=True to get {name}.safetensors"
+            )
+        raise InputError(f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json")
+    return dict.fromkeys(tensor_headers(single), single)
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file.
+
+    Raises:
+      InputError: it is truncated or corrupt.
+    """
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: truncated or corrupt safetensors file ({error})") from error
+
+
+def tensor_headers(path: Path) -> dict[str, Header]:
+    """Shape and dtype of every tensor in a file, from its header."""
+    reader = open_tensors(path)
+    slices = {key: reader.get_slice(key) for key in list(reader.keys())}
+    return {key: Header(tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+
+
+def read_tensor(path: Path, key: str) -> np.ndarray:
+    """One tensor. The file is opened for it alone: pages of an open mapping that were read stay resident."""
+    try:
+        tensor: np.ndarray = open_tensors(path).get_tensor(key)
+        return tensor
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot read {key} ({error})") from error
