@@ -120,7 +120,9 @@ def _unite(
     if without_end:
         return None, False, [*warnings, "members with different tokenizers need an end token each: give end ids"]
     try:
-        union = load_or_build([lm.tokenizer for lm in members], [lm.name for lm in members], end_ids, cache)
+        rows = [lm.config.usable_vocab for lm in members]
+        own = [[i for i in ids if i < size] for ids, size in zip(end_ids, rows, strict=True)]
+        union = load_or_build([lm.tokenizer for lm in members], [lm.name for lm in members], own, rows, cache)
     except InputError as error:
         return None, False, [*warnings, f"no union vocabulary: {error}"]
     return union, False, warnings

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error
 from rlae_jax.fusion import vocabulary as vocabularies
 from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.spec import Spelling, UnionTables
@@ -128,16 +128,8 @@ class TokenCodec:
         return [len(row) for row in rows]
 
     def check_ids(self, rows: Sequence[Row]) -> None:
-        vocab = min(lm.config.vocab for lm in self.members)
-        outside = [
-            ("ids", f"prompt {b} has {i}")
-            for b, row in enumerate(rows)
-            if min(row) < 0 or max(row) >= vocab
-            for i in row
-            if not 0 <= i < vocab
-        ]
-        if outside:
-            raise grouped_error("prompts with ids outside the vocabulary", outside, f"ids from 0 to {vocab} - 1 exist")
+        for lm in self.members:
+            _check_ids(lm, rows)
 
     def room(self, steps: int) -> int:
         return steps
@@ -196,7 +188,8 @@ class UnionCodec:
         return [max(map(len, row)) for row in rows]
 
     def check_ids(self, rows: Sequence[Row]) -> None:
-        del rows  # they are always the tokenizers' own
+        for lm, own in zip(self.members, zip(*rows, strict=True), strict=True):
+            _check_ids(lm, own)
 
     @functools.cached_property
     def _tokens_per_entry(self) -> int:
@@ -231,11 +224,17 @@ def make_codec(members: Sequence[LM], end_ids: Any = None) -> Codec:
     for lm in members:
         if lm.config.encoder is not None:
             raise InputError(f"{lm.name} is an encoder-decoder: it needs members with its own tokenizer")
-    ends = [lm.config.end_ids for lm in members] if end_ids is None else end_ids
+    ends = [_own_ends(lm) for lm in members] if end_ids is None else end_ids
     if len(ends) != len(names) or any(isinstance(ids, int | np.integer) for ids in ends):
         raise InputError(f"end_ids of members with different tokenizers must be {len(names)} lists, one per member")
-    union = vocabularies.load_or_build([lm.tokenizer for lm in members], names, ends)
+    sizes = [lm.config.usable_vocab for lm in members]
+    union = vocabularies.load_or_build([lm.tokenizer for lm in members], names, ends, sizes)
     return UnionCodec(tuple(members), tuple(tuple(ids) for ids in ends), union)
+
+
+def _own_ends(lm: LM) -> tuple[int, ...]:
+    """A member's end ids but for those that lie beyond its embedding: it never writes them."""
+    return tuple(i for i in lm.config.end_ids if i < lm.config.vocab)
 
 
 def same_tokenizer(members: Sequence[LM]) -> bool:
@@ -278,6 +277,20 @@ def _encode(lm: LM, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     return ids
 
 
+def _check_ids(lm: LM, rows: Sequence[Sequence[int]], what: str = "prompt") -> None:
+    """Raises an `InputError` for ids that a member's embedding does not have: a lookup would clamp them."""
+    vocab = lm.config.vocab
+    wrong = ((b, row) for b, row in enumerate(rows) if min(row) < 0 or max(row) >= vocab)
+    outside = [(b, i) for b, row in wrong for i in row if not 0 <= i < vocab]
+    if outside:
+        names = {} if lm.tokenizer is None else lm.tokenizer.added_tokens_decoder
+        shown = [f"{what} {b} has {i}" + (f" ({names[i]})" if i in names else "") for b, i in outside[:SHOWN_PER_KIND]]
+        more = f" and {len(outside) - len(shown)} more" if len(outside) > len(shown) else ""
+        raise InputError(
+            f"ids that {lm.name} has no embedding of: {', '.join(shown)}{more}; ids from 0 to {vocab} - 1 exist"
+        )
+
+
 def _continuation(lm: LM, prompt: str, text: str, joined: bool) -> list[int]:
     """One member's ids of a text that continues a prompt; see `Codec.continuation`."""
     tokenizer = lm.require_tokenizer()
@@ -286,6 +299,9 @@ def _continuation(lm: LM, prompt: str, text: str, joined: bool) -> list[int]:
         before, whole = (tokenizer(t)["input_ids"] for t in (prompt, prompt + text))
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
+    lacking = [i for i in ids if i >= lm.config.usable_vocab]
+    if lacking:
+        raise InputError(f"{lm.name} can never write {text!r}: it has no embedding of its token {lacking[0]}")
     return ids
 
 

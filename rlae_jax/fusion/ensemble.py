@@ -231,13 +231,16 @@ class Ensemble:
         different tokenizers each prompt's ids are a tuple, every member's own.
 
         Raises:
-          InputError: no prompts, a single string, an empty prompt, no chat template.
+          InputError: no prompts, a single string, an empty prompt, no chat template, a token that some member has no
+            embedding of.
         """
         if isinstance(prompts, str):
             raise InputError("prompts must be a list of strings; put a single prompt in a list")
         if not len(prompts):
             raise InputError("no prompts: give at least one")
-        return self.codec.encode(prompts, chat)
+        rows = self.codec.encode(prompts, chat)
+        self.codec.check_ids(rows)
+        return rows
 
     def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row's tokens, or union entries.
@@ -327,8 +330,8 @@ class Ensemble:
             raise InputError("the members have different tokenizers: give prompts as text")
         else:
             rows = list(read_ids(prompt_ids, prompt_mask))
+            self.codec.check_ids(rows)
         batch, longest = len(rows), options.max_new_tokens
-        self.codec.check_ids(rows)
         lengths = self.lengths(rows)
         self.check_lengths(lengths, longest)
         span_length = span_length_of(weights, options.span_length)

@@ -97,7 +97,7 @@ class Encoder:
         return self.apply_hidden(self.params, *self._inputs(ids, mask, token_types))
 
     def _inputs(self, ids: Any, mask: Any, token_types: Any) -> tuple[Array, Array, Array | None]:
-        ids, mask = check_text(self.name, ids, mask)
+        ids, mask = check_text(self.name, ids, mask, self.config.vocab)
         if self.config.learned_positions and ids.shape[1] > self.config.context:
             raise InputError(f"{ids.shape[1]} tokens: {self.name} has {self.config.context} positions")
         ids, mask = sharding.spread(ids, self.mesh), sharding.spread(mask, self.mesh)

@@ -161,9 +161,10 @@ class LM:
         if (decoder_ids is None) != (self.config.encoder is None):
             needs = "is an encoder-decoder: give" if decoder_ids is None else "is no encoder-decoder: do not give"
             raise InputError(f"{self.name} {needs} decoder_ids")
-        ids, mask = check_text(self.name, ids, mask)
+        vocab = self.config.vocab
+        ids, mask = check_text(self.name, ids, mask, vocab)
         if decoder_ids is not None:
-            decoder_ids, _ = check_text(self.name, decoder_ids, None, "decoder_ids")
+            decoder_ids, _ = check_text(self.name, decoder_ids, None, vocab, "decoder_ids")
             if len(decoder_ids) % len(ids):
                 raise InputError(f"{self.name}: {len(decoder_ids)} rows of decoder_ids for {len(ids)} rows of ids")
             decoder_ids = sharding.spread(decoder_ids, self.mesh)
@@ -227,11 +228,15 @@ class LM:
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)
 
 
-def check_text(model: str, ids: Any, mask: Any, what: str = "ids") -> tuple[Array, Array]:
+def check_text(model: str, ids: Any, mask: Any, vocab: int, what: str = "ids") -> tuple[Array, Array]:
     """Token ids [B, T] and their mask as arrays; no mask means no padding.
 
+    Args:
+      vocab: V, the rows of the embedding. Traced ids, and those of other processes, are not looked at.
+
     Raises:
-      InputError: ids of another rank or no whole numbers, or a mask of another shape.
+      InputError: ids of another rank or no whole numbers, ids outside the vocabulary where the mask has a token, or a
+        mask of another shape.
     """
     ids = jnp.asarray(ids)
     if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -241,6 +246,11 @@ def check_text(model: str, ids: Any, mask: Any, what: str = "ids") -> tuple[Arra
     mask = jnp.ones_like(ids) if mask is None else jnp.asarray(mask)
     if mask.shape != ids.shape:
         raise InputError(f"{model}: the mask has the shape {list(mask.shape)}, {what} have {list(ids.shape)}")
+    if all(not isinstance(array, jax.core.Tracer) and array.is_fully_addressable for array in (ids, mask)):
+        read = np.asarray(ids)[np.asarray(mask).astype(bool)]
+        outside = read[(read < 0) | (read >= vocab)]
+        if outside.size:
+            raise InputError(f"{model}: {what} have {outside[0]}; ids from 0 to {vocab} - 1 exist")
     return ids, mask
 
 
@@ -397,16 +407,21 @@ def init_adapter(lm: LM, config: lora.LoraConfig, *, seed: int = 0, name: str = 
 def fit_tokenizer(config: ModelConfig, tokenizer: Any, directory: Path) -> ModelConfig:
     """The configuration with what only the tokenizer knows: how many ids it has, and an end token if no file names one.
 
+    Tokens that were added to a tokenizer may lie beyond the embedding (Gemma 3's <image_soft_token>, a [PAD]): nobody
+    writes them, and texts with them are refused when they are read.
+
     Raises:
-      InputError: the tokenizer has ids that the model's embedding lacks.
+      InputError: the tokenizer's own vocabulary has ids that the model's embedding lacks.
     """
     if tokenizer is None:
         return config
-    tokens = max(tokenizer.get_vocab().values()) + 1
-    if tokens > config.vocab:
+    vocab, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    tokens = max(vocab.values()) + 1
+    own = max((i for i in vocab.values() if i not in added), default=-1)
+    if own >= config.vocab:
         raise InputError(
             f"{directory}: the tokenizer has ids up to {tokens - 1}, config.json says vocab_size = {config.vocab}; the "
-            "tokenizer belongs to another model, or tokens were added without resizing the embedding"
+            "tokenizer belongs to another model"
         )
     ends = config.end_ids
     if not ends and tokenizer.eos_token_id is not None:

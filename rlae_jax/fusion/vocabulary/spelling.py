@@ -38,7 +38,9 @@ class Speller:
         else:
             self.tokenizer.normalizer = normalizers.Replace(" ", MARKER)
         texts: list[tuple[int, AddedToken]] = sorted(
-            (i, token) for i, token in tokenizer.added_tokens_decoder.items() if not token.special
+            (i, token)
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if not token.special and i < len(tokens.pieces)
         )
         self.tokenizer.add_tokens([token for _, token in texts])
         self.ids = np.arange(max(len(tokens.pieces), self.tokenizer.get_vocab_size() + len(texts)))

@@ -78,7 +78,12 @@ class Tokens:
     fallback: frozenset[int]  # the ids of byte tokens like <0x41>
 
 
-def read_tokens(tokenizer: Any, name: str) -> Tokens:
+def read_tokens(tokenizer: Any, name: str, size: int | None = None) -> Tokens:
+    """The tokens below `size`, the rows of a model's embedding; None takes all.
+
+    Raises:
+      InputError: see `token_bytes`.
+    """
     backend = backend_of(tokenizer, name)
     model = backend.model
     parts = parts_of(backend)
@@ -92,13 +97,14 @@ def read_tokens(tokenizer: Any, name: str) -> Tokens:
     byte_fallback = getattr(model, "byte_fallback", False) or any(
         node["type"] == "ByteFallback" for node in nodes(parts["decoder"])
     )
-    added = tokenizer.added_tokens_decoder
+    added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if size is None or i < size}
     vocab = {token: i for token, i in backend.get_vocab(with_added_tokens=False).items() if i not in added}
-    size = max((*vocab.values(), *added), default=-1) + 1
-    used = np.zeros(size, bool)
+    vocab = {token: i for token, i in vocab.items() if size is None or i < size}
+    tokens = max((*vocab.values(), *added), default=-1) + 1
+    used = np.zeros(tokens, bool)
     used[list(vocab.values())] = True
     used[list(added)] = True
-    pieces: list[bytes | None] = [None] * size
+    pieces: list[bytes | None] = [None] * tokens
     fallback = set()
     if byte_level:
         alphabet = byte_alphabet()

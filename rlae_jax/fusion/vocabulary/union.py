@@ -107,7 +107,12 @@ class UnionVocabulary:
         return cls(**values)
 
 
-def _check_ends(tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+def _check_ends(
+    tokenizers: Sequence[Any],
+    names: Sequence[str],
+    end_ids: Sequence[Sequence[int]],
+    sizes: Sequence[int | None],
+) -> list[list[int]]:
     """Each member's end ids without repetitions, the one that all share first."""
     if not tokenizers or not len(tokenizers) == len(names) == len(end_ids):
         raise InputError(
@@ -118,10 +123,10 @@ def _check_ends(tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequen
     if findings:
         raise grouped_error("the members cannot end a text together", findings, "give their end_ids")
     ordered = []
-    for tokenizer, name, given in zip(tokenizers, names, end_ids, strict=True):
+    for tokenizer, name, given, size in zip(tokenizers, names, end_ids, sizes, strict=True):
         backend = backend_of(tokenizer, name)
         ids = list(dict.fromkeys(map(int, given)))
-        unknown = [i for i in ids if i < 0 or backend.id_to_token(i) is None]
+        unknown = [i for i in ids if i < 0 or i >= (size or i + 1) or backend.id_to_token(i) is None]
         if unknown:
             raise InputError(f"{name}: end_ids {unknown} are no ids of its tokenizer")
         # Stable: only the primary one moves.
@@ -129,21 +134,28 @@ def _check_ends(tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequen
     return ordered
 
 
-def build(tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequence[Sequence[int]]) -> UnionVocabulary:
+def build(
+    tokenizers: Sequence[Any],
+    names: Sequence[str],
+    end_ids: Sequence[Sequence[int]],
+    sizes: Sequence[int] | None = None,
+) -> UnionVocabulary:
     """The union of the tokenizers' vocabularies.
 
     Args:
       tokenizers: fast tokenizers of transformers.
       names: what messages call the members.
       end_ids: each member's ids that end a text. The tokenizer's own end token, or else the first, is the shared end.
+      sizes: how many ids each member's model has; tokens beyond are no entries. By default as many as its tokenizer.
 
     Raises:
       InputError: a tokenizer whose tokens stand for no bytes, no end ids, end ids that the tokenizer lacks.
     """
-    all_ends = _check_ends(tokenizers, names, end_ids)
+    limits = [None] * len(tokenizers) if sizes is None else sizes
+    all_ends = _check_ends(tokenizers, names, end_ids, limits)
     members = []
-    for tokenizer, name, ends in zip(tokenizers, names, all_ends, strict=True):
-        tokens = read_tokens(tokenizer, name)
+    for tokenizer, name, ends, size in zip(tokenizers, names, all_ends, limits, strict=True):
+        tokens = read_tokens(tokenizer, name, size)
         for i in ends:
             tokens.pieces[i] = None
         speller = Speller(tokenizer, tokens)
@@ -204,15 +216,20 @@ def build(tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequence[Seq
 
 
 def load_or_build(
-    tokenizers: Sequence[Any], names: Sequence[str], end_ids: Sequence[Sequence[int]], cache: Path | None = None
+    tokenizers: Sequence[Any],
+    names: Sequence[str],
+    end_ids: Sequence[Sequence[int]],
+    sizes: Sequence[int] | None = None,
+    cache: Path | None = None,
 ) -> UnionVocabulary:
-    """`build`, kept on disk under a hash of the tokenizers and end ids.
+    """`build`, kept on disk under a hash of the tokenizers, end ids and sizes.
 
     Args:
       cache: the directory; by default `DEFAULT_CACHE`. One that cannot be written is no error.
     """
-    ends = _check_ends(tokenizers, names, end_ids)
-    digest = hashlib.sha256(json.dumps([FORMAT, ends]).encode())
+    limits = [None] * len(tokenizers) if sizes is None else sizes
+    ends = _check_ends(tokenizers, names, end_ids, limits)
+    digest = hashlib.sha256(json.dumps([FORMAT, ends, list(limits)]).encode())
     for tokenizer in tokenizers:
         digest.update(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest())
     directory = Path(os.path.expanduser(DEFAULT_CACHE)) if cache is None else Path(cache)
@@ -220,7 +237,7 @@ def load_or_build(
     try:
         return UnionVocabulary.load(path)
     except InputError:  # absent or broken
-        union = build(tokenizers, names, ends)
+        union = build(tokenizers, names, ends, sizes)
     with contextlib.suppress(OSError):
         union.save(path)
     return union
