@@ -66,9 +66,7 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
     path = directory / "config.json"
     text_config = config.get("text_config")
     of_text: Mapping[str, Any] = text_config if isinstance(text_config, dict) else {}
-    fields = (
-        config.get("quantization_config") or of_text.get("quantization_config") or config.get("compression_config")
-    )
+    fields = config.get("quantization_config") or of_text.get("quantization_config") or config.get("compression_config")
     method = None
     for name, of_file in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if not fields and (directory / name).is_file():

@@ -6,11 +6,13 @@ leaves of the tree it is split.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +21,12 @@ from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family
 from rlae_jax.models.transformer import Params, abstract_params, linears
+
+EIGHT_BIT_FLOATS: dict[str, Any] = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
 
 
 class Header(NamedTuple):
@@ -231,8 +239,22 @@ def tensor_headers(path: Path) -> dict[str, Header]:
 
 def read_tensor(path: Path, key: str) -> np.ndarray:
     """One tensor. The file is opened for it alone: pages of an open mapping that were read stay resident."""
+    reader = open_tensors(path)
     try:
-        tensor: np.ndarray = open_tensors(path).get_tensor(key)
+        if reader.get_slice(key).get_dtype() in EIGHT_BIT_FLOATS:
+            return _read_eight_bit_floats(path, key)
+        tensor: np.ndarray = reader.get_tensor(key)
         return tensor
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot read {key} ({error})") from error
+
+
+def _read_eight_bit_floats(path: Path, key: str) -> np.ndarray:
+    """A tensor of a dtype that safetensors has no numpy array for. The header, whose length the first 8 bytes are,
+    says where it lies after the header."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))[key]
+        file.seek(8 + length + header["data_offsets"][0])
+        stored = np.fromfile(file, EIGHT_BIT_FLOATS[header["dtype"]], math.prod(header["shape"]))
+    return stored.reshape(header["shape"])

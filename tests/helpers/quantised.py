@@ -1,15 +1,13 @@
 """Layers as other tools' quantisation stores them, of random numbers, and what they stand for, worked out slowly.
 
-A maker gives (the layer's tensors by the ends of their names, the settings). A reader gives the weight [outputs, inputs]
-that the tensors stand for, one entry after another by the format's own arithmetic, from the stored bits alone.
+A maker gives (the layer's tensors by the ends of their names, the settings). A reader gives the weight that the tensors
+stand for, [outputs, inputs], one entry after another by the format's own arithmetic, from the stored bits alone.
 """
 
 import itertools
-import json
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from rlae_jax.models.stored import Header
 

@@ -1,14 +1,15 @@
-"""Quantised checkpoints: each format against its own arithmetic written out slowly, and what is said of unusable ones."""
+"""Quantised checkpoints: each format against its own arithmetic written out slowly, and what is said of bad ones."""
 
 import re
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from rlae_jax.errors import InputError
 from rlae_jax.models.quantised_files import QuantisedFiles, Settings, read_settings, refuse_without_settings, unpack
-from rlae_jax.models.stored import Packed
+from rlae_jax.models.stored import EIGHT_BIT_FLOATS, Packed, Safetensors
 from tests.helpers import quantised as q
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -64,12 +65,14 @@ def test_a_layer_stands_for_what_its_format_says(name, tmp_path):
     assert list(files.headers) == [f"{MODULE}.weight"]
     assert files.headers[f"{MODULE}.weight"].shape == (outputs, inputs)
     packed = files.read(f"{MODULE}.weight")
-    assert isinstance(packed, Packed) and packed.kind == kind
+    assert isinstance(packed, Packed)
+    assert packed.kind == kind
     assert packed.values.shape == (outputs, inputs)
     assert packed.values.dtype == {"fp8": ml_dtypes.float8_e4m3fn}.get(kind, np.int8)
-    assert packed.scale.shape == (outputs, groups) and packed.scale.dtype == np.float32
+    assert packed.scale.shape == (outputs, groups)
+    assert packed.scale.dtype == np.float32
     if kind == "int4":
-        assert packed.values.min() >= -8 and packed.values.max() <= 7
+        assert set(np.unique(packed.values)) <= set(range(-8, 8))
     np.testing.assert_array_max_ulp(dequantised(packed), read(parts, settings), 2)
 
 
@@ -93,7 +96,9 @@ def test_inputs_out_of_order_are_dequantised_with_a_line(maker, tmp_path):
         parts, settings = q.make_packed(rng, 16, 64, g_idx=rng.permutation(np.arange(64) // 32))
         expected = q.read_packed(parts, settings)
     files = present(parts, settings, tmp_path)
-    with pytest.warns(UserWarning, match=r"inputs out of order \(desc_act\) \(model.layers.0.mlp.up_proj.weight") as told:
+    with pytest.warns(
+        UserWarning, match=r"inputs out of order \(desc_act\) \(model.layers.0.mlp.up_proj.weight"
+    ) as told:
         weight = files.read(f"{MODULE}.weight")
         files.read(f"{MODULE}.weight")
     assert len(told) == 1
@@ -184,9 +189,7 @@ def test_groups_of_settings_by_name_before_kind(tmp_path):
     np.testing.assert_array_equal(
         dequantised(files.read("model.layers.0.mlp.down_proj.weight")), q.read_packed(eight, of_eight)
     )
-    assert files.told == (
-        "compressed-tensors, 1 layers of 4 bits in groups of 32, 1 layers of 8 bits in groups of 32"
-    )
+    assert files.told == ("compressed-tensors, 1 layers of 4 bits in groups of 32, 1 layers of 8 bits in groups of 32")
 
 
 def test_settings_of_some_layers_in_gptqmodel(tmp_path):
@@ -286,9 +289,20 @@ def test_methods_that_are_not_read(fields, told, tmp_path):
         read_settings(tmp_path, {"quantization_config": fields})
 
 
+@pytest.mark.parametrize("dtype", EIGHT_BIT_FLOATS.values())
+def test_eight_bit_floats_are_read_from_files(dtype, tmp_path):
+    arrays = {name: np.random.default_rng(0).uniform(0.1, 9, (3, 5)).astype(dtype) for name in "abc"}
+    save_file(arrays, tmp_path / "model.safetensors")
+    tensors = Safetensors(tmp_path)
+    assert tensors.headers["b"] == q.Held(arrays).headers["b"]
+    stored = tensors.read("b")
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored.view(np.uint8), arrays["b"].view(np.uint8))
+
+
 def test_packed_tensors_without_settings(tmp_path):
     refuse_without_settings(tmp_path, ["model.norm.weight"])
-    with pytest.raises(InputError, match=r"a.qweight is packed by GPTQ or AWQ, but config.json has no quantization_config"):
+    with pytest.raises(InputError, match=r"a.qweight is packed by GPTQ or AWQ, but config.json has no"):
         refuse_without_settings(tmp_path, ["model.norm.weight", "a.qweight"])
 
 
