@@ -96,12 +96,10 @@ def test_inputs_out_of_order_are_dequantised_with_a_line(maker, tmp_path):
         parts, settings = q.make_packed(rng, 16, 64, g_idx=rng.permutation(np.arange(64) // 32))
         expected = q.read_packed(parts, settings)
     files = present(parts, settings, tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"inputs out of order \(desc_act\) \(model.layers.0.mlp.up_proj.weight"
-    ) as told:
+    with pytest.warns(UserWarning, match=r"inputs out of order \(desc_act\) \(model.layers.0.mlp.up_proj.weight"):
         weight = files.read(f"{MODULE}.weight")
-        files.read(f"{MODULE}.weight")
-    assert len(told) == 1
+    again = files.read(f"{MODULE}.weight")  # says nothing, or this test would fail
+    np.testing.assert_array_equal(again, weight)
     assert weight.dtype == np.float32
     np.testing.assert_array_max_ulp(weight, expected, 2)
 
