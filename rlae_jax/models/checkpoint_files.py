@@ -11,6 +11,7 @@ never read: they can run code.
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -32,9 +33,28 @@ from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
+from rlae_jax.models.quantise import (
+    GROUPS,
+    Kind,
+    Quantisation,
+    Quantised,
+    dequantised,
+    quantise_kernel,
+    quantise_table,
+)
+from rlae_jax.models.quantise import logical_axes as quantised_axes
 from rlae_jax.models.rope import frequencies
-from rlae_jax.models.stored import StoredTensor, TensorSource, get_leaf, put_leaf, stored_tensors, tensor_files
-from rlae_jax.models.transformer import Params, abstract_params, logical_axes
+from rlae_jax.models.stored import (
+    PACKED,
+    Packed,
+    StoredTensor,
+    TensorSource,
+    get_leaf,
+    put_leaf,
+    stored_tensors,
+    tensor_files,
+)
+from rlae_jax.models.transformer import Params, logical_axes
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -233,7 +253,7 @@ def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: 
             findings.append(("missing", tensor.key))
         elif header.shape != tensor.shape:
             findings.append(("mis-shaped", f"{tensor.key} is {list(header.shape)}, expected {list(tensor.shape)}"))
-        elif header.dtype not in _STORED_DTYPES:
+        elif header.dtype not in (*_STORED_DTYPES, PACKED):
             findings.append(("quantised or of no known dtype", f"{tensor.key} is {header.dtype}"))
     if findings:
         raise grouped_error(
@@ -242,16 +262,73 @@ def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: 
     return {names[tensor.key]: tensor for tensor in wanted}
 
 
+TABLE, HEAD = ("embedding",), ("head", "kernel")
+
+
 class _Leaf(NamedTuple):
-    """One array of the parameter tree, placed."""
+    """One array of the parameter tree, or one quantised kernel, placed."""
 
     path: tuple[Any, ...]
     value: Any
-    start: bytes
+    start: Any  # bytes, in a tree like the value's
+
+
+def _check_quantisation(
+    quantisation: Quantisation, matched: dict[str, StoredTensor], tensors: TensorSource, where: Path
+) -> None:
+    """Raises an `InputError` for a quantisation that cannot be had."""
+    packed = [name for name in matched if tensors.headers[name].dtype == PACKED]
+    if packed:
+        raise InputError(
+            f"{where}: {packed[0]} and {len(packed) - 1} more are quantised already: load it without quantise"
+        )
+    odd = [tensor for tensor in matched.values() if tensor.kind == "kernel" and _inputs(tensor) % GROUPS[0]]
+    odd = [tensor for tensor in odd if quantisation.kind == "int4" and tensor.paths[0] != HEAD]
+    if odd:
+        findings = [("layers", f"{tensor.key} has {_inputs(tensor)} inputs") for tensor in odd]
+        raise grouped_error(f"{where}: int4 needs inputs that groups of {', '.join(map(str, GROUPS))} divide", findings)
+
+
+def _inputs(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shapes[0][: tensor.inputs])
+
+
+def _quantised(part: np.ndarray, tensor: StoredTensor, path: tuple[Any, ...], wanted: Quantisation | None) -> Any:
+    """A leaf, in fewer bits where that is wanted."""
+    if wanted is None:
+        return part
+    per_token: Kind = "int8" if wanted.kind == "int4" else wanted.kind
+    if path == TABLE:
+        return quantise_table(part, kind=per_token) if wanted.head else part
+    if tensor.kind != "kernel" or (path == HEAD and not wanted.head):
+        return part
+    if path == HEAD:
+        return quantise_kernel(part, kind=per_token, inputs=tensor.inputs)
+    group = wanted.group_of(_inputs(tensor))
+    assert group is not None
+    return quantise_kernel(part, kind=wanted.kind, inputs=tensor.inputs, group=group)
+
+
+def _placed(path: tuple[Any, ...], kernel: Any, names: tuple[str, ...], dtype: Any, mesh: Mesh | None) -> _Leaf:
+    """A leaf on its devices. What is quantised keeps its dtypes."""
+    whole = isinstance(kernel, Quantised)
+    start = jax.tree.map(lambda part: np.asarray(part.reshape(-1)[:START]).tobytes(), kernel) if whole else None
+    if mesh is None:
+        placed = jax.tree.map(jax.device_put, kernel) if whole else _on_device(kernel, dtype)
+    else:
+        where = sharding.shardings(quantised_axes(names, kernel), kernel, mesh)
+        place = functools.partial(sharding.place, dtype=None if whole else dtype)
+        placed = jax.tree.map(lambda part, to: place(np.asarray(part), to), kernel, where)
+    return _Leaf(path, placed, start if whole else np.asarray(kernel.flat[:START], dtype).tobytes())
 
 
 def read_params(
-    tensors: TensorSource, source: Source, config: ModelConfig, where: Path, mesh: Mesh | None = None
+    tensors: TensorSource,
+    source: Source,
+    config: ModelConfig,
+    where: Path,
+    mesh: Mesh | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Tensors:
     """Reads every tensor of the model, in `config.dtype`.
 
@@ -261,22 +338,27 @@ def read_params(
     Args:
       where: what errors call the checkpoint.
       mesh: where the tensors go, every part straight to its devices; None: the default device.
+      quantisation: how kernels are to be held that are not quantised in the checkpoint.
 
     Raises:
-      InputError: corrupt files, tensors missing, unexpected or of another shape.
+      InputError: corrupt files, tensors missing, unexpected or of another shape; a quantisation of what is quantised,
+        or in groups that do not divide a layer's inputs.
     """
     matched = _matched(tensors, source.family, config, where)
     dtype = DTYPES[config.dtype]
-    places = {} if mesh is None else sharding.shardings(logical_axes(config), abstract_params(config), mesh)
+    axes = logical_axes(config)
+    if quantisation is not None:
+        _check_quantisation(quantisation, matched, tensors, where)
 
     def read(name: str) -> list[_Leaf]:
         tensor, stored = matched[name], tensors.read(name)
-        assert isinstance(stored, np.ndarray)
-        leaves = []
-        for path, part in zip(tensor.paths, tensor.split(stored), strict=True):
-            placed = _on_device(part, dtype) if mesh is None else sharding.place(part, get_leaf(places, path), dtype)
-            leaves.append(_Leaf(path, placed, np.asarray(part.flat[:START], dtype).tobytes()))
-        return leaves
+        if isinstance(stored, Packed):
+            kernels = [*zip(tensor.paths, tensor.split_packed(stored), strict=True)]
+        else:
+            parts = zip(tensor.paths, tensor.split(stored), strict=True)
+            with jax.default_device(None if mesh is None else jax.local_devices(backend="cpu")[0]):
+                kernels = [(path, _quantised(part, tensor, path, quantisation)) for path, part in parts]
+        return [_placed(path, kernel, get_leaf(axes, path), dtype, mesh) for path, kernel in kernels]
 
     params: Params = {}
     starts: Params = {}
@@ -363,7 +445,7 @@ def write_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write_tensors(partial, stored_tensors(source.family, config), params)
+        _write_tensors(partial, stored_tensors(source.family, config), params, DTYPES[config.dtype])
         for name, content in files.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -373,12 +455,13 @@ def write_model(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: Params) -> None:
-    """One file, or shards with an index, each at most SHARD_BYTES; one shard in memory at a time."""
+def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: Params, dtype: Any) -> None:
+    """One file, or shards with an index, each at most SHARD_BYTES; one shard in memory at a time. What is quantised is
+    written as the weights that it stands for."""
     shards: list[list[StoredTensor]] = [[]]
     size = total = 0
     for tensor in tensors:
-        held = sum(get_leaf(params, path).nbytes for path in tensor.paths)
+        held = sum(math.prod(shape) for shape in tensor.shapes) * np.dtype(dtype).itemsize
         if shards[-1] and size + held > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -387,7 +470,7 @@ def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: P
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {t.key: t.join([np.asarray(get_leaf(params, path)) for path in t.paths]) for t in shard}
+        arrays = {t.key: t.join(_host_arrays(t, params, dtype)) for t in shard}
         save_file(
             {key: np.ascontiguousarray(array) for key, array in arrays.items()},
             directory / name,
@@ -397,3 +480,10 @@ def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: P
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _host_arrays(tensor: StoredTensor, params: Params, dtype: Any) -> list[np.ndarray]:
+    leaves = [get_leaf(params, path) for path in tensor.paths]
+    shapes = tensor.shapes
+    whole = [dequantised(k, s, dtype) if isinstance(k, Quantised) else k for k, s in zip(leaves, shapes, strict=True)]
+    return [np.asarray(leaf) for leaf in whole]

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.quantise import product
 
 # By the names that checkpoints use.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -60,7 +61,7 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
     ):
-        self.einsum = einsum
+        self.einsum, self.shape = einsum, tuple(shape)
         self.precision = config.precision
         inputs = kernel_inputs(einsum)
         values = jax.random.normal(rngs.params(), shape) * math.prod(shape[:inputs]) ** -0.5
@@ -70,7 +71,7 @@ class Linear(nnx.Module):
         self.delta: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Array) -> Array:
-        out = jnp.einsum(self.einsum, x, self.kernel[...], precision=self.precision)
+        out = product(self.einsum, x, self.kernel.get_value(), self.precision, self.shape)
         if self.delta is not None:
             out = out + self.delta(x)
         return out if self.bias is None else out + _along(self.bias[...], out)

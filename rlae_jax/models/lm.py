@@ -20,6 +20,7 @@ from rlae_jax import sharding
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, hub, lora, peft_files, stored, transformer
 from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.quantise import Quantisation, logical_axes
 from rlae_jax.models.tokenizer import import_transformers
 
 # Each row's adapter by number or name, or Float[B, M] weights of the adapters.
@@ -204,7 +205,8 @@ class LM:
           InputError: heads that the mesh does not divide.
         """
         sharding.check_model(self.name, self.config, mesh)
-        places = sharding.shardings(transformer.logical_axes(self.config), self.params, mesh)
+        axes = logical_axes(transformer.logical_axes(self.config), self.params)
+        places = sharding.shardings(axes, self.params, mesh)
         params = jax.tree.map(lambda leaf, where: sharding.place(np.asarray(leaf), where), self.params, places)
         placed = dataclasses.replace(self, params=params, mesh=mesh)
         return placed if self.stack is None else dataclasses.replace(placed, stack=sharding.whole(self.stack, mesh))
@@ -287,6 +289,9 @@ def load(
     context: int | None = None,
     precision: str | None = "highest",
     mesh: Mesh | None = None,
+    quantise: str | None = None,
+    group: int = 32,
+    quantise_head: bool = False,
 ) -> LM:
     """Loads a checkpoint: a Hugging Face directory, or a Hub id through huggingface_hub's cache.
 
@@ -302,6 +307,11 @@ def load(
         own default rounds operands; None takes the backend's default.
       mesh: of `make_mesh`, over which the arrays are spread; every device is given its own parts and no other. By
         default the mesh in force (`jax.set_mesh`), if there is one.
+      quantise: "int8" (a scale per output channel), "int4" (a scale per group of inputs) or "fp8" (e4m3, per channel):
+        how the kernels of linear layers are held, see `quantise.py`. Activations keep `dtype`.
+      group: inputs that share a scale of int4: 32, 64 or 128. A layer whose inputs it does not divide takes the next
+        smaller.
+      quantise_head: the output head and the embedding table, too, with a scale per token (int8 with int4).
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; heads that the
@@ -310,7 +320,7 @@ def load(
     opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
     if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    (params, starts), mesh = opened.read_params(mesh)
+    (params, starts), mesh = opened.read_params(mesh, Quantisation.of(quantise, group=group, head=quantise_head))
     lm = LM(params=params, starts=starts, mesh=mesh, **opened._asdict())
     return lm if adapter is None else lm.with_adapter(adapter)
 
@@ -324,14 +334,17 @@ class Opened(NamedTuple):
     path: Path
     source: checkpoint_files.Source
 
-    def read_params(self, mesh: Mesh | None) -> tuple[checkpoint_files.Tensors, Mesh | None]:
+    def read_params(
+        self, mesh: Mesh | None, quantisation: Quantisation | None = None
+    ) -> tuple[checkpoint_files.Tensors, Mesh | None]:
         """The tensors, and the mesh on which they lie: the one given, or else the one in force."""
         mesh = sharding.mesh_in_force() if mesh is None else mesh
         if mesh is not None:
             # Encoders, which score or are read, are small; of members nothing large is to be held whole unsaid.
             sharding.check_model(self.name, self.config, mesh, strict=self.config.has_head)
         tensors = stored.Safetensors(self.path)
-        return checkpoint_files.read_params(tensors, self.source, self.config, self.path, mesh), mesh
+        read = checkpoint_files.read_params(tensors, self.source, self.config, self.path, mesh, quantisation)
+        return read, mesh
 
 
 def open_checkpoint(

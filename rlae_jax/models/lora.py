@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Key
 
 from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.models.quantise import Quantised
 
 HEADS = ("head", "scorer")
 Factors = dict[str, dict[str, Array]]  # dotted path of a linear layer -> {"a": [inputs..., R], "b": [R, outputs...]}
@@ -285,6 +286,11 @@ def merge(
         a, b = a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1)
         change = np.einsum("m,mir,mro->io", np.asarray(scaled), a, b, optimize=True)
         kernel = layer["kernel"]
+        if isinstance(kernel, Quantised):
+            raise InputError(
+                f"{path} is quantised: adapters stay beside such a base (with_adapters, from_adapters); to merge one, "
+                "load the base without quantise"
+            )
         change = sharding.place_like(change.reshape(kernel.shape), kernel)
         layer["kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
     return merged

@@ -20,6 +20,7 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family
+from rlae_jax.models.quantise import KINDS, Quantised
 from rlae_jax.models.transformer import Params, abstract_params, linears
 
 EIGHT_BIT_FLOATS: dict[str, Any] = {
@@ -27,13 +28,14 @@ EIGHT_BIT_FLOATS: dict[str, Any] = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
+PACKED = "packed"
 
 
 class Header(NamedTuple):
     """What is known of a tensor before it is read."""
 
     shape: tuple[int, ...]
-    dtype: str  # as safetensors names it: "F32", "BF16", "F8_E4M3", "I32", ...
+    dtype: str  # as safetensors names it: "F32", "BF16", "F8_E4M3", "I32", ...; PACKED: it is read as `Packed`
 
 
 class Packed(NamedTuple):
@@ -115,6 +117,24 @@ class StoredTensor:
             split = np.split(rows, edges, axis=1)
         return [part.reshape(shape) for part, shape in zip(split, self.shapes, strict=True)]
 
+    def split_packed(self, packed: Packed) -> list[Quantised]:
+        """The kernels that a quantised weight holds, or the table with a scale per row."""
+        groups = packed.scale.shape[1]
+        if self.kind == "plain":
+            return [Quantised(_of_kind(packed.values, packed.kind), packed.scale, packed.zero)]
+        shapes = [shape[self.inputs :] for shape in self.shapes]  # of the outputs
+        lead = (groups, 1) if groups > 1 else (1,) * self.inputs
+        per_group = dataclasses.replace(self, shapes=tuple((groups, *shape) for shape in shapes), inputs=1)
+        split = [
+            [None] * len(shapes) if part is None else per_group.split(part) for part in (packed.scale, packed.zero)
+        ]
+        kernels = []
+        for values, scale, zero, shape in zip(self.split(packed.values), *split, shapes, strict=True):
+            values = values.reshape(groups, -1, *shape) if groups > 1 else values
+            scale, zero = (None if part is None else part.reshape(*lead, *shape) for part in (scale, zero))
+            kernels.append(Quantised(_of_kind(values, packed.kind), scale, zero))
+        return kernels
+
     def join(self, leaves: list[np.ndarray]) -> np.ndarray:
         """The stored tensor that holds the leaves."""
         if self.kind == "plain":
@@ -128,6 +148,10 @@ class StoredTensor:
         if self.kind == "bias":
             return tensor.reshape(-1)
         return tensor if self.inputs_first else tensor.T
+
+
+def _of_kind(values: np.ndarray, kind: str) -> np.ndarray:
+    return values.astype(KINDS[kind]) if kind == "int4" else values
 
 
 def split_path(path: str) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from rlae_jax.models import quantise
 from rlae_jax.models.attention import (
     Angles,
     Attention,
@@ -201,7 +202,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, table: Array, ids_bt: Array, positions_bt: Array, types_bt: Array | None = None) -> Array:
         config = self.config
-        x = table[ids_bt]
+        x = quantise.rows(table, ids_bt, config.dtype)
         if self.project_in is not None and not config.narrow_positions:
             x = self.project_in(x)
         if config.embedding_scale != 1.0:
@@ -216,9 +217,9 @@ class Transformer(nnx.Module):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     @property
-    def _table(self) -> Array:
+    def _table(self) -> Any:
         assert self.embedding is not None  # None only inside an encoder-decoder, whose own table is passed along
-        return self.embedding[...]
+        return self.embedding.get_value()
 
     def _angles(self, positions_bt: Array) -> Angles:
         ropes = {rope for rope in (self.config.rope, self.config.local_rope) if rope is not None}
@@ -326,10 +327,10 @@ class Transformer(nnx.Module):
         if self.head is None:
             kernel, einsum = self._table, "...d,vd->...v"
         else:
-            kernel, einsum = self.head.kernel[...], "...d,dv->...v"
+            kernel, einsum = self.head.kernel.get_value(), "...d,dv->...v"
         if self.config.head_scale != 1.0:
             hidden = hidden * jnp.asarray(self.config.head_scale, hidden.dtype)
-        out = jnp.einsum(einsum, hidden, kernel, precision=self.config.precision, preferred_element_type=jnp.float32)
+        out = quantise.product(einsum, hidden, kernel, self.config.precision, dtype=jnp.float32)
         if self.head is not None and self.head.delta is not None:
             out = out + self.head.delta(hidden).astype(jnp.float32)
         out = constrain(out, "batch", *[None] * (out.ndim - 2), "vocab")

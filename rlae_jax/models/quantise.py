@@ -1,0 +1,305 @@
+"""Weights in fewer bits: kernels that are held as int8, int4 or fp8 and become numbers again inside a product.
+
+    weight = (values - zero) * scale
+
+by broadcasting: a scale has the axes of its values, of size 1 where weights share it.
+
+    kernel of a linear layer, per output channel    values [inputs..., outputs...]    scale [1..., outputs...]
+    the same, in groups of g inputs                 values [G, g, outputs...]         scale [G, 1, outputs...]
+    embedding table, whose rows are the outputs     values [V, D]                     scale [V, 1]
+    of a tied head
+
+The scale is such that the largest of each channel or group becomes the largest value (absmax, symmetric: Dettmers et
+al., 2022, section 2). Only weights are quantised: activations keep their dtype, and sums are float32.
+
+No converted copy of a kernel is made in memory. Compilers for GPUs and TPUs convert while a product reads its operand.
+That for CPUs does not: there an int8 kernel meets a single row in a sum of products, which its compiler fuses, and
+everything else is converted some inputs at a time, which stay in the processor's cache.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from rlae_jax.errors import InputError
+
+Kind = Literal["int8", "int4", "fp8"]
+KINDS: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e4m3fn}
+GROUPS = (32, 64, 128)
+_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+_BLOCK = 2**18  # weights that a CPU converts at a time: 1 MiB of float32
+
+
+class Quantisation(NamedTuple):
+    """How a model's weights are to be held."""
+
+    kind: Kind
+    group: int = 32  # inputs that share a scale, of int4; the other kinds have a scale per output channel
+    head: bool = False  # the output head and the embedding table, too: int8 or fp8, with a scale per token
+
+    @classmethod
+    def of(cls, quantise: str | None, *, group: int = 32, head: bool = False) -> "Quantisation | None":
+        """What a user asks for; None for nothing.
+
+        Raises:
+          InputError: no kind of quantisation, or no size of a group.
+        """
+        if quantise is None:
+            return None
+        if quantise not in KINDS:
+            raise InputError(f"quantise {quantise!r} is not supported; use one of {', '.join(KINDS)}")
+        if group not in GROUPS:
+            raise InputError(f"groups of {group} inputs are not supported; use one of {', '.join(map(str, GROUPS))}")
+        return cls(quantise, group, head)  # type: ignore[arg-type]
+
+    def group_of(self, inputs: int) -> int | None:
+        """The inputs of a group in a layer of so many: the size asked for or the next smaller one that divides them;
+        0 for a scale per channel, None where no size divides."""
+        if self.kind != "int4":
+            return 0
+        return next((size for size in reversed(GROUPS) if size <= self.group and inputs % size == 0), None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantised:
+    """A kernel or table in few bits: one leaf to those who look for kernels, three arrays to JAX."""
+
+    # Any: arrays, or in trees like this one shapes, names and places.
+    values: Any  # int8, int4 or float8_e4m3fn
+    scale: Any  # float32
+    zero: Any = None  # like scale; None: 0
+
+    @property
+    def kind(self) -> str:
+        """ "int8", "int4" or "fp8"."""
+        return next(kind for kind, dtype in KINDS.items() if self.values.dtype == dtype)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the first two axes are groups of inputs and the inputs of a group."""
+        shape = self.values.shape
+        return len(shape) > 2 and shape[0] > 1 and tuple(self.scale.shape[:2]) == (shape[0], 1)
+
+    def weights(self) -> Float[Array, "..."]:
+        """(values - zero) * scale, float32, in the shape of the values."""
+        wide = self.values.astype(jnp.float32)
+        weights: Array = (wide if self.zero is None else wide - self.zero) * self.scale
+        return weights
+
+
+def is_quantised(leaf: Any) -> bool:
+    """For `is_leaf`, where whole kernels are wanted."""
+    return isinstance(leaf, Quantised)
+
+
+def weight_bytes(leaf: Any) -> int:
+    """What an array takes in memory, where two int4 values share a byte."""
+    bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+    return int(math.prod(leaf.shape) * bits) // 8
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "inputs", "group"))
+def quantise_kernel(kernel: Array, *, kind: Kind, inputs: int, group: int = 0) -> Quantised:
+    """A kernel in fewer bits.
+
+    Args:
+      kernel: [inputs..., outputs...].
+      inputs: how many of its leading axes are inputs.
+      group: inputs that share a scale; 0: all, a scale per output channel.
+    """
+    wide = kernel.astype(jnp.float32)
+    if group:
+        wide = wide.reshape(-1, group, *kernel.shape[inputs:])
+    return _absmax(wide, (1,) if group else tuple(range(inputs)), kind)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def quantise_table(table: Float[Array, "V D"], *, kind: Kind) -> Quantised:
+    """An embedding table with a scale per row."""
+    return _absmax(table.astype(jnp.float32), (1,), kind)
+
+
+def _absmax(wide: Array, axes: tuple[int, ...], kind: Kind) -> Quantised:
+    scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=True) / _LARGEST[kind]
+    scaled = wide / jnp.where(scale == 0, 1.0, scale)
+    if kind != "fp8":
+        scaled = jnp.clip(jnp.round(scaled), -_LARGEST[kind], _LARGEST[kind])
+    return Quantised(scaled.astype(KINDS[kind]), scale)
+
+
+def dequantised(leaf: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A kernel or table as an array, whether quantised or not."""
+    weights = leaf.weights() if isinstance(leaf, Quantised) else leaf
+    array: Array = weights.astype(dtype).reshape(shape)
+    return array
+
+
+def logical_axes(names: Any, params: Any) -> Any:
+    """`transformer.logical_axes` for parameters of which some are quantised: a tree like theirs."""
+
+    def one(axes: tuple[str | None, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, Quantised):
+            return axes
+        if leaf.grouped:  # groups of inputs lie where their first axis did
+            axes = (axes[0], None, *axes[len(axes) - len(leaf.values.shape) + 2 :])
+        return Quantised(axes, axes, None if leaf.zero is None else axes)
+
+    return jax.tree.map(one, names, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def rows(table: Array | Quantised, ids: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+    """Rows of an embedding table."""
+    if not isinstance(table, Quantised):
+        return table[ids]
+    chosen: Quantised = jax.tree.map(lambda part: part[ids], table)
+    return chosen.weights().astype(dtype)
+
+
+class _Layout(NamedTuple):
+    """What an einsum string says of a kernel."""
+
+    einsum: str
+    transposed: str  # output,kernel->activations
+    shape: tuple[int, ...]  # of the kernel
+    inputs: int  # how many of its axes
+    outputs_first: bool  # an embedding table's rows
+
+    @classmethod
+    def of(cls, einsum: str, shape: tuple[int, ...]) -> "_Layout":
+        operands, out = einsum.split("->")
+        x, kernel = operands.split(",")
+        inputs = sum(letter not in out for letter in kernel)
+        return cls(einsum, f"{out},{kernel}->{x}", shape, inputs, kernel[0] in out)
+
+    def of_product(self, batch: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+        """The shape of the product, or of its transposed, for rows of the shape `batch`."""
+        first = self.inputs if not self.outputs_first else len(self.shape) - self.inputs
+        parts = (self.shape[:first], self.shape[first:])
+        inputs, outputs = parts[::-1] if self.outputs_first else parts
+        return (*batch, *(inputs if transposed else outputs))
+
+
+def product(
+    einsum: str,
+    x: Array,
+    kernel: Array | Quantised,
+    precision: str | None,
+    shape: tuple[int, ...] | None = None,
+    dtype: Any = None,
+) -> Float[Array, "..."]:
+    """activations,kernel->output, e.g. "btd,dnh->btnh" or "...d,vd->...v", where the kernel may be quantised.
+
+    Args:
+      shape: of the kernel, which groups do not show; by default that of its values.
+      dtype: of the result; by default that of the activations. Sums are float32 where the kernel is quantised.
+    """
+    if not isinstance(kernel, Quantised):
+        return jnp.einsum(einsum, x, kernel, precision=precision, preferred_element_type=dtype)
+    layout = _Layout.of(einsum, kernel.values.shape if shape is None else shape)
+    out = _product(layout, precision, x, kernel)
+    return out.astype(x.dtype if dtype is None else dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(layout: _Layout, precision: str | None, x: Array, kernel: Quantised) -> Float[Array, "..."]:
+    """Float32. Its derivative is defined with respect to the activations alone: weights of few bits are not trained."""
+    return _either_way(layout, precision, x, kernel, transposed=False)
+
+
+def _product_forward(layout: _Layout, precision: str | None, x: Array, kernel: Quantised) -> tuple[Array, Any]:
+    return _product(layout, precision, x, kernel), (kernel, jnp.zeros((0,), x.dtype))
+
+
+def _product_backward(layout: _Layout, precision: str | None, kept: Any, gradient: Array) -> tuple[Array, None]:
+    kernel, like = kept
+    return _either_way(layout, precision, gradient, kernel, transposed=True).astype(like.dtype), None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _either_way(layout: _Layout, precision: str | None, x: Array, kernel: Quantised, *, transposed: bool) -> Array:
+    fused = functools.partial(_fused, layout, precision, transposed)
+    if not jax.sharding.get_abstract_mesh().empty:
+        return fused(x, kernel)  # the blocks of a kernel that is spread would have to be brought together
+    on_cpu = functools.partial(_in_blocks, layout, precision, transposed)
+    out: Array = lax.platform_dependent(x, kernel, cpu=on_cpu, default=fused)
+    return out
+
+
+def _fused(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
+    """One product whose operand is converted as it is read."""
+    einsum = layout.transposed if transposed else layout.einsum
+    if kernel.zero is None and not kernel.grouped and not transposed:  # a scale per output
+        values = kernel.values.reshape(layout.shape).astype(x.dtype)
+        out = jnp.einsum(einsum, x, values, precision=precision, preferred_element_type=jnp.float32)
+        outputs = layout.of_product((), False)
+        return out * lax.broadcast_to_rank(kernel.scale.reshape(outputs), out.ndim)
+    weights = kernel.weights().reshape(layout.shape).astype(x.dtype)
+    return jnp.einsum(einsum, x, weights, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _in_blocks(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
+    """The product for a CPU: of x [R, .] and a matrix [A, C], where A are the inputs, or of a table the outputs."""
+    contracted = layout.inputs if not transposed else len(layout.shape) - layout.inputs
+    batch = x.shape[: x.ndim - contracted]
+    x_ri = x.reshape(math.prod(batch), -1).astype(jnp.float32)
+    over_a = transposed == layout.outputs_first  # whether it is A over which is summed
+    kernel = _matrix(kernel, layout)
+    units, rows = kernel.values.shape[:2]
+    single = len(x_ri) == 1 and rows == 1 and kernel.kind == "int8" and kernel.zero is None
+    if single and not transposed:
+        out = _of_one_row(x_ri[0], kernel.values[:, 0], kernel.scale[:, 0], over_a)
+    else:
+        out = _in_parts(x_ri, kernel, units, over_a, precision)
+    return out.reshape(layout.of_product(batch, transposed))
+
+
+def _matrix(kernel: Quantised, layout: _Layout) -> Quantised:
+    """Values [U, W, C] and scales with which they broadcast: U groups of W rows of the matrix [A, C], or its A rows."""
+    first = len(layout.shape) - layout.inputs if layout.outputs_first else layout.inputs
+    kept = 1 if kernel.grouped else first + kernel.values.ndim - len(layout.shape)
+
+    def flat(part: Array) -> Array:
+        return part.reshape(math.prod(part.shape[:kept]), part.shape[1] if kernel.grouped else 1, -1)
+
+    matrix: Quantised = jax.tree.map(flat, kernel)
+    return matrix
+
+
+def _of_one_row(x: Array, values_ac: Array, scale: Array, over_a: bool) -> Array:
+    """A sum of products, in which the compiler converts what it reads."""
+    wide = values_ac.astype(jnp.float32)
+    if over_a:
+        return jnp.sum(x[:, None] * wide, axis=0) * scale[0]
+    return jnp.sum(x[None, :] * wide, axis=1) * scale[:, 0]
+
+
+def _in_parts(x_ri: Array, kernel: Quantised, units: int, over_a: bool, precision: str | None) -> Array:
+    """Some rows of the matrix at a time are converted and multiplied."""
+    rows, c = kernel.values.shape[1:]
+    step = min(max(_BLOCK // (rows * c), 1), units)
+    whole, rest = divmod(units, step)
+
+    def part(start: Any, count: int, out: Array) -> Array:
+        def own(array: Array) -> Array:
+            return array if array.shape[0] == 1 else lax.dynamic_slice_in_dim(array, start, count, axis=0)
+
+        sliced: Quantised = jax.tree.map(own, kernel)
+        weights_ac = sliced.weights().reshape(count * rows, c)
+        if over_a:
+            x = lax.dynamic_slice_in_dim(x_ri, start * rows, count * rows, axis=1)
+            return out + jnp.matmul(x, weights_ac, precision=precision)
+        new = jnp.einsum("rc,ac->ra", x_ri, weights_ac, precision=precision)
+        return lax.dynamic_update_slice_in_dim(out, new, start * rows, axis=1)
+
+    out = jnp.zeros((len(x_ri), c if over_a else units * rows), jnp.float32)
+    out = lax.fori_loop(0, whole, lambda i, out: part(i * step, step, out), out)
+    return part(whole * step, rest, out) if rest else out

@@ -1,0 +1,143 @@
+"""Quantised kernels against the weights that they stand for, multiplied the plain way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rlae_jax as rj
+from rlae_jax.models import quantise
+from rlae_jax.models.quantise import Quantised, is_quantised
+from rlae_jax.models.stored import Packed, StoredTensor
+from tests.helpers.adapters import random_adapter
+
+CASES = [
+    ("btd,dnh->btnh", (96, 3, 8), (2, 3)),
+    ("btnh,nhd->btd", (3, 32, 40), (2, 3)),
+    ("btd,df->btf", (96, 7), (1, 1)),
+    ("...d,dv->...v", (64, 11), (1,)),
+]
+KINDS = [(kind, group) for kind in quantise.KINDS for group in (0, 32)]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+@pytest.fixture
+def checkpoint(make_lm, tmp_path):
+    make_lm(0, vocab=40, width=64, heads=4, kv_heads=2, head_width=16, ffn_width=96).save(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def weights_slowly(kernel: Quantised, shape: tuple[int, ...]) -> np.ndarray:
+    """Element by element."""
+    values, scale = (np.asarray(part).astype(np.float32) for part in (kernel.values, kernel.scale))
+    zero = np.zeros_like(scale) if kernel.zero is None else np.asarray(kernel.zero)
+    out = np.empty(values.shape, np.float32)
+    for place in np.ndindex(*values.shape):
+        own = tuple(i if size > 1 else 0 for i, size in zip(place, scale.shape, strict=True))
+        out[place] = (values[place] - zero[own]) * scale[own]
+    return out.reshape(shape)
+
+
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize(("einsum", "shape", "batch"), CASES)
+def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, rng, monkeypatch):
+    monkeypatch.setattr(quantise, "_BLOCK", 300)  # several blocks and a rest
+    inputs = sum(letter not in einsum.split("->")[1] for letter in einsum.split(",")[1].split("->")[0])
+    kernel, x = (rng.standard_normal(s).astype(np.float32) for s in (shape, (*batch, *shape[:inputs])))
+    held = quantise.quantise_kernel(kernel, kind=kind, inputs=inputs, group=group)
+    weights = weights_slowly(held, shape)
+    np.testing.assert_array_equal(quantise.dequantised(held, shape, np.float32), weights)
+    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "fp8": 2.0**-4}[kind]  # at most half a step of the largest
+    assert np.max(np.abs(weights - kernel)) <= step * np.max(np.abs(kernel)) * (1 + 1e-5)
+
+    def product(x):
+        return quantise.product(einsum, x, held, "highest", shape)
+
+    expected = np.einsum(einsum, x.astype(np.float64), weights)
+    scale = np.max(np.abs(expected))
+    np.testing.assert_allclose(product(x), expected, atol=2e-6 * scale)
+    with jax.set_mesh(rj.make_mesh(1, 1)):  # where products are left whole, as on an accelerator
+        np.testing.assert_allclose(product(x), expected, atol=2e-6 * scale)
+    back = rng.standard_normal(expected.shape).astype(np.float32)
+    gradient = jax.grad(lambda x: jnp.sum(product(x) * back))(x)
+    operands, out = einsum.split("->")
+    transposed = np.einsum(f"{out},{operands.split(',')[1]}->{operands.split(',')[0]}", back, weights)
+    np.testing.assert_allclose(gradient, transposed, atol=2e-6 * np.max(np.abs(transposed)))
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_table_is_looked_up_and_is_a_head(kind, rows, rng, monkeypatch):
+    monkeypatch.setattr(quantise, "_BLOCK", 300)
+    table, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((51, 64), (rows, 64)))
+    held = quantise.quantise_table(table, kind=kind)
+    weights = weights_slowly(held, table.shape)
+    ids = rng.integers(0, 51, (2, 3))
+    np.testing.assert_array_equal(quantise.rows(held, ids, jnp.float32), weights[ids])
+    logits = quantise.product("...d,vd->...v", x, held, "highest")
+    np.testing.assert_allclose(logits, x @ weights.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_stored_quantised_weight_becomes_the_layers_kernels(groups, zero, rng):
+    """A fused tensor of two layers of two heads."""
+    tensor = StoredTensor("qk.weight", (("q",), ("k",)), ((96, 2, 4), (96, 1, 4)), "kernel", 1)
+    values = rng.integers(-8, 8, (12, 96)).astype(np.int8)
+    scale = rng.uniform(0.5, 2, (12, groups)).astype(np.float32)
+    offset = rng.integers(-8, 8, (12, groups)).astype(np.float32) if zero else None
+    weights = np.empty((12, 96), np.float32)
+    for o, i in np.ndindex(12, 96):
+        g = i * groups // 96
+        weights[o, i] = (values[o, i] - (0 if offset is None else offset[o, g])) * scale[o, g]
+    kernels = tensor.split_packed(Packed(values, scale, offset, "int4"))
+    for kernel, plain, shape in zip(kernels, tensor.split(weights), tensor.shapes, strict=True):
+        assert kernel.kind == "int4"
+        np.testing.assert_allclose(quantise.dequantised(kernel, shape, np.float32), plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_a_quantised_model_is_the_model_of_its_weights(checkpoint, tmp_path, kind, head):
+    lm = rj.load(checkpoint, quantise=kind, quantise_head=head)
+    assert is_quantised(lm.params["layers"][0]["ffn"]["up"]["kernel"])
+    assert is_quantised(lm.params["embedding"]) == head
+    lm.save(tmp_path / "again")  # writes the weights that the model stands for
+    plain = rj.load(tmp_path / "again")
+    ids = np.random.default_rng().integers(0, lm.config.vocab, (3, 9))
+    np.testing.assert_allclose(lm.logits(ids), plain.logits(ids), atol=2e-5 * np.max(np.abs(plain.logits(ids))))
+    tokens = [rj.Ensemble([m]).generate(prompt_ids=ids, max_new_tokens=8, ignore_eos=True).tokens for m in (lm, plain)]
+    assert tokens[0] == tokens[1]
+    assert lm.fingerprint() != plain.fingerprint()
+    assert rj.load(checkpoint, quantise=kind, quantise_head=head).fingerprint() == lm.fingerprint()
+
+
+def test_int8_takes_a_quarter_of_the_memory(checkpoint):
+    def size(lm):
+        return sum(quantise.weight_bytes(leaf) for leaf in jax.tree.leaves(lm.params["layers"]))
+
+    full = size(rj.load(checkpoint))
+    assert size(rj.load(checkpoint, quantise="int8")) < 0.3 * full
+    assert size(rj.load(checkpoint, quantise="int4")) < 0.2 * full
+
+
+def test_adapters_stay_beside_a_quantised_base(checkpoint, raises_input_error):
+    lm = rj.load(checkpoint, quantise="int8")
+    adapters = [random_adapter(lm, seed=i) for i in range(2)]
+    ids = np.random.default_rng().integers(0, lm.config.vocab, (2, 7))
+    both = lm.with_adapters(adapters).logits(ids, adapters=[0, 1])
+    for i in range(2):
+        alone = lm.with_adapters(adapters[i : i + 1]).logits(ids[i : i + 1])
+        np.testing.assert_allclose(both[i], alone[0], atol=1e-4)
+    raises_input_error(lambda: lm.with_adapter(adapters[0]), "quantised", "with_adapters")
+
+
+def test_what_cannot_be_quantised_is_told(make_lm, checkpoint, tmp_path, raises_input_error):
+    raises_input_error(lambda: rj.load(checkpoint, quantise="int3"), "int3", "int8, int4, fp8")
+    raises_input_error(lambda: rj.load(checkpoint, quantise="int4", group=48), "48", "32, 64, 128")
+    make_lm(0, width=64, ffn_width=50).save(tmp_path / "odd")
+    raises_input_error(lambda: rj.load(tmp_path / "odd", quantise="int4"), "down_proj", "50 inputs", "32, 64, 128")
