@@ -15,14 +15,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from rlae_jax.models.config import ModelConfig, RelativeBias, Rope
-from rlae_jax.models.layers import Linear, RMSNorm, rotate
+from rlae_jax.models.config import ModelConfig, QueryGrowth, RelativeBias, Rope
+from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate
 from rlae_jax.models.rope import frequencies
 from rlae_jax.sharding import constrain
 
 # [B, G, H, S]. Rows and slots differ between what is cached and what is new, so that they are not checked by name.
 LayerCache = tuple[Float[Array, "_B G H _S"], Float[Array, "_B G H _S"]]
-Angles = dict[Rope, Float[Array, "B T half"]]  # of each rope that the model uses, at the tokens' positions
+# What depends on the tokens' positions: angles [B, T, half] of each rope of the model, factors [B, T] of queries.
+Angles = dict[Rope | QueryGrowth, Array]
 LOWEST = float(np.finfo(np.float32).min)
 _SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one
 
@@ -216,6 +217,14 @@ class Packing(NamedTuple):
         return x_r1[:, 0][self.source_bw]
 
 
+def _head_norm(config: ModelConfig, heads: int, axis: str) -> RMSNorm | LayerNorm | None:
+    """The norm of queries or keys, if the model has one."""
+    kind, h = config.query_key_norm, config.head_width
+    if kind == "heads":
+        return LayerNorm((heads, h), config, (axis, "head_norm"))
+    return None if kind is None else make_norm(h if kind == "head" else heads * h, config, "head_norm")
+
+
 class Attention(nnx.Module):
     """Grouped-query attention: q, k and v from the activations, rotary positions, an output map.
 
@@ -225,11 +234,9 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int, cross: int | None = None):
-        n, g, h = config.heads, config.kv_heads, config.head_width
         self.q, self.k, self.v, self.o = projections(config, rngs, cross)
-        widths = {"head": (h, h), "all": (n * h, g * h)}.get(config.query_key_norm or "")
-        self.q_norm = RMSNorm(widths[0], config, "head_norm") if widths else None
-        self.k_norm = RMSNorm(widths[1], config, "head_norm") if widths else None
+        self.q_norm = _head_norm(config, config.heads, "heads")
+        self.k_norm = _head_norm(config, config.kv_heads, "kv_heads")
         self.config = config
         self.scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
         if config.scale_by_depth:
@@ -237,25 +244,36 @@ class Attention(nnx.Module):
         local = layer in config.local_layers and cross is None
         self.window = config.window if local else 0
         self.rope = None if cross else (config.local_rope or config.rope) if local else config.rope
+        if layer in config.unrotated_layers:
+            self.rope = None
 
-    def _norm(self, norm: RMSNorm | None, x_btnh: Array) -> Array:
+    def _norm(self, norm: RMSNorm | LayerNorm | None, x_btnh: Array) -> Array:
         if norm is None:
             return x_btnh
-        if self.config.query_key_norm == "head":
-            return norm(x_btnh)
-        return norm(x_btnh.reshape(*x_btnh.shape[:2], -1)).reshape(x_btnh.shape)
+        if self.config.query_key_norm == "all":
+            return norm(x_btnh.reshape(*x_btnh.shape[:2], -1)).reshape(x_btnh.shape)
+        return norm(x_btnh)
 
     def _rotate(self, x_btnh: Array, angles: Angles) -> Array:
-        if self.rope is None:
+        rope = self.rope
+        if rope is None:
             return x_btnh
-        return rotate(x_btnh, angles[self.rope], frequencies(self.rope, self.config.head_width)[1])
+        scale = frequencies(rope, self.config.head_width)[1]
+        return rotate(x_btnh, angles[rope], scale, interleaved=rope.interleaved)
+
+    def _project(self, linear: Linear, x_btd: Array) -> Array:
+        out, clip = linear(x_btd), self.config.qkv_clip
+        return out if clip is None else jnp.clip(out, -clip, clip)
 
     def _queries(self, x_btd: Array, angles: Angles) -> Array:
-        return self._rotate(self._norm(self.q_norm, self.q(x_btd)), angles)
+        q_btnh = self._rotate(self._norm(self.q_norm, self._project(self.q, x_btd)), angles)
+        growth = self.config.query_growth
+        return q_btnh if growth is None else q_btnh * angles[growth].astype(q_btnh.dtype)[:, :, None, None]
 
     def keys_values(self, x_btd: Array, angles: Angles) -> tuple[Array, Array]:
         """Keys and values [B, T, G, H]."""
-        return self._rotate(self._norm(self.k_norm, self.k(x_btd)), angles), self.v(x_btd)
+        k_btgh = self._rotate(self._norm(self.k_norm, self._project(self.k, x_btd)), angles)
+        return k_btgh, self._project(self.v, x_btd)
 
     def sequence(
         self,

@@ -20,6 +20,17 @@ class Rope:
     # "linear", "llama3", "yarn" or "longrope" with its numbers, as (name, value) pairs.
     kind: str = "default"
     numbers: tuple[tuple[str, Any], ...] = ()
+    interleaved: bool = False  # pairs are neighbours (x_2i, x_2i+1), not (x_i, x_i+half)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+    """Queries at position p are multiplied by 1 + rate * log(1 + floor((p + offset) / step)), so that attention stays
+    sharp over long texts (Llama 4's published code)."""
+
+    rate: float
+    step: int
+    offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +94,18 @@ class ModelConfig:
     norm_places: tuple[Literal["before", "branch", "sum"], ...] = ("before",)
     norm_offset: float = 0.0  # added to the stored scale (Gemma stores scale - 1)
     norm_affine: bool = True
+    norm_bias: bool = True  # of layer norms
     final_norm: bool = True
-    query_key_norm: Literal["head", "all"] | None = None  # RMS over each head's entries, or over all heads' at once
+    # Over each head's entries, the same with a scale for every head ("heads"), or over all heads' entries at once.
+    query_key_norm: Literal["head", "heads", "all"] | None = None
     parallel_branches: bool = False  # x + attention(norm(x)) + ffn(norm(x))
+    shared_norm: bool = False  # parallel branches read one norm, attention's
+    branch_scale: float = 1.0  # of what a branch adds to the residual stream
 
     # Positions: any of rotary, learned and relative.
     rope: Rope | None = Rope()
+    unrotated_layers: tuple[int, ...] = ()  # these know no positions
+    query_growth: QueryGrowth | None = None
     learned_positions: int = 0  # rows of the table
     position_offset: int = 0  # row of the first position (OPT, RoBERTa)
     relative_bias: RelativeBias | None = None
@@ -100,6 +117,7 @@ class ModelConfig:
     attention_scale: float | None = None  # None: H^-1/2
     scale_by_depth: bool = False  # divide it by the layer's number, from 1
     attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    qkv_clip: float | None = None  # queries, keys and values are cut to -clip..clip
     qkv_bias: bool = False
     attention_out_bias: bool = False
     local_layers: tuple[int, ...] = ()  # these attend to the last `window` tokens only, their own included
@@ -119,8 +137,10 @@ class ModelConfig:
     token_types: int = 0  # rows of the segment table (BERT)
     tied_head: bool = False  # the output head reads the embedding table
     has_head: bool = True  # False for encoders
+    head_bias: bool = False
     head_scale: float = 1.0  # of the hidden states before the head (T5)
-    logit_cap: float | None = None
+    logit_scale: float = 1.0
+    logit_cap: float | None = None  # as `attention_cap`, of the scaled logits
     scorer: TextHead | None = None
 
     encoder: "ModelConfig | None" = None

@@ -61,7 +61,7 @@ class RelativeEmbeddings(nnx.Module):
         self.spec = config.disentangled
         values = jax.random.normal(rngs.params(), (2 * self.spec.span, config.width)) * config.width**-0.5
         self.table = nnx.Param(values.astype(config.dtype), axes=("positions", "embed"))
-        self.norm = LayerNorm(config.width, config) if self.spec.norm_embeddings else None
+        self.norm = LayerNorm((config.width,), config) if self.spec.norm_embeddings else None
 
     def sequence(self, length: int) -> Float[Array, "1 U D"]:
         """The rows from the first to the last that a text of this length needs."""

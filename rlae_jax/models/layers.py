@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": jax.nn.gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "tanh": jnp.tanh,
 }
 
@@ -94,27 +95,34 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 (Ba et al., 2016)."""
+    """(x - mean) / sqrt(variance + eps) * (offset + scale) + bias, in float32 (Ba et al., 2016).
 
-    def __init__(self, width: int, config: ModelConfig):
-        self.eps = config.norm_eps
+    Args:
+      shape: of the scale; the last axis, which is normalised, or that and axes before it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], config: ModelConfig, axes: tuple[str, ...] = ("norm",)):
+        self.eps, self.offset = config.norm_eps, config.norm_offset
         affine = config.norm_affine
-        self.scale = nnx.Param(jnp.ones((width,), config.dtype), axes=("norm",)) if affine else None
-        self.bias = nnx.Param(jnp.zeros((width,), config.dtype), axes=("norm",)) if affine else None
+        ones = jnp.full(shape, 1.0 - self.offset, config.dtype)
+        self.scale = nnx.Param(ones, axes=axes) if affine else None
+        self.bias = nnx.Param(jnp.zeros(shape, config.dtype), axes=axes) if affine and config.norm_bias else None
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
-        if self.scale is not None and self.bias is not None:
-            scale, bias = (_along(part[...].astype(jnp.float32), x) for part in (self.scale, self.bias))
-            normed = normed * scale + bias
-        return normed.astype(x.dtype)
+        scale, bias = (
+            None if part is None else _along(part[...].astype(jnp.float32), x) for part in (self.scale, self.bias)
+        )
+        if scale is not None:
+            normed = normed * (self.offset + scale if self.offset else scale)
+        return (normed if bias is None else normed + bias).astype(x.dtype)
 
 
-def make_norm(width: int, config: ModelConfig) -> RMSNorm | LayerNorm:
+def make_norm(width: int, config: ModelConfig, axis: str = "norm") -> RMSNorm | LayerNorm:
     """The kind of norm that the model uses."""
-    return RMSNorm(width, config) if config.norm == "rms" else LayerNorm(width, config)
+    return RMSNorm(width, config, axis) if config.norm == "rms" else LayerNorm((width,), config, (axis,))
 
 
 class FeedForward(nnx.Module):
@@ -138,12 +146,18 @@ def rotary_angles(positions_bt: Array, frequencies: np.ndarray) -> Float[Array, 
     return positions_bt[..., None].astype(jnp.float32) * frequencies[None, None]
 
 
-def rotate(x_btnh: Array, angles: Float[Array, "B T half"], scale: float = 1.0) -> Array:
-    """Rotates the pairs (x_i, x_{i + half}), the pairing of the Hugging Face checkpoints; entries beyond the pairs
-    stay as they are (partial rotary)."""
+def rotate(x_btnh: Array, angles: Float[Array, "B T half"], scale: float = 1.0, *, interleaved: bool = False) -> Array:
+    """Rotates the pairs (x_i, x_{i + half}), the pairing of most Hugging Face checkpoints, or, interleaved,
+    (x_2i, x_{2i + 1}); entries beyond the pairs stay as they are (partial rotary)."""
     half = angles.shape[-1]
     wide = x_btnh.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], x_btnh[..., 2 * half :]
+    rest = x_btnh[..., 2 * half :]
+    if interleaved:
+        first, second = wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2]
+    else:
+        first, second = wide[..., :half], wide[..., half : 2 * half]
     cos, sin = (f(angles)[:, :, None] * scale for f in (jnp.cos, jnp.sin))
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    joined = jnp.stack(parts, axis=-1).reshape(*rest.shape[:-1], -1) if interleaved else jnp.concatenate(parts, axis=-1)
+    turned = joined.astype(x_btnh.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

@@ -78,6 +78,7 @@ class Layer(nnx.Module):
         for branch in ("attention", "cross", "ffn"):
             for place in ("before", "branch", "sum"):
                 present = place in config.norm_places and getattr(self, branch) is not None
+                present = present and not (config.shared_norm and branch == "ffn")
                 name = f"{branch}_norm" if place == "before" else f"{branch}_{place}_norm"
                 setattr(self, name, make_norm(config.width, config) if present else None)
 
@@ -87,8 +88,12 @@ class Layer(nnx.Module):
 
     def _leave(self, branch: str, x: Array, out: Array) -> Array:
         branch_norm, sum_norm = getattr(self, f"{branch}_branch_norm"), getattr(self, f"{branch}_sum_norm")
+        out = out if branch_norm is None else branch_norm(out)
+        if self.config.branch_scale != 1.0:
+            # In float32: what bfloat16 makes of the factor would be off by as much in every layer.
+            out = (out.astype(jnp.float32) * self.config.branch_scale).astype(out.dtype)
         # Pinned on a mesh, so that what the devices of a group have each a part of is summed here.
-        total = constrain(x + (out if branch_norm is None else branch_norm(out)), "batch")
+        total = constrain(x + out, "batch")
         return total if sum_norm is None else sum_norm(total)
 
     def sequence(
@@ -102,17 +107,16 @@ class Layer(nnx.Module):
         """Whole sequences. `relative` is what the stack's layers share of relative positions, scores [1, N, T, T] or
         embeddings [1, U, D]; `source` the encoder's states and mask. Returns the activations, the keys and values and
         those of the source."""
-        out, keys_values = self.attention.sequence(self._enter("attention", x), angles, mask_bts, relative)
-        if self.config.parallel_branches:
-            return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x)), keys_values, None
+        entered = self._enter("attention", x)
+        out, keys_values = self.attention.sequence(entered, angles, mask_bts, relative)
+        if self.cross is None or source is None:
+            return self._after_attention(x, entered, out), keys_values, None
         x = self._leave("attention", x, out)
-        source_kv = None
-        if self.cross is not None and source is not None:
-            states, mask = source
-            source_kv = self.cross.keys_values(states, angles)
-            mask_bts = jnp.broadcast_to(mask[:, None, :], (*x.shape[:2], mask.shape[1]))
-            out, _ = self.cross.sequence(self._enter("cross", x), angles, mask_bts, keys_values=source_kv)
-            x = self._leave("cross", x, out)
+        states, mask = source
+        source_kv = self.cross.keys_values(states, angles)
+        mask_bts = jnp.broadcast_to(mask[:, None, :], (*x.shape[:2], mask.shape[1]))
+        out, _ = self.cross.sequence(self._enter("cross", x), angles, mask_bts, keys_values=source_kv)
+        x = self._leave("cross", x, out)
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), keys_values, source_kv
 
     def step(
@@ -126,9 +130,10 @@ class Layer(nnx.Module):
         source: tuple[LayerCache, Array] | None = None,
     ) -> tuple[Array, LayerCache]:
         """One token per row, written to `slot`. `source` is the cache of the encoder's states and their mask."""
-        out, cache = self.attention.step(self._enter("attention", x), angles, cache, slot, visible_bs, bias)
+        entered = self._enter("attention", x)
+        out, cache = self.attention.step(entered, angles, cache, slot, visible_bs, bias)
         if self.cross is None or source is None:
-            return self._after_attention(x, out), cache
+            return self._after_attention(x, entered, out), cache
         x = self._leave("attention", x, out)
         x = self._leave("cross", x, self.cross.read(self._enter("cross", x), angles, *source))
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), cache
@@ -137,13 +142,15 @@ class Layer(nnx.Module):
         self, x: Array, angles: Angles, cache: LayerCache, behind_bs: Array, slot_b: Array, packing: Packing | None
     ) -> tuple[Array, LayerCache]:
         """The next W tokens of every row; see `Attention.chunk`."""
-        out, new = self.attention.chunk(self._enter("attention", x), angles, cache, behind_bs, slot_b, packing)
-        return self._after_attention(x, out), new
+        entered = self._enter("attention", x)
+        out, new = self.attention.chunk(entered, angles, cache, behind_bs, slot_b, packing)
+        return self._after_attention(x, entered, out), new
 
-    def _after_attention(self, x: Array, out: Array) -> Array:
-        """The rest of a layer without attention to a source, from its input and what attention gave."""
+    def _after_attention(self, x: Array, entered: Array, out: Array) -> Array:
+        """The rest of a layer without attention to a source, from its input, what attention read of it and gave."""
         if self.config.parallel_branches:
-            return self._leave("attention", x, out) + self.ffn(self._enter("ffn", x))
+            ffn = self.ffn(entered if self.config.shared_norm else self._enter("ffn", x))
+            return self._leave("attention", x, out) + ffn
         x = self._leave("attention", x, out)
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x)))
 
@@ -195,8 +202,8 @@ class Transformer(nnx.Module):
         self.convolution_norm = make_norm(d, config) if config.convolution else None
         self.norm = make_norm(d, config) if config.final_norm else None
         own_head = config.has_head and not config.tied_head
-        head_axes = ("embed", "vocab")
-        self.head = Linear("btd,dv->btv", (narrow, config.vocab), head_axes, config, rngs) if own_head else None
+        head = ("btd,dv->btv", (narrow, config.vocab), ("embed", "vocab"))
+        self.head = Linear(*head, config, rngs, bias=config.head_bias) if own_head else None
         self.scorer = ScoringHead(config.scorer, config, rngs) if config.scorer else None
         self.encoder = None if config.encoder is None else Transformer(config.encoder, rngs, embedded=True)
 
@@ -223,7 +230,14 @@ class Transformer(nnx.Module):
 
     def _angles(self, positions_bt: Array) -> Angles:
         ropes = {rope for rope in (self.config.rope, self.config.local_rope) if rope is not None}
-        return {rope: rotary_angles(positions_bt, frequencies(rope, self.config.head_width)[0]) for rope in ropes}
+        angles: Angles = {
+            rope: rotary_angles(positions_bt, frequencies(rope, self.config.head_width)[0]) for rope in ropes
+        }
+        growth = self.config.query_growth
+        if growth is not None:
+            steps = ((positions_bt + growth.offset) // growth.step).astype(jnp.float32)
+            angles[growth] = 1.0 + growth.rate * jnp.log1p(steps)
+        return angles
 
     def _relative(self, length: int) -> Array | None:
         """What the layers share of relative positions, see `Layer.sequence`."""
@@ -333,6 +347,10 @@ class Transformer(nnx.Module):
         out = quantise.product(einsum, hidden, kernel, self.config.precision, dtype=jnp.float32)
         if self.head is not None and self.head.delta is not None:
             out = out + self.head.delta(hidden).astype(jnp.float32)
+        if self.head is not None and self.head.bias is not None:
+            out = out + lax.broadcast_to_rank(self.head.bias[...].astype(jnp.float32), out.ndim)
+        if self.config.logit_scale != 1.0:
+            out = out * self.config.logit_scale
         out = constrain(out, "batch", *[None] * (out.ndim - 2), "vocab")
         cap = self.config.logit_cap
         return out if cap is None else cap * jnp.tanh(out / cap)

@@ -1,13 +1,15 @@
 """Writes tests/data/reference: what transformers computes from tiny checkpoints, so that the tests need no torch.
 
-Run it where torch is installed: `python -m tests.data.make_reference`. For each family of `tests.data.hf` there is
-`<family>.json`, how to write each case's checkpoint, and `<family>.npz`, its inputs and what `refer` gives for them,
-under names `case.what`.
+Run it where torch is installed: `python -m tests.data.make_reference [family ...]`. For each family of `tests.data.hf`
+there is `<family>.json`, how to write each case's checkpoint, and `<family>.npz`, its inputs and what `refer` gives for
+them, under names `case.what`.
 """
 
 import dataclasses
 import json
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +36,8 @@ def make_case(family: str, name: str) -> tuple[hf.Stored, dict[str, np.ndarray]]
     raise AssertionError(f"{family} {name}: no seed gives a usable reference")
 
 
-def main() -> None:
-    for family in hf.FAMILIES:
+def main(families: Sequence[str]) -> None:
+    for family in families or hf.FAMILIES:
         cases, arrays = {}, {}
         for name in hf.FAMILIES[family].cases:
             stored, values = make_case(family, name)
@@ -51,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

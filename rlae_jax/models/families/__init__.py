@@ -2,26 +2,48 @@
 
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import (
+    arcee,
     bert,
+    cohere,
+    cohere2,
     deberta_v2,
+    exaone4,
+    gemma,
     gemma2,
     gemma3,
+    glm,
+    glm4,
     gpt2,
     gpt_neox,
+    gptj,
+    granite,
+    helium,
     llama,
+    ministral,
+    ministral3,
     mistral,
+    nemotron,
+    olmo,
     olmo2,
+    olmo3,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
     roberta,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
     t5,
 )
 from rlae_jax.models.families.base import Family as Family
 
 _MODULES = (
-    *(llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, olmo2, gpt2, gpt_neox, opt, t5),
+    *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, phi, phi3, smollm3),
+    *(olmo, olmo2, olmo3, granite, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium, arcee),
+    *(nemotron, stablelm, starcoder2, gpt2, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

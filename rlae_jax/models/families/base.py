@@ -101,13 +101,16 @@ def activation(name: str) -> str:
     return name
 
 
-def one_rope(hf: Any, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def one_rope(
+    hf: Any, fields: Mapping[str, Any] | None = None, *, partial: bool = False, interleaved: bool = False
+) -> dict[str, Any]:
     """The fields `rope` and `context` of a model with one kind of rotary positions.
 
     Args:
       fields: what the family finds under names of its own; by default `rope_theta` and `partial_rotary_factor`.
+      partial, interleaved: see `make_rope`.
     """
-    own = {name: getattr(hf, name) for name in ("rope_theta", "partial_rotary_factor") if hasattr(hf, name)}
+    own = {name: getattr(hf, name) for name in ("rope_theta", _PARTIAL) if hasattr(hf, name)}
     scaling = getattr(hf, "rope_scaling", None) or getattr(hf, "rope_parameters", None) or {}
     # A length beside the scaling's numbers goes before the one among them (Phi-3 writes it there).
     old = getattr(hf, "original_max_position_embeddings", None)
@@ -116,10 +119,10 @@ def one_rope(hf: Any, fields: Mapping[str, Any] | None = None) -> dict[str, Any]
     if kind(given) == "longrope":
         # Which list of factors applies depends on the text's length; without a word it is the short one.
         context = used = used or int(given.get(_OLD) or context)
-    return {"rope": make_rope(hf, given, used), "context": context}
+    return {"rope": make_rope(hf, given, used, partial=partial, interleaved=interleaved), "context": context}
 
 
-_OLD = "original_max_position_embeddings"
+_OLD, _PARTIAL = "original_max_position_embeddings", "partial_rotary_factor"
 
 
 def kind(fields: Mapping[str, Any]) -> str:
@@ -128,10 +131,26 @@ def kind(fields: Mapping[str, Any]) -> str:
     return "longrope" if name == "su" else str(name)
 
 
-def make_rope(hf: Any, fields: Mapping[str, Any], used_context: int | None = None) -> Rope:
-    """The `Rope` that a configuration's rotary fields describe."""
+def make_rope(
+    hf: Any,
+    fields: Mapping[str, Any],
+    used_context: int | None = None,
+    *,
+    partial: bool = False,
+    interleaved: bool = False,
+) -> Rope:
+    """The `Rope` that a configuration's rotary fields describe.
+
+    Args:
+      partial: whether the family has partial rotary positions. transformers ignores the fraction that some
+        configurations of other families name.
+      interleaved: whether its pairs are neighbours.
+    """
     fields = {_OLD: hf.max_position_embeddings, "rope_theta": 10_000.0, **fields, "rope_type": kind(fields)}
-    return rope.from_fields(fields, context=hf.max_position_embeddings, used_context=used_context)
+    if not partial:
+        fields.pop(_PARTIAL, None)
+    made = rope.from_fields(fields, context=hf.max_position_embeddings, used_context=used_context)
+    return dataclasses.replace(made, interleaved=interleaved)
 
 
 def windows(hf: Any, layer_types: Sequence[str] | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def read(hf: Any) -> dict[str, Any]:
     """GPT-NeoX's configuration."""
     return common(
         hf,
-        **one_rope(hf, {"rope_theta": hf.rotary_emb_base, "partial_rotary_factor": hf.rotary_pct}),
+        **one_rope(hf, {"rope_theta": hf.rotary_emb_base, "partial_rotary_factor": hf.rotary_pct}, partial=True),
         ffn_width=hf.intermediate_size,
         norm="layer",
         norm_eps=hf.layer_norm_eps,

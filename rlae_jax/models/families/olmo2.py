@@ -24,10 +24,5 @@ def read(hf: Any) -> dict[str, Any]:
     return gated_rms(hf, **one_rope(hf), **bias, norm_places=("branch",), query_key_norm="all")
 
 
-FAMILY = Family(
-    model_type="olmo2",
-    architectures=("Olmo2ForCausalLM",),
-    defaults=LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5},
-    read=read,
-    modules=MODULES,
-)
+DEFAULTS = LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5}
+FAMILY = Family(model_type="olmo2", architectures=("Olmo2ForCausalLM",), defaults=DEFAULTS, read=read, modules=MODULES)

@@ -5,9 +5,9 @@ from typing import Any
 from rlae_jax.models.families.base import Family, gated_rms, one_rope, windows
 from rlae_jax.models.families.llama import MODULES as LLAMA_MODULES
 
-_FUSED = {
+GATE_UP = {"model.layers.{i}.mlp.gate_up_proj": ("layers.{i}.ffn.gate", "layers.{i}.ffn.up")}
+_FUSED = GATE_UP | {
     "model.layers.{i}.self_attn.qkv_proj": tuple(f"layers.{{i}}.attention.{name}" for name in "qkv"),
-    "model.layers.{i}.mlp.gate_up_proj": ("layers.{i}.ffn.gate", "layers.{i}.ffn.up"),
 }
 _SPLIT = {path for paths in _FUSED.values() for path in paths}
 MODULES = {name: path for name, path in LLAMA_MODULES.items() if path not in _SPLIT} | _FUSED
@@ -15,7 +15,7 @@ MODULES = {name: path for name, path in LLAMA_MODULES.items() if path not in _SP
 
 def read(hf: Any) -> dict[str, Any]:
     """Phi-3's configuration: every layer is local, if any is."""
-    return gated_rms(hf, **one_rope(hf), **windows(hf, None))
+    return gated_rms(hf, **one_rope(hf, partial=True), **windows(hf, None))
 
 
 DEFAULTS = {

@@ -1,11 +1,24 @@
-"""Decoders with layer norms and biases: GPT-2, GPT-NeoX, OPT."""
+"""Decoders with layer norms, most of them with biases and a plain feed-forward."""
 
 import dataclasses
 import functools
 
 import numpy as np
 
-from tests.data.hf.cases import IDS, TINY, Case, Family, Fields, between, case, chance, pick, vocabulary_fields
+from tests.data.hf.cases import (
+    IDS,
+    TINY,
+    Case,
+    Family,
+    Fields,
+    between,
+    case,
+    chance,
+    llama_fields,
+    pick,
+    rope_fields,
+    vocabulary_fields,
+)
 
 
 def sample_gpt2(rng: np.random.Generator) -> Case:
@@ -65,6 +78,53 @@ def sample_opt(rng: np.random.Generator) -> Case:
         "tie_word_embeddings": chance(rng),
     }
     return Case("OPTForCausalLM", fields, hub=chance(rng))
+
+
+def sample_gptj(rng: np.random.Generator) -> Case:
+    heads, head = between(rng, 2, 4), pick(rng, 4, 8)
+    fields = {
+        **vocabulary_fields(rng),
+        "n_head": heads,
+        "n_embd": heads * head,
+        "n_layer": between(rng, 2, 3),
+        "n_positions": between(rng, 128, 140),
+        "n_inner": pick(rng, None, between(rng, 9, 40)),
+        "rotary_dim": pick(rng, 2, 4),
+        "layer_norm_epsilon": pick(rng, 1e-5, 1e-3),
+        "activation_function": pick(rng, "gelu_new", "gelu"),
+    }
+    return Case("GPTJForCausalLM", fields, hub=chance(rng))
+
+
+def _layer_normed(rng: np.random.Generator, eps: str = "layer_norm_eps") -> Fields:
+    """Sizes as Llama's, with layer norms and partial rotary positions."""
+    fields = llama_fields(rng) | rope_fields(rng, "default")
+    del fields["rms_norm_eps"]
+    head = fields["hidden_size"] // fields["num_attention_heads"]
+    rotated = pick(rng, *(n for n in range(2, head + 1, 2)))
+    return fields | {eps: pick(rng, 1e-5, 1e-3), "partial_rotary_factor": rotated / head}
+
+
+def sample_phi(rng: np.random.Generator) -> Case:
+    fields = _layer_normed(rng) | {"qk_layernorm": chance(rng), "tie_word_embeddings": False}
+    return Case("PhiForCausalLM", fields, hub=chance(rng))
+
+
+def sample_stablelm(rng: np.random.Generator) -> Case:
+    fields = _layer_normed(rng) | {"use_qkv_bias": chance(rng), "use_parallel_residual": chance(rng)}
+    return Case("StableLmForCausalLM", fields, hub=chance(rng))
+
+
+def sample_nemotron(rng: np.random.Generator) -> Case:
+    fields = _layer_normed(rng, "norm_eps") | {"attention_bias": chance(rng), "mlp_bias": chance(rng)}
+    return Case("NemotronForCausalLM", fields, hub=chance(rng))
+
+
+def sample_starcoder2(rng: np.random.Generator) -> Case:
+    fields = _layer_normed(rng, "norm_epsilon")
+    del fields["partial_rotary_factor"]
+    fields |= {"use_bias": chance(rng), "sliding_window": pick(rng, None, between(rng, 3, 7))}
+    return Case("Starcoder2ForCausalLM", fields, hub=chance(rng))
 
 
 _GPT2_TINY: Fields = {
@@ -128,4 +188,40 @@ FAMILIES = {
     "gpt2": Family("decoder", "gpt2", _GPT2, sample_gpt2),
     "gpt_neox": Family("decoder", "gpt_neox", _NEOX, sample_gpt_neox),
     "opt": Family("decoder", "opt", _OPT, sample_opt),
+    "gptj": Family(
+        "decoder",
+        "gptj",
+        {"pairs": case("GPTJForCausalLM", _GPT2_TINY, hub=True, n_embd=32, rotary_dim=4, n_inner=27)},
+        sample_gptj,
+    ),
+    "phi": Family(
+        "decoder",
+        "phi",
+        {"norms": case("PhiForCausalLM", _NEOX_TINY, hub=True, qk_layernorm=True, hidden_act="gelu")},
+        sample_phi,
+    ),
+    "stablelm": Family(
+        "decoder",
+        "stablelm",
+        {
+            "parallel": case(
+                "StableLmForCausalLM",
+                TINY,
+                hub=True,
+                hidden_size=32,
+                use_parallel_residual=True,
+                use_qkv_bias=True,
+            )
+        },
+        sample_stablelm,
+    ),
+    "nemotron": Family(
+        "decoder", "nemotron", {"half": case("NemotronForCausalLM", TINY, hub=True, hidden_size=32)}, sample_nemotron
+    ),
+    "starcoder2": Family(
+        "decoder",
+        "starcoder2",
+        {"window": case("Starcoder2ForCausalLM", TINY, hub=True, hidden_size=24, sliding_window=5)},
+        sample_starcoder2,
+    ),
 }
