@@ -151,11 +151,9 @@ def rotate(x_btnh: Array, angles: Float[Array, "B T half"], scale: float = 1.0, 
     (x_2i, x_{2i + 1}); entries beyond the pairs stay as they are (partial rotary)."""
     half = angles.shape[-1]
     wide = x_btnh.astype(jnp.float32)
-    rest = x_btnh[..., 2 * half :]
-    if interleaved:
-        first, second = wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2]
-    else:
-        first, second = wide[..., :half], wide[..., half : 2 * half]
+    of_first = slice(0, 2 * half, 2) if interleaved else slice(half)
+    of_second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    first, second, rest = wide[..., of_first], wide[..., of_second], x_btnh[..., 2 * half :]
     cos, sin = (f(angles)[:, :, None] * scale for f in (jnp.cos, jnp.sin))
     parts = [first * cos - second * sin, second * cos + first * sin]
     joined = jnp.stack(parts, axis=-1).reshape(*rest.shape[:-1], -1) if interleaved else jnp.concatenate(parts, axis=-1)

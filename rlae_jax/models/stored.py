@@ -86,7 +86,7 @@ class StoredTensor:
     kind: Literal["kernel", "bias", "plain"] = "plain"  # of a linear layer, or stored as it is
     inputs: int = 0  # leading axes of a kernel that are inputs
     inputs_first: bool = False  # a kernel stored as [inputs, outputs]
-    by_head: bool = False  # a fused tensor that holds the parts of one head after another
+    by_head: bool = False  # a fused tensor that holds q, k and v of one key/value head after another
 
     def _parts(self) -> list[tuple[int, ...]]:
         """The leaves' shapes as [inputs, outputs...]."""
@@ -110,8 +110,9 @@ class StoredTensor:
         parts = self._parts()
         rows = tensor.reshape(1, -1) if self.kind == "bias" else tensor if self.inputs_first else tensor.T
         if self.by_head:
-            heads, width = parts[0][1:]
-            split = list(np.moveaxis(rows.reshape(rows.shape[0], heads, len(parts), width), 2, 0))
+            groups, width = parts[-1][1:]
+            edges = np.cumsum([part[1] // groups for part in parts])[:-1]
+            split = np.split(rows.reshape(rows.shape[0], groups, -1, width), edges, axis=2)
         else:
             edges = np.cumsum([math.prod(part[1:]) for part in parts])[:-1]
             split = np.split(rows, edges, axis=1)
@@ -142,7 +143,9 @@ class StoredTensor:
         parts = [leaf.reshape(shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
         tensor: np.ndarray
         if self.by_head:
-            tensor = np.stack(parts, axis=2).reshape(parts[0].shape[0], -1)
+            groups, width = parts[-1].shape[1:]
+            grouped = [part.reshape(part.shape[0], groups, -1, width) for part in parts]
+            tensor = np.concatenate(grouped, axis=2).reshape(parts[0].shape[0], -1)
         else:
             tensor = np.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
         if self.kind == "bias":

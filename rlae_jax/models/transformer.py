@@ -229,7 +229,7 @@ class Transformer(nnx.Module):
         return self.embedding.get_value()
 
     def _angles(self, positions_bt: Array) -> Angles:
-        ropes = {rope for rope in (self.config.rope, self.config.local_rope) if rope is not None}
+        ropes = dict.fromkeys(rope for rope in (self.config.rope, self.config.local_rope) if rope is not None)
         angles: Angles = {
             rope: rotary_angles(positions_bt, frequencies(rope, self.config.head_width)[0]) for rope in ropes
         }

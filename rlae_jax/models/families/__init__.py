@@ -8,6 +8,7 @@ from rlae_jax.models.families import (
     cohere2,
     deberta_v2,
     exaone4,
+    falcon,
     gemma,
     gemma2,
     gemma3,
@@ -43,7 +44,7 @@ from rlae_jax.models.families.base import Family as Family
 _MODULES = (
     *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, phi, phi3, smollm3),
     *(olmo, olmo2, olmo3, granite, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium, arcee),
-    *(nemotron, stablelm, starcoder2, gpt2, gptj, gpt_neox, opt, t5),
+    *(nemotron, stablelm, starcoder2, falcon, gpt2, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

@@ -127,6 +127,28 @@ def sample_starcoder2(rng: np.random.Generator) -> Case:
     return Case("Starcoder2ForCausalLM", fields, hub=chance(rng))
 
 
+def sample_falcon(rng: np.random.Generator) -> Case:
+    heads = pick(rng, 2, 4)
+    fields = {
+        **vocabulary_fields(rng),
+        **rope_fields(rng, "default"),
+        "num_attention_heads": heads,
+        "num_hidden_layers": between(rng, 2, 3),
+        "hidden_size": heads * pick(rng, 4, 8),
+        "max_position_embeddings": between(rng, 128, 200),
+        "layer_norm_epsilon": pick(rng, 1e-5, 1e-3),
+        "ffn_hidden_size": pick(rng, None, between(rng, 9, 40)),
+        "bias": chance(rng),
+        "tie_word_embeddings": chance(rng),
+    }
+    if chance(rng):
+        fields |= {"new_decoder_architecture": True, "num_kv_heads": pick(rng, 1, 2, heads)}
+        fields |= {"num_ln_in_parallel_attn": pick(rng, 1, 2)}
+    else:
+        fields |= {"multi_query": chance(rng), "parallel_attn": chance(rng)}
+    return Case("FalconForCausalLM", fields, hub=chance(rng))
+
+
 _GPT2_TINY: Fields = {
     "vocab_size": 41,
     "n_embd": 20,
@@ -217,6 +239,22 @@ FAMILIES = {
     ),
     "nemotron": Family(
         "decoder", "nemotron", {"half": case("NemotronForCausalLM", TINY, hub=True, hidden_size=32)}, sample_nemotron
+    ),
+    "falcon": Family(
+        "decoder",
+        "falcon",
+        {
+            "groups": case(
+                "FalconForCausalLM",
+                _NEOX_TINY,
+                hub=True,
+                new_decoder_architecture=True,
+                num_kv_heads=2,
+                ffn_hidden_size=27,
+                bias=True,
+            )
+        },
+        sample_falcon,
     ),
     "starcoder2": Family(
         "decoder",
