@@ -37,6 +37,7 @@ DEFAULTS = {
     "hidden_act": "silu",
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.0625,
+    "rope_theta": 500_000.0,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
     "attention_bias": False,

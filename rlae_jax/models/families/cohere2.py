@@ -19,7 +19,8 @@ def read(hf: Any) -> dict[str, Any]:
 FAMILY = Family(
     model_type="cohere2",
     architectures=("Cohere2ForCausalLM",),
-    defaults=cohere.DEFAULTS | {"sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
+    defaults=cohere.DEFAULTS
+    | {"rope_theta": 10_000.0, "sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
     read=read,
     modules=cohere.MODULES,
 )
