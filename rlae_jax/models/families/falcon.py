@@ -6,7 +6,7 @@ from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families.base import Family, Modules, activation, common, one_rope, refuse
 
 _QKV = "transformer.h.{i}.self_attention.query_key_value"
-MODULES: Modules = {
+MODULES: dict[str, str | tuple[str, ...]] = {
     "transformer.word_embeddings": "embedding",
     _QKV: tuple(f"layers.{{i}}.attention.{name}" for name in "qkv"),
     "transformer.h.{i}.self_attention.dense": "layers.{i}.attention.o",

@@ -3,8 +3,8 @@
 from typing import Any
 
 from rlae_jax.models.families.base import Family, gated_rms, one_rope, windows
+from rlae_jax.models.families.llama import MODULES
 from rlae_jax.models.families.mistral import DEFAULTS as MISTRAL_DEFAULTS
-from rlae_jax.models.families.mistral import MODULES
 
 
 def read(hf: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlae_jax.models.config import QueryGrowth
-from rlae_jax.models.families import mistral
+from rlae_jax.models.families import llama, mistral
 from rlae_jax.models.families.base import Family
 
 ROPE = {
@@ -38,5 +38,5 @@ FAMILY = Family(
     architectures=("Ministral3ForCausalLM",),
     defaults=DEFAULTS,
     read=read,
-    modules=mistral.MODULES,
+    modules=llama.MODULES,
 )
