@@ -32,7 +32,9 @@ INSTALL = "pip install 'rlae-jax[gguf]'"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _VERSIONS = (2, 3)
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_ROWS = 512  # of a quantised tensor that are dequantised at a time: what lies between bytes and numbers stays in a cache
+_ROWS = (
+    512  # of a quantised tensor that are dequantised at a time: what lies between bytes and numbers stays in a cache
+)
 
 Metadata = Mapping[str, Any]
 
@@ -252,14 +254,15 @@ def read_extent(extent: Extent) -> np.ndarray:
     raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.bytes,))
     if extent.kind in _PLAIN:
         # Copied, or the mapping would live as long as the tensor.
-        return np.array(raw).view(_PLAIN[extent.kind]).reshape(extent.shape)
+        plain: np.ndarray = np.array(raw).view(_PLAIN[extent.kind])
+        return plain.reshape(extent.shape)
     gguf = _import_gguf()
     kind = gguf.GGMLQuantizationType[extent.kind]
     rows = math.prod(extent.shape[:-1])
-    raw = raw.reshape(rows, -1)
+    blocks = np.asarray(raw).reshape(rows, -1)
     values = np.empty((rows, extent.shape[-1]), np.float32)
     for row in range(0, rows, _ROWS):
-        values[row : row + _ROWS] = gguf.dequantize(np.asarray(raw[row : row + _ROWS]), kind)
+        values[row : row + _ROWS] = gguf.dequantize(blocks[row : row + _ROWS], kind)
     return values.reshape(extent.shape)
 
 
@@ -575,11 +578,10 @@ class GgufTensors:
         self._heads = {"attn_q": keys.number("attention.head_count")}
         self._heads["attn_k"] = keys.number("attention.head_count_kv", self._heads["attn_q"])
         stored = _stored_names(keys)
-        pairs = {name: stored(name) for name in names}
-        others = set(file.extents) - set(pairs.values())
-        self._extents = {name: file.extents[own] for name, own in pairs.items() if own in file.extents}
-        self._own = {name: str(own) for name, own in pairs.items()}
-        self._extents |= {own: file.extents[own] for own in others if not _NO_WEIGHTS.fullmatch(own)}
+        self._own = {name: own for name in names if (own := stored(name)) in file.extents}
+        others = file.extents.keys() - self._own.values()
+        self._own |= {own: own for own in others if not _NO_WEIGHTS.fullmatch(own)}
+        self._extents = {name: file.extents[own] for name, own in self._own.items()}
         self.headers: dict[str, Header] = {
             name: Header(extent.shape, extent.kind if extent.kind in _PLAIN else "F32")
             for name, extent in self._extents.items()
@@ -598,11 +600,13 @@ class GgufTensors:
         return tensor
 
 
-def _stored_names(keys: Keys) -> Callable[[str], str | None]:
+def _stored_names(keys: Keys) -> Callable[[str], str]:
     """From Hugging Face's names of tensors to the file's, by the map that the conversion uses."""
     gguf = _import_gguf()
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if keys.architecture not in numbers:
-        raise InputError(f"{keys.path}: this gguf package does not know the architecture {keys.architecture}; update it")
+        raise InputError(
+            f"{keys.path}: this gguf package does not know the architecture {keys.architecture}; update it"
+        )
     names = gguf.get_tensor_name_map(numbers[keys.architecture], keys.layers)
-    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias"))
+    return lambda name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name

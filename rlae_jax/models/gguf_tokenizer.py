@@ -3,8 +3,8 @@
 In: the `tokenizer.*` metadata. Out: a fast tokenizer of transformers.
 
 transformers has a reading of its own (`AutoTokenizer.from_pretrained(gguf_file=...)`), which does not serve: it imports
-torch, splits as GPT-2 does wherever it does not know what `pre` says (SmolLM2 then has other ids for the spaces before a
-digit), and takes 17 s for Gemma 3's vocabulary where this takes 3. What ids a text has is defined by llama.cpp
+torch, splits as GPT-2 does wherever it does not know what `pre` says (SmolLM2 then has other ids for the spaces before
+a digit), and takes 17 s for Gemma 3's vocabulary where this takes 3. What ids a text has is defined by llama.cpp
 (src/llama-vocab.cpp), which follows the models' own tokenizers; so does this.
 """
 
@@ -27,8 +27,7 @@ _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+
 _LLAMA3 = _CONTRACTIONS + _WORDS % r"\p{N}{1,3}"
 _QWEN2 = _CONTRACTIONS + _WORDS % r"\p{N}"
 _QWEN35 = (
-    _CONTRACTIONS
-    + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
@@ -166,8 +165,8 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     pre = vocabulary.get("pre", "default")
     if pre not in SPLITTINGS:
         raise InputError(
-            f"{vocabulary.path}: the splitting {pre} of its byte-level tokenizer (tokenizer.ggml.pre) is not supported; "
-            f"supported: {', '.join(SPLITTINGS)}"
+            f"{vocabulary.path}: the splitting {pre} of its byte-level tokenizer (tokenizer.ggml.pre) is not "
+            f"supported; supported: {', '.join(SPLITTINGS)}"
         )
     splitting = SPLITTINGS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.listed("merges", list)]
@@ -221,13 +220,13 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
 def _merges(tokens: Sequence[str], scores: np.ndarray, ids: Sequence[int]) -> list[tuple[str, str]]:
     """All ways in which one of the tokens is made of two others, those of the highest score first."""
     known = {tokens[i] for i in ids}
-    merges = []
-    for i in sorted(ids, key=lambda i: -scores[i]):
-        token = tokens[i]
-        for cut in range(1, len(token)):
-            if token[:cut] in known and token[cut:] in known:
-                merges.append((token[:cut], token[cut:]))
-    return merges
+    ranked = (tokens[i] for i in sorted(ids, key=lambda i: -scores[i]))
+    return [
+        (token[:cut], token[cut:])
+        for token in ranked
+        for cut in range(1, len(token))
+        if token[:cut] in known and token[cut:] in known
+    ]
 
 
 def _add_tokens(

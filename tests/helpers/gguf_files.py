@@ -31,7 +31,9 @@ SHIFTED = ("gemma2", "gemma3")
 def permute(tensor: Array, heads: int) -> Array:
     """Rows of each head: 0, W/2, 1, W/2 + 1, ... (`LlamaModel.permute`)."""
     width = len(tensor) // heads
-    rows = [head * width + half * (width // 2) + i for head in range(heads) for i in range(width // 2) for half in (0, 1)]
+    rows = [
+        head * width + half * (width // 2) + i for head in range(heads) for i in range(width // 2) for half in (0, 1)
+    ]
     return tensor[rows]
 
 

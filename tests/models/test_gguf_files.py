@@ -1,0 +1,307 @@
+"""GGUF files: every architecture against the directory that it was made from, every quantisation against its arithmetic
+and the gguf package, and what is said about files that cannot be read."""
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import rlae_jax as rj
+from tests.data import hf
+from tests.helpers.tolerance import on_device
+
+gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
+from rlae_jax.models import gguf_files  # noqa: E402
+from tests.helpers import gguf_files as writing  # noqa: E402
+
+KINDS = writing.KINDS
+
+
+def of_a_head(config):
+    """A file leaves out by what Gemma divides queries: it follows from the width of a head."""
+    return {"query_pre_attn_scalar": config["head_dim"]}
+
+
+def untruncated(config):
+    return {"rope_parameters": {key: value for key, value in config["rope_parameters"].items() if key != "truncate"}}
+
+
+def sixth_is_global(config):
+    """The layout of layers and the local base of all published models, which files do not name."""
+    return of_a_head(config) | {"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
+
+
+# (family, case): what of the case no file can say, put right.
+CASES = {
+    ("llama", "grouped"): None,
+    ("llama", "llama3"): lambda config: {"head_dim": 16, "rope_theta": 1000.0},
+    ("llama", "linear"): None,
+    ("llama", "yarn"): untruncated,
+    ("llama", "biases"): None,
+    ("mistral", "no_window"): None,
+    ("qwen2", "unused_window"): None,
+    ("qwen3", "wide_heads"): None,
+    ("qwen3", "yarn"): None,
+    ("gemma2", "caps"): of_a_head,
+    ("gemma2", "default_caps"): of_a_head,
+    ("gemma3_text", "pattern"): sixth_is_global,
+    ("gemma3_text", "default_bases"): sixth_is_global,
+    ("phi3", "window"): None,
+    ("phi3", "short"): None,
+    ("phi3", "long"): None,
+    ("olmo2", "grouped"): None,
+    ("olmo2", "multi_query"): None,
+    ("olmo2", "tied"): None,
+}
+FIRST = dict(reversed(CASES))
+
+
+def cases():
+    for family, case in CASES:
+        marks = [] if FIRST[family] == case else pytest.mark.rare
+        yield pytest.param(family, case, id=f"{family}-{case}", marks=marks)
+
+
+def write_case(directory: Path, family: str, case: str) -> hf.Stored:
+    """The directory of a stored case, as far as a GGUF file can say the same."""
+    stored = hf.read_stored(family, case)
+    change = CASES[family, case]
+    config = stored.config | (change(stored.config) if change else {})
+    tensors = dict(stored.tensors)
+    if (family, case) == ("llama", "llama3"):  # wide enough that some pairs lie between Llama 3's two wavelengths
+        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+        for name, (outputs, *inputs) in tensors.items():
+            module = name.split(".")[-2]
+            if module in ("q_proj", "k_proj", "v_proj"):
+                tensors[name] = [heads.get(module, heads["k_proj"]) * config["head_dim"], *inputs]
+            if module == "o_proj":
+                tensors[name] = [outputs, heads["q_proj"] * config["head_dim"]]
+    hf.write_checkpoint(directory, config, tensors, stored.seed)
+    return stored
+
+
+@pytest.mark.parametrize(("family", "case"), cases())
+def test_a_file_is_the_directory_that_it_was_made_from(family, case, tmp_path):
+    stored = write_case(tmp_path / "made", family, case)
+    path = writing.write(tmp_path / "model.gguf", tmp_path / "made")
+    expected, actual = rj.load(tmp_path / "made", **stored.load), rj.load(path, **stored.load)
+    ids = np.random.default_rng(7).integers(0, expected.config.vocab, (3, 17))
+    np.testing.assert_allclose(actual.logits(ids), expected.logits(ids), atol=on_device(1e-5, 2e-4))
+    for field in ("vocab", "layers", "context", "tied_head", "window", "local_layers", "norm_eps"):
+        assert getattr(actual.config, field) == getattr(expected.config, field), field
+
+
+def test_a_saved_file_is_a_directory_that_loads_again(tmp_path):
+    write_case(tmp_path / "made", "gemma3_text", "pattern")
+    lm = rj.load(writing.write(tmp_path / "model.gguf", tmp_path / "made"))
+    assert lm.name == "model"
+    lm.save(tmp_path / "saved")
+    again = rj.load(tmp_path / "saved")
+    ids = np.random.default_rng(7).integers(0, lm.config.vocab, (2, 9))
+    np.testing.assert_array_equal(again.logits(ids), lm.logits(ids))
+    made, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("made", "saved"))
+    assert made.keys() == saved.keys()
+    for name, tensor in made.items():
+        np.testing.assert_allclose(saved[name], tensor, atol=1e-6, err_msg=name)
+
+
+def fields_of_all(config):
+    """A directory whose tensors have inputs that every kind of block divides."""
+    return config | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """A llama of width 256, one layer."""
+    stored = hf.read_stored("llama", "grouped")
+    config = fields_of_all(stored.config) | {"num_hidden_layers": 1}
+    sizes = {"embed_tokens": (41, 256), "lm_head": (41, 256), "k_proj": (128, 256), "v_proj": (128, 256)}
+    tensors = {
+        name: [256] if "norm" in name else list(sizes.get(name.split(".")[-2], (256, 256)))
+        for name in stored.tensors
+        if ".layers.1." not in name
+    }
+    hf.write_checkpoint(tmp_path / "wide", config, tensors, stored.seed)
+    return tmp_path / "wide"
+
+
+def bits(block, at, count):
+    """`count` bits from bit `at` on of a block of bytes, the lowest first."""
+    return sum(((int(block[(at + i) // 8]) >> ((at + i) % 8)) & 1) << i for i in range(count))
+
+
+def scale(block, at):
+    return float(np.frombuffer(block[at : at + 2].tobytes(), "<f2")[0])
+
+
+def slow_q8_0(block):
+    return [scale(block, 0) * struct.unpack("b", block[2 + i : 3 + i])[0] for i in range(32)]
+
+
+def slow_q4_1(block):
+    nibble = [bits(block, 8 * (4 + i % 16) + 4 * (i // 16), 4) for i in range(32)]
+    return [scale(block, 0) * value + scale(block, 2) for value in nibble]
+
+
+def slow_q5_0(block):
+    low = [bits(block, 8 * (6 + i % 16) + 4 * (i // 16), 4) for i in range(32)]
+    high = [bits(block, 8 * 2 + i, 1) for i in range(32)]
+    return [scale(block, 0) * (a + 16 * b - 16) for a, b in zip(low, high, strict=True)]
+
+
+def slow_q6_k(block):
+    """210 bytes: 128 of low nibbles, 64 of high pairs, 16 scales, one float16."""
+    values = []
+    for i in range(256):
+        half, place = divmod(i, 128)
+        quarter, j = divmod(place, 32)
+        low = bits(block, 8 * (64 * half + 32 * (quarter % 2) + j) + 4 * (quarter // 2), 4)
+        high = bits(block, 8 * (128 + 32 * half + j) + 2 * quarter, 2)
+        of_sixteen = struct.unpack("b", block[192 + i // 16 : 193 + i // 16])[0]
+        values.append(scale(block, 208) * of_sixteen * (low + 16 * high - 32))
+    return values
+
+
+SLOW = {"Q8_0": slow_q8_0, "Q4_1": slow_q4_1, "Q5_0": slow_q5_0, "Q6_K": slow_q6_k}
+
+
+@pytest.mark.parametrize("kind", [*writing.QUANTISED, "MXFP4", "F32", "F16", "BF16"])
+def test_every_type_is_read_as_the_package_and_the_arithmetic_have_it(kind, tmp_path):
+    rng = np.random.default_rng(sum(kind.encode()))
+    rows, inputs = 700, 512  # more rows than are dequantised at a time
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    if kind in writing.QUANTISED:
+        raw = writing.random_blocks(rng, kind, rows, inputs)
+    else:
+        raw = gguf.quantize(rng.normal(size=(rows, inputs)).astype(np.float32), KINDS[kind])
+    writer.add_tensor("x", raw, raw_dtype=KINDS[kind])
+    writing.finish(writer)
+    extent = gguf_files.open_gguf(tmp_path / "one.gguf").extents["x"]
+    values = gguf_files.read_extent(extent)
+    assert values.shape == (rows, inputs) == extent.shape
+    np.testing.assert_array_equal(values.astype(np.float32), gguf.dequantize(raw, KINDS[kind]))
+    if kind in SLOW:
+        block_bytes = gguf.GGML_QUANT_SIZES[KINDS[kind]][1]
+        for row in (0, 3):
+            blocks = raw[row].reshape(-1, block_bytes)
+            slow = np.concatenate([SLOW[kind](block) for block in blocks])
+            np.testing.assert_allclose(values[row], slow, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantised_model_is_its_dequantised_directory(wide, tmp_path):
+    def kind(name, tensor):
+        return KINDS.Q8_0 if "embed" in name else KINDS.Q4_0 if "_proj" in name else KINDS.BF16
+
+    path = writing.write(tmp_path / "mixed.gguf", wide, kind)
+    tensors = load_file(wide / "model.safetensors")
+    config = json.loads((wide / "config.json").read_text())
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            # Rows are permuted before they are quantised, but no block lies in two rows.
+            tensors[name] = gguf.dequantize(gguf.quantize(tensor, kind(name, tensor)), kind(name, tensor))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "full" / "model.safetensors")
+    ids = np.random.default_rng(3).integers(0, 41, (2, 9))
+    expected, actual = rj.load(tmp_path / "full"), rj.load(path)
+    np.testing.assert_allclose(actual.logits(ids), expected.logits(ids), atol=on_device(1e-5, 2e-4))
+
+
+def test_parts_of_a_split_file_are_one_model(tmp_path):
+    write_case(tmp_path / "made", "llama", "grouped")
+    whole = writing.write(tmp_path / "whole.gguf", tmp_path / "made")
+    (tmp_path / "split").mkdir()
+    writing.write(tmp_path / "split" / "tiny", tmp_path / "made", split_max_tensors=7)
+    names = sorted(path.name for path in (tmp_path / "split").iterdir())
+    assert names[0] == "tiny-00001-of-00004.gguf"
+    ids = np.random.default_rng(3).integers(0, 41, (2, 9))
+    expected = rj.load(whole).logits(ids)
+    for path in (tmp_path / "split", *(tmp_path / "split" / name for name in names)):
+        lm = rj.load(path)
+        assert lm.name == ("split" if path.is_dir() else "tiny")
+        np.testing.assert_array_equal(lm.logits(ids), expected)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A GGUF file of its own, free to be spoilt."""
+    write_case(tmp_path / "made", "llama", "grouped")
+    return writing.write(tmp_path / "model.gguf", tmp_path / "made")
+
+
+def test_a_file_that_was_cut(file, tmp_path, raises_input_error):
+    whole = file.read_bytes()
+    for size in (0, 3, 10, 30, 100, 400, 900, len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        message = raises_input_error(lambda: rj.load(tmp_path / "cut.gguf"), "cut.gguf")
+        assert len(message.splitlines()) == 1
+        assert size < 4 or "was cut" in message
+
+
+def test_no_gguf_file_another_version_and_big_endian(file, tmp_path, raises_input_error):
+    whole = file.read_bytes()
+    for begin, said in (
+        (b"PK\x03\x04" + whole[4:8], "does not begin with the letters GGUF"),
+        (b"GGUF" + struct.pack("<I", 1), "GGUF version 1 is not supported; supported: 2, 3"),
+        (b"GGUF" + struct.pack("<I", 4), "GGUF version 4 is not supported"),
+    ):
+        file.write_bytes(begin + whole[8:])
+        raises_input_error(lambda: rj.load(file), str(file), said)
+    writing.write(tmp_path / "big.gguf", tmp_path / "made", endianess=gguf.GGUFEndian.BIG)
+    raises_input_error(lambda: rj.load(tmp_path / "big.gguf"), "big-endian")
+
+
+def test_a_part_that_is_missing(tmp_path, raises_input_error):
+    write_case(tmp_path / "made", "llama", "grouped")
+    writing.write(tmp_path / "tiny", tmp_path / "made", split_max_tensors=9)
+    (tmp_path / "tiny-00002-of-00003.gguf").rename(tmp_path / "other.gguf")
+    for part in (1, 3):
+        path = tmp_path / f"tiny-0000{part}-of-00003.gguf"
+        raises_input_error(lambda path=path: rj.load(path), "1 of the 3 parts", "tiny-00002-of-00003.gguf")
+    raises_input_error(lambda: rj.load(tmp_path / "other.gguf"), "one of 3 parts", "other-00001-of-00003.gguf")
+
+
+def test_types_and_architectures_that_are_not_known(file, tmp_path, raises_input_error):
+    whole = file.read_bytes()
+    entry = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    for number, said in ((222, "of the type 222, which this gguf package does not know"), (24, "of the type I8")):
+        file.write_bytes(whole[:entry] + struct.pack("<I", number) + whole[entry + 4 :])
+        raises_input_error(lambda: rj.load(file), "token_embd.weight", said)
+    writer = gguf.GGUFWriter(tmp_path / "mamba.gguf", "mamba")
+    writing.add_tensor(writer, "token_embd.weight", np.zeros((3, 4), np.float32), KINDS.F32)
+    writing.finish(writer)
+    raises_input_error(lambda: rj.load(tmp_path / "mamba.gguf"), "architecture mamba is not supported", "qwen2")
+
+
+def test_settings_and_tensors_that_are_missing(file, tmp_path, raises_input_error):
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"llama.embedding_length", b"llama.embedding_lengtg"))
+    raises_input_error(lambda: rj.load(file), str(file), "llama.embedding_length is missing")
+    file.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    raises_input_error(
+        lambda: rj.load(file), "1 missing: model.layers.1.mlp.up_proj.weight", "1 unexpected: blk.1.ffn_xx.weight"
+    )
+
+
+def test_a_directory_with_several_files(file, tmp_path, raises_input_error):
+    (tmp_path / "two").mkdir()
+    for name in ("a.gguf", "b.gguf", "mmproj-a.gguf"):
+        (tmp_path / "two" / name).write_bytes(file.read_bytes())
+    raises_input_error(lambda: rj.load(tmp_path / "two"), "2 GGUF models (a.gguf, b.gguf)", "name the file")
+    (tmp_path / "two" / "b.gguf").unlink()
+    assert rj.load(tmp_path / "two").name == "two"
+
+
+def test_without_the_gguf_package(file, monkeypatch, raises_input_error):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    raises_input_error(lambda: rj.load(file), "pip install 'rlae-jax[gguf]'")
+
+
+def test_a_file_without_a_tokenizer(file, raises_input_error):
+    lm = rj.load(file)
+    assert lm.tokenizer is None
+    raises_input_error(lambda: rj.Ensemble([lm]).generate(["text"]), str(file), "no tokenizer")
