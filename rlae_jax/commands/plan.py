@@ -145,9 +145,11 @@ def _read(model: str, dtype: str) -> "tuple[str, ModelConfig]":
     from rlae_jax.models import checkpoint_files, hub
 
     path = Path(model).expanduser()
-    if path.is_file():
+    if path.is_file() and path.suffix != ".gguf":
         if path.name != "config.json":
-            raise InputError(f"{model} is a file; expected a directory, a Hub id or a file called config.json")
+            raise InputError(
+                f"{model} is a file; expected a directory, a Hub id, a GGUF file or one called config.json"
+            )
         directory, name = path.parent, path.resolve().parent.name
     else:
         directory = hub.resolve(model, weights=False)

@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
+from rlae_jax.models import gguf_files
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
@@ -47,6 +48,7 @@ from rlae_jax.models.rope import frequencies
 from rlae_jax.models.stored import (
     PACKED,
     Packed,
+    Safetensors,
     StoredTensor,
     TensorSource,
     get_leaf,
@@ -78,12 +80,16 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def read_source(directory: Path) -> Source:
-    """What a Hugging Face directory says of its model.
+    """What a Hugging Face directory, or a GGUF file, says of its model.
 
     Raises:
       InputError: no such directory, no readable config.json, a family that is not supported, a quantised checkpoint, or
-        one whose code would have to be downloaded.
+        one whose code would have to be downloaded; whatever is wrong with a GGUF file.
     """
+    path = gguf_files.find(directory)
+    if path is not None:
+        file = gguf_files.open_gguf(path)
+        return Source(FAMILIES[file.config["model_type"]], file.config, file.generation)
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise InputError(f"{directory} {what}; expected a Hugging Face directory with config.json and safetensors")
@@ -147,8 +153,9 @@ def read_config(
     Raises:
       InputError: a setting that is missing, unusable or not supported.
     """
-    config = _config(source, directory / "config.json", dtype, precision, context)
-    if tensors and source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
+    path = gguf_files.find(directory)  # whose settings say of the head what its tensors do
+    config = _config(source, path or directory / "config.json", dtype, precision, context)
+    if path is None and tensors and source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
         config = dataclasses.replace(config, tied_head=True)
     return config
 
@@ -256,10 +263,24 @@ def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: 
         elif header.dtype not in (*_STORED_DTYPES, PACKED):
             findings.append(("quantised or of no known dtype", f"{tensor.key} is {header.dtype}"))
     if findings:
+        said = "config.json" if where.is_dir() else "the metadata"
         raise grouped_error(
-            f"{where}: the tensors do not fit config.json", findings, "config.json and weights must belong together"
+            f"{where}: the tensors do not fit {said}", findings, f"{said} and weights must belong together"
         )
     return {names[tensor.key]: tensor for tensor in wanted}
+
+
+def open_tensors(directory: Path, source: Source, config: ModelConfig) -> TensorSource:
+    """The tensors of a Hugging Face directory or a GGUF file.
+
+    Raises:
+      InputError: no such files, or unreadable ones.
+    """
+    path = gguf_files.find(directory)
+    if path is None:
+        return Safetensors(directory)
+    names = [tensor.key for tensor in stored_tensors(source.family, config)]
+    return gguf_files.GgufTensors(gguf_files.open_gguf(path), names)
 
 
 TABLE, HEAD = ("embedding",), ("head", "kernel")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlae_jax.errors import InputError
+from rlae_jax.models.gguf_files import SUFFIX
 
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 CONFIGS = ("config.json", "adapter_config.json")
@@ -44,17 +45,19 @@ SMALL_FILES = (
 # An index is a stranger's text: nothing in it may act as a pattern, leave the directory or name another kind of file.
 SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-EXPECTED = "expected a Hugging Face directory with config.json and safetensors, or a Hub id such as org/name"
+EXPECTED = (
+    "expected a Hugging Face directory with config.json and safetensors, a GGUF file, or a Hub id such as org/name"
+)
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
-    """The directory that holds a model's files.
+    """The directory that holds a model's files, or its GGUF file.
 
     Args:
-      name: a local directory, returned as it is ("~" expanded), or a Hub id, "org/name" or "name". A directory wins
-        over a Hub id of the same name.
+      name: a local directory or a GGUF file, returned as it is ("~" expanded), or a Hub id, "org/name" or "name". A
+        directory wins over a Hub id of the same name.
       revision: branch, tag or whole commit hash of a Hub repository; None is its main branch.
       weights: False for who reads the configuration alone; a repository's weights are then not fetched.
 
@@ -64,9 +67,10 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
     """
     asked = os.fsdecode(name)
     path = os.path.expanduser(asked)
-    if asked and os.path.isdir(path):
+    if asked and (os.path.isdir(path) or (os.path.isfile(path) and path.endswith(SUFFIX))):
         if revision is not None:
-            raise InputError(f"{asked} is a local directory and has no revision {revision!r}; leave the revision out")
+            what = "directory" if os.path.isdir(path) else "file"
+            raise InputError(f"{asked} is a local {what} and has no revision {revision!r}; leave the revision out")
         return Path(path)
     if os.path.lexists(path):
         raise InputError(f"{asked} {'is a file' if os.path.exists(path) else 'is a link to nowhere'}; {EXPECTED}")

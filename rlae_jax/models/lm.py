@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from rlae_jax import sharding
 from rlae_jax.errors import InputError
-from rlae_jax.models import checkpoint_files, hub, lora, peft_files, stored, transformer
+from rlae_jax.models import checkpoint_files, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import Quantisation, logical_axes
 from rlae_jax.models.tokenizer import import_transformers
@@ -293,11 +293,13 @@ def load(
     group: int = 32,
     quantise_head: bool = False,
 ) -> LM:
-    """Loads a checkpoint: a Hugging Face directory, or a Hub id through huggingface_hub's cache.
+    """Loads a checkpoint: a Hugging Face directory, a GGUF file, or a Hub id through huggingface_hub's cache.
 
     Args:
-      model: a local directory with config.json and safetensors, or a Hub id like "Qwen/Qwen2.5-0.5B-Instruct". With
-        HF_HUB_OFFLINE=1 only what is cached is used. Tensors are read and placed on the default device one at a time.
+      model: a local directory with config.json and safetensors; a .gguf file, one part of a split one, or a directory
+        that holds one (its tensors are dequantised; needs the `gguf` package); or a Hub id like
+        "Qwen/Qwen2.5-0.5B-Instruct". With HF_HUB_OFFLINE=1 only what is cached is used. Tensors are read and placed on
+        the default device one at a time.
       dtype: of parameters and activations: "float32", "bfloat16" or "float16".
       adapter: a PEFT adapter's directory or Hub id; it is merged into the parameters and names the model.
       context: the longest text in tokens, prompt and answer, if not what the checkpoint says. A model whose rotary
@@ -342,7 +344,7 @@ class Opened(NamedTuple):
         if mesh is not None:
             # Encoders, which score or are read, are small; of members nothing large is to be held whole unsaid.
             sharding.check_model(self.name, self.config, mesh, strict=self.config.has_head)
-        tensors = stored.Safetensors(self.path)
+        tensors = checkpoint_files.open_tensors(self.path, self.source, self.config)
         read = checkpoint_files.read_params(tensors, self.source, self.config, self.path, mesh, quantisation)
         return read, mesh
 
@@ -371,7 +373,9 @@ def open_checkpoint(
 
 
 def _base_name(asked: str | os.PathLike[str], path: Path) -> str:
-    """What a directory is called: the end of a Hub id, whose snapshot has a commit's name."""
+    """What a file or a directory is called: the end of a Hub id, whose snapshot has a commit's name."""
+    if path.is_file():
+        return gguf_files.stem(path)
     return Path(asked).name if path != Path(asked).expanduser() else path.resolve().name
 
 
@@ -445,12 +449,16 @@ def fit_tokenizer(config: ModelConfig, tokenizer: Any, directory: Path) -> Model
 def require_tokenizer(tokenizer: Any, where: Any) -> Any:
     """The tokenizer of a model, or an `InputError` that says where one was looked for."""
     if tokenizer is None:
-        raise InputError(f"{where} has no tokenizer ({TOKENIZER_FILES[0]}): text methods need one (ids work)")
+        wanted = "tokenizer.ggml metadata" if str(where).endswith(gguf_files.SUFFIX) else TOKENIZER_FILES[0]
+        raise InputError(f"{where} has no tokenizer ({wanted}): text methods need one (ids work)")
     return tokenizer
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The transformers tokenizer of a directory; None where there is none."""
+    """The transformers tokenizer of a directory or a GGUF file; None where there is none."""
+    path = gguf_files.find(directory)
+    if path is not None:
+        return gguf_tokenizer.read_tokenizer(gguf_files.open_gguf(path).metadata, path)
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizers = import_transformers().AutoTokenizer
