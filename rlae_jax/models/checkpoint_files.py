@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models import gguf_files
+from rlae_jax.models import gguf_files, gguf_models
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
@@ -89,7 +89,8 @@ def read_source(directory: Path) -> Source:
     path = gguf_files.find(directory)
     if path is not None:
         file = gguf_files.open_gguf(path)
-        return Source(FAMILIES[file.config["model_type"]], file.config, file.generation)
+        fields = gguf_models.read_config(file)
+        return Source(FAMILIES[fields["model_type"]], fields, gguf_models.read_generation(file))
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise InputError(f"{directory} {what}; expected a Hugging Face directory with config.json and safetensors")
@@ -280,7 +281,7 @@ def open_tensors(directory: Path, source: Source, config: ModelConfig) -> Tensor
     if path is None:
         return Safetensors(directory)
     names = [tensor.key for tensor in stored_tensors(source.family, config)]
-    return gguf_files.GgufTensors(gguf_files.open_gguf(path), names)
+    return gguf_models.GgufTensors(gguf_files.open_gguf(path), names)
 
 
 TABLE, HEAD = ("embedding",), ("head", "kernel")

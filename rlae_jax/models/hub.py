@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlae_jax.errors import InputError
-from rlae_jax.models.gguf_files import SUFFIX
+from rlae_jax.models.gguf_files import SUFFIX, part_names
 
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 CONFIGS = ("config.json", "adapter_config.json")
@@ -44,6 +44,8 @@ SMALL_FILES = (
 )
 # An index is a stranger's text: nothing in it may act as a pattern, leave the directory or name another kind of file.
 SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+# The same of a GGUF file in a repository, which is named whole.
+_IN_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+)/(\w[\w.-]*(?:/\w[\w.-]*)*\.gguf)", re.ASCII)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 EXPECTED = (
     "expected a Hugging Face directory with config.json and safetensors, a GGUF file, or a Hub id such as org/name"
@@ -56,8 +58,8 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
     """The directory that holds a model's files, or its GGUF file.
 
     Args:
-      name: a local directory or a GGUF file, returned as it is ("~" expanded), or a Hub id, "org/name" or "name". A
-        directory wins over a Hub id of the same name.
+      name: a local directory or a GGUF file, returned as it is ("~" expanded); or a Hub id, "org/name" or "name", or a
+        GGUF file in such a repository, "org/name/file.gguf". A directory wins over a Hub id of the same name.
       revision: branch, tag or whole commit hash of a Hub repository; None is its main branch.
       weights: False for who reads the configuration alone; a repository's weights are then not fetched.
 
@@ -74,6 +76,9 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
         return Path(path)
     if os.path.lexists(path):
         raise InputError(f"{asked} {'is a file' if os.path.exists(path) else 'is a link to nowhere'}; {EXPECTED}")
+    in_repository = _IN_REPOSITORY.fullmatch(asked)
+    if in_repository and _can_be_hub_id(in_repository[1]):
+        return _fetch_gguf(in_repository[1], in_repository[2], revision)
     if not _can_be_hub_id(asked):
         raise InputError(f"{asked or repr(asked)} does not exist{_similar(path)}; {EXPECTED}")
     return _fetch(asked, revision) if weights else _download(asked, revision, SMALL_FILES)
@@ -118,6 +123,29 @@ def _fetch(repo: str, revision: str | None) -> Path:
     if not any((snapshot / file).is_file() for file in CONFIGS):
         raise _incomplete(repo, f"{snapshot} has no {' and no '.join(CONFIGS)}")
     return snapshot
+
+
+def _fetch_gguf(repo: str, file: str, revision: str | None) -> Path:
+    """A GGUF file of a repository; all parts of a split one."""
+    snapshot = _download(repo, revision, part_names(file))
+    if not (snapshot / file).is_file():
+        ggufs = [name for name in _names(repo, snapshot)[0] if name.endswith(SUFFIX)]
+        raise InputError(f"{repo} has no {file}; its GGUF files: {_shown(ggufs)}")
+    return snapshot / file
+
+
+def _names(repo: str, snapshot: Path) -> tuple[list[str], bool]:
+    """The files of a repository and True; where the Hub cannot be asked, those that are cached and False."""
+    from huggingface_hub import HfApi
+
+    try:
+        return sorted(HfApi().list_repo_files(repo, revision=snapshot.name)), True
+    except Exception:  # whatever the reason (see `_download`), the cached files are all that can be named
+        return sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()), False
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "none"
 
 
 def _indexed(snapshot: Path) -> list[str] | None:
@@ -203,18 +231,16 @@ def _incomplete(named: str, detail: str) -> InputError:
 
 def _no_safetensors(repo: str, snapshot: Path) -> InputError:
     """Pickled weights only, no weights at all, or, where the Hub cannot be asked, perhaps an unfinished copy."""
-    from huggingface_hub import HfApi
-
-    try:
-        names, listed = HfApi().list_repo_files(repo, revision=snapshot.name), True
-    except Exception:  # whatever the reason (see `_download`), the cached files are all that can be named
-        names, listed = [path.name for path in snapshot.iterdir()], False
-    pickled = sorted(name for name in names if "/" not in name and name.endswith(PICKLED))
+    names, listed = _names(repo, snapshot)
+    pickled = [name for name in names if "/" not in name and name.endswith(PICKLED)]
     if pickled:
         return InputError(
             f"{repo}: only pickled weights ({', '.join(pickled[:5])}); pickles can run code and are never read. "
             "Save the model with safe_serialization=True to get model.safetensors"
         )
+    ggufs = [name for name in names if name.endswith(SUFFIX)]
+    if ggufs:
+        return InputError(f"{repo}: no safetensors, but GGUF files ({_shown(ggufs)}); name one: {repo}/{ggufs[0]}")
     if listed:
         return InputError(f"{repo}: the repository has no {SINGLE}, no {INDEX} and no {ADAPTER}")
     return _incomplete(repo, f"{snapshot} has no {SINGLE} and no {INDEX}")

@@ -6,6 +6,7 @@ written out here once more, forwards, from llama.cpp's conversion/*.py.
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,31 @@ KINDS = gguf.GGMLQuantizationType
 
 # model_type of config.json -> general.architecture.
 ARCHITECTURES = {
-    **dict.fromkeys(("llama", "mistral"), "llama"),
-    **{name: name for name in ("qwen2", "qwen3", "gemma2", "phi3", "olmo2")},
-    "gemma3_text": "gemma3",
+    **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
+    **{
+        name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo", "olmo2", "olmoe", "gpt2", "falcon")
+    },
+    **{name: name for name in ("smollm3", "granite", "arcee", "seed_oss", "ernie4_5", "glm4", "exaone4", "cohere2")},
+    **{name: name for name in ("stablelm", "nemotron", "starcoder2")},
+    **{"gemma3_text": "gemma3", "olmo3": "olmo2", "phi": "phi2", "cohere": "command-r", "gpt_neox": "gptneox"},
+    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"},
 }
-PERMUTED = ("llama",)
-SHIFTED = ("gemma2", "gemma3")
+PERMUTED = ("llama", "smollm3", "granite", "arcee", "olmo")
+SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron")
+PARTLY_ROTATED = {
+    "glm4": 0.5,
+    "stablelm": 0.25,
+    "nemotron": 0.5,
+    "phi": 0.5,
+    "gpt_neox": 0.25,
+}  # unless config.json says
+# Fields that some families call otherwise.
+ALIASES = {
+    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings", "n_inner": "intermediate_size", "ffn_hidden_size": "intermediate_size",
+    "num_kv_heads": "num_key_value_heads", "norm_eps": "layer_norm_eps", "norm_epsilon": "layer_norm_eps",
+    "layer_norm_epsilon": "layer_norm_eps", "rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta",
+}  # fmt: skip
 
 
 def permute(tensor: Array, heads: int) -> Array:
@@ -69,7 +89,8 @@ def _add_rope(writer: gguf.GGUFWriter, config: Config) -> None:
     if "rope_theta" in rope:
         writer.add_rope_freq_base(rope["rope_theta"])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    writer.add_rope_dimension_count(int(rope.get("partial_rotary_factor", 1.0) * head))
+    part = rope.get("partial_rotary_factor", PARTLY_ROTATED.get(config["model_type"], 1.0))
+    writer.add_rope_dimension_count(int(part * head))
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
@@ -94,37 +115,94 @@ def _add_rope(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
+    family = config["model_type"]
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
+    # What config.json left out is in every file.
+    short = family in ("phi3", "olmo2", "olmo3", "olmoe", "mixtral", "arcee", "exaone4", "gpt_oss", "ernie4_5")
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5 if short else 1e-6))
+    writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
+    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+    writer.add_feed_forward_length(config.get("intermediate_size") or 4 * config["hidden_size"])
     for key, add in (
-        ("intermediate_size", writer.add_feed_forward_length),
-        ("num_key_value_heads", writer.add_head_count_kv),
         ("head_dim", writer.add_key_length),
-        ("rms_norm_eps", writer.add_layer_norm_rms_eps),
         ("sliding_window", writer.add_sliding_window),
         ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
         ("final_logit_softcapping", writer.add_final_logit_softcapping),
+        ("logit_scale", writer.add_logit_scale),
+        ("logits_scaling", writer.add_logit_scale),
+        ("embedding_multiplier", writer.add_embedding_scale),
+        ("attention_multiplier", writer.add_attention_scale),
+        ("residual_multiplier", writer.add_residual_scale),
+        ("clip_qkv", writer.add_clamp_kqv),
+        ("use_parallel_residual", writer.add_parallel_residual),
+        ("num_experts", writer.add_expert_count),
+        ("num_local_experts", writer.add_expert_count),
+        ("moe_intermediate_size", writer.add_expert_feed_forward_length),
+        ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
     ):
         if config.get(key) is not None:
             add(config[key])
-    # What config.json left out is in every file.
-    if "rms_norm_eps" not in config:
-        writer.add_layer_norm_rms_eps(1e-5 if config["model_type"] in ("phi3", "olmo2") else 1e-6)
-    if config.get("num_key_value_heads") is None:
-        writer.add_head_count_kv(config["num_attention_heads"])
+    if "num_experts" in config or "num_local_experts" in config:
+        writer.add_expert_used_count(config.get("num_experts_per_tok", 2))
+    if family == "gpt_oss":
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if family in ("olmo3", "exaone4"):
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
     _add_rope(writer, config)
 
 
+def join_heads(tensor: Array, heads: int, kv_heads: int) -> Array:
+    """Rows of queries, keys and values that lie with their key head, as all queries, all keys and all values
+    (`FalconModel.modify_tensors`; GPT-NeoX has as many key heads as heads)."""
+    width, group = len(tensor) // (heads + 2 * kv_heads), heads // kv_heads
+    block = (group + 2) * width
+
+    def rows(first: int, count: int) -> list[int]:
+        return [head * block + first * width + i for head in range(kv_heads) for i in range(count * width)]
+
+    return tensor[[*rows(0, group), *rows(group, 1), *rows(group + 1, 1)]]
+
+
 def _convert(name: str, tensor: Array, config: Config, architecture: str) -> Array:
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    of = {"q_proj": heads, "k_proj": kv_heads}
     module = name.split(".")[-2]
-    if architecture in PERMUTED and module in heads:
-        return permute(tensor, heads[module] or config["num_attention_heads"])
+    if architecture in PERMUTED and module in of:
+        return permute(tensor, of[module])
     if architecture in SHIFTED and name.endswith("norm.weight"):
         return tensor + 1
+    if module == "query_key_value":
+        return join_heads(tensor, heads, kv_heads if architecture == "falcon" else heads)
+    if architecture == "gpt2" and tensor.ndim == 2 and module in ("c_attn", "c_proj", "c_fc"):
+        return tensor.T
+    if module == "shared_expert_gate":
+        return tensor[0]
     return tensor
+
+
+def _experts(tensors: dict[str, Array]) -> dict[str, Array]:
+    """The tensors with all experts of a layer in one, under the names that the conversion gives them."""
+    joined: dict[str, Array] = {}
+    for name, tensor in tensors.items():
+        found = re.search(r"\.experts\.(\d+)\.", name)
+        if found:  # Qwen's, OLMoE's and Mixtral's: a tensor for each
+            names = [name.replace(found[0], f".experts.{e}.") for e in range(len(tensors))]
+            joined[name.replace(found[0], ".experts.")] = np.stack([tensors[one] for one in names if one in tensors])
+            continue
+        for fused in re.findall(r"\.experts\.(gate_up_proj|down_proj)", name):  # gpt-oss: [experts, inputs, outputs]
+            stem, suffix = name.split(f".{fused}")[0], ".bias" if name.endswith("_bias") else ".weight"
+            turned = tensor if suffix == ".bias" else tensor.swapaxes(1, 2)
+            parts = {"gate_proj": turned[:, ::2], "up_proj": turned[:, 1::2]}
+            parts = parts if fused == "gate_up_proj" else {"down_proj": turned}
+            joined |= {f"{stem}.{module}{suffix}": part for module, part in parts.items()}
+            break
+        else:
+            joined[f"{name}.weight" if name.endswith(".sinks") else name] = tensor
+    return joined
 
 
 def write(
@@ -142,13 +220,14 @@ def write(
       arguments: of `gguf.GGUFWriter`, such as how to split the file.
     """
     config = json.loads((directory / "config.json").read_text())
+    config |= {ALIASES[key]: value for key, value in config.items() if key in ALIASES and value is not None}
     architecture = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(path, architecture, **arguments)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[architecture], config["num_hidden_layers"])
     _add_settings(writer, config)
     add(writer)
-    for name, tensor in load_file(directory / "model.safetensors").items():
+    for name, tensor in _experts(load_file(directory / "model.safetensors")).items():
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         converted = np.ascontiguousarray(_convert(name, tensor, config, architecture))
         chosen = kind(name, converted) if converted.ndim > 1 else KINDS.F32

@@ -2,6 +2,7 @@
 and the gguf package, and what is said about files that cannot be read."""
 
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -35,6 +36,18 @@ def sixth_is_global(config):
     return of_a_head(config) | {"sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
 
 
+def one_base(config):
+    """A file has one base for both kinds of layers."""
+    local = {"rope_type": "default", "rope_theta": 300.0}
+    both = {"full_attention": config["rope_scaling"] | {"rope_theta": 300.0}, "sliding_attention": local}
+    return {"rope_scaling": None, "rope_parameters": both}
+
+
+def layers(number, **fields):
+    return lambda config: {"num_hidden_layers": number, **fields}
+
+
+LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 # (family, case): what of the case no file can say, put right.
 CASES = {
     ("llama", "grouped"): None,
@@ -46,6 +59,7 @@ CASES = {
     ("qwen2", "unused_window"): None,
     ("qwen3", "wide_heads"): None,
     ("qwen3", "yarn"): None,
+    ("gemma", "gelu"): None,
     ("gemma2", "caps"): of_a_head,
     ("gemma2", "default_caps"): of_a_head,
     ("gemma3_text", "pattern"): sixth_is_global,
@@ -56,7 +70,32 @@ CASES = {
     ("olmo2", "grouped"): None,
     ("olmo2", "multi_query"): None,
     ("olmo2", "tied"): None,
+    ("olmo3", "stretched"): one_base,
+    ("mixtral", "one_expert"): None,
+    ("qwen2_moe", "shared"): None,
+    ("qwen3_moe", "wide_heads"): None,
+    ("olmoe", "grouped"): None,
+    ("gpt_oss", "alternating"): None,
+    ("smollm3", "windows"): layers(4, use_sliding_window=False, sliding_window=None, no_rope_layer_interval=4),
+    ("granite", "multipliers"): None,
+    ("arcee", "squares"): None,
+    ("olmo", "clipped"): None,
+    ("seed_oss", "biases"): None,
+    ("ernie4_5", "biases"): None,
+    ("glm4", "half"): None,
+    ("exaone4", "windows"): layers(4, layer_types=LAYER_TYPES),
+    ("cohere", "norms"): None,
+    ("cohere2", "windows"): layers(5, sliding_window_pattern=4),
+    ("stablelm", "parallel"): None,
+    ("nemotron", "half"): None,
+    ("phi", "norms"): lambda config: {"qk_layernorm": False},
+    ("falcon", "groups"): None,
+    ("starcoder2", "window"): lambda config: {"sliding_window": None},
+    ("gpt2", "bare"): None,
+    ("gpt_neox", "parallel"): None,
+    ("gpt_neox", "serial"): None,
 }
+CASES = {(family, case): change for (family, case), change in CASES.items() if family in hf.FAMILIES}
 FIRST = dict(reversed(CASES))
 
 
@@ -66,21 +105,34 @@ def cases():
         yield pytest.param(family, case, id=f"{family}-{case}", marks=marks)
 
 
+def shapes_for(tensors, config):
+    """A case's tensors for as many layers, and for heads as wide, as the configuration says."""
+    shapes = {}
+    for i in range(config.get("num_hidden_layers") or config["n_layer"]):
+        found = {name: shape for name, shape in tensors.items() if not re.search(r"\.[1-9]\d*\.", name)}
+        shapes |= {re.sub(r"\b(layers|h)\.0\.", rf"\1.{i}.", name): list(shape) for name, shape in found.items()}
+    shapes |= {name: shape for name, shape in tensors.items() if name in shapes or ".experts." in name}
+    heads = {"q_proj": config.get("num_attention_heads"), "k_proj": config.get("num_key_value_heads")}
+    heads["v_proj"] = heads["k_proj"]
+    for name in list(shapes):
+        module, shape = name.split(".")[-2], shapes[name]
+        if module in ("q_layernorm", "k_layernorm"):
+            del shapes[name]
+        elif config.get("head_dim") and module in heads:
+            shapes[name] = [heads[module] * config["head_dim"], *shape[1:]]
+        elif config.get("head_dim") and module == "o_proj" and len(shape) == 2:
+            shapes[name] = [shape[0], heads["q_proj"] * config["head_dim"]]
+    return shapes
+
+
 def write_case(directory: Path, family: str, case: str) -> hf.Stored:
     """The directory of a stored case, as far as a GGUF file can say the same."""
     stored = hf.read_stored(family, case)
     change = CASES[family, case]
     config = stored.config | (change(stored.config) if change else {})
-    tensors = dict(stored.tensors)
-    if (family, case) == ("llama", "llama3"):  # wide enough that some pairs lie between Llama 3's two wavelengths
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        for name, (outputs, *inputs) in tensors.items():
-            module = name.split(".")[-2]
-            if module in ("q_proj", "k_proj", "v_proj"):
-                tensors[name] = [heads.get(module, heads["k_proj"]) * config["head_dim"], *inputs]
-            if module == "o_proj":
-                tensors[name] = [outputs, heads["q_proj"] * config["head_dim"]]
-    hf.write_checkpoint(directory, config, tensors, stored.seed)
+    hf.write_checkpoint(
+        directory, config, shapes_for(stored.tensors, config) if change else stored.tensors, stored.seed
+    )
     return stored
 
 

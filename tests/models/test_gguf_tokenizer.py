@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from rlae_jax.models import gguf_files
+from rlae_jax.models.gguf_files import GgufFile
+from rlae_jax.models.gguf_models import read_generation
 from rlae_jax.models.gguf_tokenizer import SPLITTINGS, read_tokenizer
 
 PATH = Path("model.gguf")
@@ -130,13 +131,16 @@ def test_what_begins_and_ends_a_text():
 
 def test_ends_are_those_of_texts_turns_and_messages():
     _, metadata = byte_level("gpt-2", eot_token_id=7, eom_token_id=9, padding_token_id=1)
-    file = gguf_files.GgufFile(PATH, metadata, {})
-    assert file.generation == {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": [1, 7, 9]}
+    assert read_generation(GgufFile(PATH, metadata, {})) == {
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": [1, 7, 9],
+    }
     # Older files do not name what ends a turn; their template does.
     _, metadata = byte_level("gpt-2")
     metadata["tokenizer.ggml.tokens"][50] = "<|im_end|>"
     metadata["tokenizer.chat_template"] = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-    assert gguf_files.GgufFile(PATH, metadata, {}).generation["eos_token_id"] == [1, 50]
+    assert read_generation(GgufFile(PATH, metadata, {}))["eos_token_id"] == [1, 50]
     tokenizer = read_tokenizer(metadata, PATH)
     chat = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>hello<|im_end|>"

@@ -133,6 +133,11 @@ class TestLocal:
         assert hub.resolve("../model") == Path("../model")
         assert hub.resolve(".") == Path()
 
+    def test_a_gguf_file_is_returned_as_it_is(self, cache, tmp_path, raises_input_error):
+        (tmp_path / "model.gguf").write_text("GGUF")
+        assert hub.resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"
+        raises_input_error(lambda: hub.resolve(tmp_path / "model.gguf", revision="v1"), "local file", "v1")
+
     def test_the_home_directory_is_expanded(self, cache, tmp_path, monkeypatch):
         (tmp_path / "model").mkdir()
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -310,6 +315,18 @@ class TestOnline:
     def test_a_shard_that_the_repository_lacks(self, online, raises_input_error):
         online("org/name", {name: content for name, content in SHARDED.items() if name != SHARDS[1]})
         raises_input_error(lambda: hub.resolve("org/name"), "org/name", "1 of the files", SHARDS[1])
+
+    def test_a_gguf_file_is_fetched_with_all_its_parts_and_nothing_else(self, online, raises_input_error):
+        parts = [f"q8/big-0000{i}-of-00002.gguf" for i in (1, 2)]
+        files = dict.fromkeys(("a.gguf", "b.gguf", *parts), "GGUF") | {"config.json": "{}"}
+        online("org/name", files)
+        path = hub.resolve("org/name/a.gguf")
+        assert path.name == "a.gguf"
+        assert names(path.parent) == ["a.gguf"]
+        assert hub.resolve(f"org/name/{parts[1]}") == path.parent / parts[1]
+        assert names(path.parent) == ["a.gguf", *parts]
+        raises_input_error(lambda: hub.resolve("org/name/c.gguf"), "org/name has no c.gguf", "a.gguf, b.gguf")
+        raises_input_error(lambda: hub.resolve("org/name"), "GGUF files (a.gguf, b.gguf", "org/name/a.gguf")
 
     def test_only_pickles(self, online, raises_input_error):
         online("org/name", {"config.json": "{}", "pytorch_model.bin": "pickle", "sub/other.bin": ""})
