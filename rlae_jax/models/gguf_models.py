@@ -159,9 +159,11 @@ def _experts(keys: Keys, number: str = "num_experts") -> dict[str, Any]:
 def _small_experts(keys: Keys) -> dict[str, Any]:
     """Qwen's, which are not as wide as a dense block. Whether the weights of those taken sum to 1 is llama.cpp's
     knowledge (src/models/qwen2moe.cpp and qwen3moe.cpp)."""
+    width = keys.number("expert_feed_forward_length")
     return {
         "norm_topk_prob": keys.architecture == "qwen3moe",
-        "moe_intermediate_size": keys.number("expert_feed_forward_length"),
+        "moe_intermediate_size": width,
+        "intermediate_size": keys.get("feed_forward_length", width),  # no layer has such a block
         **keys.some(shared_expert_intermediate_size="expert_shared_feed_forward_length"),
         **_experts(keys),
     }
@@ -172,7 +174,7 @@ def _rotated_in_part(keys: Keys) -> dict[str, Any]:
 
 
 def _qwen2(keys: Keys) -> dict[str, Any]:
-    return {"use_sliding_window": False}  # the conversion drops it; no published model uses it
+    return {"use_sliding_window": False}  # the conversion leaves windows out
 
 
 def _qwen3(keys: Keys) -> dict[str, Any]:
@@ -426,18 +428,16 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     architecture = _architecture(keys)
     if "token_embd.weight" not in file.extents:
         raise InputError(f"{file.path}: it has no token_embd.weight, and so no language model")
-    fields = {
-        "model_type": architecture.model_type,
-        **_settings(keys),
-        **architecture.read(keys),
-        **read_generation(file),
-    }
+    try:
+        fields = {"model_type": architecture.model_type, **_settings(keys), **architecture.read(keys)}
+    except (TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{file.path}: a setting has an unusable value ({error})") from error
     family = FAMILIES.get(fields["model_type"])
     if family is None:
         raise InputError(
             f"{keys.path}: {fields['model_type']}, of the architecture {keys.architecture}, is not supported"
         )
-    return {"architectures": [family.architectures[0]], **fields}
+    return {"architectures": [family.architectures[0]], **fields, **read_generation(file)}
 
 
 # What is read as settings, and what may stand in a file beside the model's own tensors.

@@ -333,6 +333,9 @@ def test_settings_and_tensors_that_are_missing(file, tmp_path, raises_input_erro
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b"llama.embedding_length", b"llama.embedding_lengtg"))
     raises_input_error(lambda: rj.load(file), str(file), "llama.embedding_length is missing")
+    count = whole.index(b"llama.attention.head_count") + len("llama.attention.head_count") + 4
+    file.write_bytes(whole[:count] + bytes(4) + whole[count + 4 :])
+    raises_input_error(lambda: rj.load(file), str(file), "unusable value")
     file.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
     raises_input_error(
         lambda: rj.load(file), "1 missing: model.layers.1.mlp.up_proj.weight", "1 unexpected: blk.1.ffn_xx.weight"
