@@ -229,6 +229,8 @@ def write(
     add(writer)
     for name, tensor in _experts(load_file(directory / "model.safetensors")).items():
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own is None:  # a mask that the first checkpoints hold
+            continue
         converted = np.ascontiguousarray(_convert(name, tensor, config, architecture))
         chosen = kind(name, converted) if converted.ndim > 1 else KINDS.F32
         add_tensor(writer, own, converted, chosen)
