@@ -14,7 +14,6 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import rlae_jax as rj
-from tests.conftest import NO_TORCH
 from tests.helpers.real_models import real_model
 
 pytestmark = pytest.mark.rare
@@ -58,10 +57,9 @@ def name(request):
 
 
 @pytest.fixture
-def reference(name):
+def reference(name, torch):
     """transformers' own reading of the file, in float32. (`from_pretrained(gguf_file=...)` is this, and asks for the
     accelerate package besides.)"""
-    torch = pytest.importorskip("torch", reason=NO_TORCH)
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -90,9 +88,7 @@ def prompts_of(lm) -> list[list[int]]:
     ]
 
 
-def test_a_real_file_writes_what_transformers_writes(name, reference):
-    import torch
-
+def test_a_real_file_writes_what_transformers_writes(name, reference, torch):
     lm = rj.load(real_model(name), context=CONTEXT)
     prompts = prompts_of(lm)
     longest = max(map(len, prompts))
@@ -167,8 +163,8 @@ def passages(shared: Path) -> list[str]:
     return found
 
 
-def test_ids_of_real_text_are_those_of_the_original_tokenizers(name, shared):
-    pytest.importorskip("torch", reason=NO_TORCH)  # transformers reads the metadata with it
+def test_ids_of_real_text_are_those_of_the_original_tokenizers(name, shared, torch):
+    # transformers reads the metadata with torch.
     from transformers import AutoTokenizer
 
     from rlae_jax.models.lm import read_tokenizer
