@@ -1,6 +1,8 @@
 """Members with one tokenizer: every chosen token is one token for each of them, all rows write the same slot of a
 cache, and a step is one forward."""
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.fusion.members import ForwardPass, Prediction, aligned, prompt_cache
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.models import transformer
+from rlae_jax.models.cache import Cache, extend_cache, visible
 
 
 class RowSubsets(NamedTuple):
@@ -28,7 +30,7 @@ class Lockstep(NamedTuple):
     pending: Int[Array, " B"]  # the token that each row feeds next
     lengths: Int[Array, " B"]  # tokens fed so far, which is the pending token's position
     starts: Int[Array, " B"]  # first slot in use: rows are padded on the left
-    caches: tuple[transformer.Cache, ...]  # of a shared base M batches of rows, one after another
+    caches: tuple[Cache, ...]  # of a shared base M batches of rows, one after another
     subsets: RowSubsets | None = None  # None: every member runs every row
 
     @classmethod
@@ -42,7 +44,7 @@ class Lockstep(NamedTuple):
             is_encoder = run.model.config.encoder is not None
             read = slice(None) if is_encoder else slice(-1)
             cache = prompt_cache(run, ids[:, read], real[:, read])
-            caches.append(transformer.extend_cache(cache, (1 if is_encoder else t) + spec.max_new_tokens))
+            caches.append(extend_cache(cache, run.model.config, (1 if is_encoder else t) + spec.max_new_tokens))
         counts = jnp.sum(real, axis=1, dtype=jnp.int32)
         return cls(ids[:, -1], counts - 1, t - counts, tuple(caches))
 
@@ -66,10 +68,10 @@ class Lockstep(NamedTuple):
                 pending = jnp.where(step == 0, config.start_id or 0, pending)
                 position, starts = jnp.full_like(position, step), jnp.zeros_like(starts)
             slot = cache.slots - spec.max_new_tokens - 1 + step
-            indices = jnp.arange(cache.slots)[None]
-            visible = (indices >= starts[:, None]) & (indices <= slot)
-            pending, position, visible = (self._of_members(run, array) for array in (pending, position, visible))
-            h, cache = run.model.decode_step(pending, position, cache, slot, visible)
+            of_rows = (pending, position, visible(cache, config, starts, slot))
+            own = jax.tree.map(functools.partial(self._of_members, run), of_rows)
+            pending, position, seen = own
+            h, cache = run.model.decode_step(pending, position, cache, slot, seen)
             caches.append(cache)
             hidden += self._by_member(run, h)
             log_probs += self._by_member(run, run.log_probs(h, spec.vocab))
@@ -115,10 +117,13 @@ class Lockstep(NamedTuple):
             pending=repeat(self.pending),
             lengths=repeat(self.lengths),
             starts=repeat(self.starts),
-            caches=tuple(cache._replace(layers=jax.tree.map(repeat, cache.layers)) for cache in self.caches),
+            caches=tuple(
+                dataclasses.replace(cache, layers=jax.tree.map(repeat, cache.layers)) for cache in self.caches
+            ),
         )
 
     def lengthen(self, old: DecodeSpec, longer: DecodeSpec) -> "Lockstep":
         steps = longer.max_new_tokens - old.max_new_tokens
-        caches = tuple(transformer.extend_cache(cache, cache.slots + steps) for cache in self.caches)
+        pairs = zip(self.caches, old.members, strict=not old.shared_base)
+        caches = tuple(extend_cache(cache, config, cache.slots + steps) for cache, config in pairs)
         return self._replace(caches=caches)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import lora, transformer
+from rlae_jax.models.cache import Cache, extend_cache
 from rlae_jax.sharding import constrain
 
 MemberParams = transformer.Params | lora.Adapted
@@ -37,7 +38,7 @@ class Members(Protocol):
     """What the loop asks of its members. `token` is Int[B], an id or an entry of the union vocabulary."""
 
     @property
-    def caches(self) -> tuple[transformer.Cache, ...]:
+    def caches(self) -> tuple[Cache, ...]:
         """Each forward pass's keys and values."""
         ...
 
@@ -143,16 +144,17 @@ def aligned(ids_bt: Array, mask_bt: Array) -> tuple[Array, Array]:
     return ids, real
 
 
-def prompt_cache(run: ForwardPass, ids: Array, real: Array) -> transformer.Cache:
-    """What decoding keeps of whole prompts."""
+def prompt_cache(run: ForwardPass, ids: Array, real: Array, ahead: int = 0) -> Cache:
+    """What decoding keeps of whole prompts; `ahead` as in `cache.layer_slots`."""
     model = run.model
     rows = None if model.adapters is None else model.adapters.rows
     inputs = (run.tile(ids), run.tile(real), rows)
 
-    def read(group: tuple[Array, Array, Array | None]) -> transformer.Cache:
+    def read(group: tuple[Array, Array, Array | None]) -> Cache:
         ids, real, rows = group
         adapters = None if model.adapters is None or rows is None else model.adapters._replace(rows=rows)
-        return dataclasses.replace(model, adapters=adapters).read_prompt(ids, real)
+        cache = dataclasses.replace(model, adapters=adapters).read_prompt(ids, real)
+        return extend_cache(cache, model.config, cache.slots, ahead)
 
     b, t = inputs[0].shape
     size = max(_PREFILL_TOKENS // t, 1)
@@ -160,7 +162,7 @@ def prompt_cache(run: ForwardPass, ids: Array, real: Array) -> transformer.Cache
     if groups <= 1 or b % size:
         return read(inputs)
     grouped = lax.map(read, jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), inputs))
-    cache: transformer.Cache = jax.tree.map(lambda leaf: leaf.reshape(b, *leaf.shape[2:]), grouped)
+    cache: Cache = jax.tree.map(lambda leaf: leaf.reshape(b, *leaf.shape[2:]), grouped)
     return cache
 
 

@@ -27,6 +27,7 @@ from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec, Spelling, UnionTables
 from rlae_jax.models import transformer
 from rlae_jax.models.attention import Packing
+from rlae_jax.models.cache import Cache, extend_cache, visible, write_chunk
 from rlae_jax.sharding import constrain
 
 WIDEST = 8  # tokens of a row in one pass
@@ -51,7 +52,7 @@ class RaggedMember(NamedTuple):
     lengths: Int[Array, " B"]  # prompt tokens in the cache
     starts: Int[Array, " B"]  # first slot in use: prompts are padded on the left
     hidden: Float[Array, "B D"]  # after the last token that was fed
-    cache: transformer.Cache
+    cache: Cache
 
     @classmethod
     def start(cls, run: ForwardPass, prompt_ids: Array, prompt_mask: Array, spec: DecodeSpec) -> "RaggedMember":
@@ -59,7 +60,7 @@ class RaggedMember(NamedTuple):
         ids, real = aligned(prompt_ids, prompt_mask)
         b, t = ids.shape
         config = run.model.config
-        cache = prompt_cache(run, ids[:, :-1], real[:, :-1])
+        cache = prompt_cache(run, ids[:, :-1], real[:, :-1], WIDEST)
         capacity = 1 + spec.member_tokens
         counts = jnp.sum(real, axis=1, dtype=jnp.int32)
         return cls(
@@ -70,20 +71,19 @@ class RaggedMember(NamedTuple):
             starts=t - counts,
             hidden=jnp.zeros((b, config.hidden_width), config.dtype),
             # The filling of a pass lies beyond a row's tokens, so the last row's last pass must fit, too.
-            cache=transformer.extend_cache(cache, t - 1 + capacity + WIDEST),
+            cache=extend_cache(cache, config, t - 1 + capacity + WIDEST, WIDEST),
         )
 
     def read(self, model: transformer.Model, needed: Bool[Array, " B"]) -> "RaggedMember":
         """Feeds the pending tokens of the rows whose prediction is needed."""
         b = len(self.fed)
         prompt_slots = self.cache.slots - self.text.shape[1] - WIDEST
-        slots = jnp.arange(self.cache.slots)[None]
         sizes = _pass_sizes(b)
 
         def one_pass(state: "RaggedMember") -> "RaggedMember":
             pending = jnp.where(needed, state.written - state.fed, 0)
             slot = prompt_slots + state.fed
-            behind = (slots >= state.starts[:, None]) & (slots < slot[:, None])
+            behind = visible(state.cache, model.config, state.starts, slot - 1)
 
             def forward(further: int) -> tuple[Array, Array, Any]:
                 adapters = model.adapters
@@ -124,7 +124,7 @@ class RaggedMember(NamedTuple):
             return state._replace(
                 fed=state.fed + count,
                 hidden=jnp.where((count > 0)[:, None], hidden, state.hidden),
-                cache=transformer.write_chunk(state.cache, new, slot),
+                cache=write_chunk(state.cache, new, slot),
             )
 
         return lax.while_loop(lambda state: jnp.any(needed & (state.fed < state.written)), one_pass, self)
@@ -173,7 +173,7 @@ class Ragged(NamedTuple):
         return cls(members, jnp.zeros((prompts.batch,), jnp.int32))
 
     @property
-    def caches(self) -> tuple[transformer.Cache, ...]:
+    def caches(self) -> tuple[Cache, ...]:
         return tuple(member.cache for member in self.members)
 
     def rows(self, members: int) -> int:
@@ -253,8 +253,8 @@ class Ragged(NamedTuple):
         members = tuple(
             member._replace(
                 text=jnp.pad(member.text, ((0, 0), (0, room))),
-                cache=transformer.extend_cache(member.cache, member.cache.slots + room),
+                cache=extend_cache(member.cache, config, member.cache.slots + room, WIDEST),
             )
-            for member in self.members
+            for member, config in zip(self.members, old.members, strict=True)
         )
         return self._replace(members=members)

@@ -15,7 +15,7 @@ from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.policy import Observation
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.reading import Text
-from rlae_jax.models import transformer
+from rlae_jax.models.cache import Cache
 
 
 class Span(NamedTuple):
@@ -88,7 +88,7 @@ class DecodeState(NamedTuple):
         return self.decisions.trajectory
 
     @property
-    def caches(self) -> tuple[transformer.Cache, ...]:
+    def caches(self) -> tuple[Cache, ...]:
         """Each forward pass's keys and values."""
         return self.members.caches
 

@@ -15,13 +15,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from rlae_jax.models.cache import LayerCache, cache_layout, pin_cache
 from rlae_jax.models.config import ModelConfig, QueryGrowth, RelativeBias, Rope
 from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate
 from rlae_jax.models.rope import frequencies
-from rlae_jax.sharding import constrain
 
-# [B, G, H, S]. Rows and slots differ between what is cached and what is new, so that they are not checked by name.
-LayerCache = tuple[Float[Array, "_B G H _S"], Float[Array, "_B G H _S"]]
 # What depends on the tokens' positions: angles [B, T, half] of each rope of the model, factors [B, T] of queries.
 Angles = dict[Rope | QueryGrowth, Array]
 LOWEST = float(np.finfo(np.float32).min)
@@ -108,7 +106,7 @@ def attend_behind(
     The two parts are not joined: the cache is only read, so that it may be closed over by a branch.
     """
     b, w, n, h = q_bwnh.shape
-    g = cache[0].shape[1]
+    g = cache.keys.shape[1]
     precision = config.precision
     # Queries of one key head lie together: [B, G, W * M, H], M = N / G.
     q_bgqh = jnp.einsum("bwgmh->bgwmh", (q_bwnh * scale).reshape(b, w, g, n // g, h)).reshape(b, g, -1, h)
@@ -118,7 +116,7 @@ def attend_behind(
         scores = _capped(scores, config.attention_cap).reshape(b, g, w, n // g, -1)
         return jnp.where(mask_bws[:, None, :, None], scores, LOWEST).reshape(b, g, w * (n // g), -1)
 
-    old_scores, new_scores = scores_of(cache[0], behind_bws), scores_of(new[0], among_bww)
+    old_scores, new_scores = scores_of(cache.keys, behind_bws), scores_of(new.keys, among_bww)
     largest = jnp.maximum(jnp.max(old_scores, axis=-1), jnp.max(new_scores, axis=-1))[..., None]
     old_weights, new_weights = jnp.exp(old_scores - largest), jnp.exp(new_scores - largest)
     total = jnp.sum(old_weights, axis=-1) + jnp.sum(new_weights, axis=-1)
@@ -131,22 +129,12 @@ def attend_behind(
     def together(weights: Array, v: Array) -> Array:
         return jnp.einsum("bgqs,bghs->bgqh", weights, v, precision=precision)
 
-    values = (old_weights.astype(cache[1].dtype), cache[1])
+    values = (old_weights.astype(cache.values.dtype), cache.values)
     on_cpu = per_query if w * (n // g) <= _SINGLE_QUERIES else together
     out = lax.platform_dependent(*values, cpu=on_cpu, default=together)
-    out = out + together(new_weights.astype(new[1].dtype), new[1])
+    out = out + together(new_weights.astype(new.values.dtype), new.values)
     out = (out / total[..., None].astype(out.dtype)).reshape(b, g, w, n // g, h)
     return jnp.einsum("bgwmh->bwgmh", out).reshape(b, w, n, h)
-
-
-def pin_cache(cached_bghs: Array) -> Array:
-    """Keys or values as they lie on a mesh."""
-    return constrain(cached_bghs, "batch", "kv_heads")
-
-
-def cache_layout(k_btgh: Array, v_btgh: Array) -> LayerCache:
-    """Keys and values [B, T, G, H] as the cache holds them, [B, G, H, T]."""
-    return jnp.einsum("btgh->bght", k_btgh), jnp.einsum("btgh->bght", v_btgh)
 
 
 def distance_buckets(length: int, bias: RelativeBias, *, bidirectional: bool) -> np.ndarray:
@@ -302,25 +290,28 @@ class Attention(nnx.Module):
         bias_bns: Array | None = None,
     ) -> tuple[Array, LayerCache]:
         """One token per row, written to `slot` of the cache and attending to the visible slots."""
-        keys, values = (
-            pin_cache(lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3))
-            for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
+        cache = LayerCache(
+            *(
+                pin_cache(lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3))
+                for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
+            )
         )
-        if self.window:
+        if 0 < self.window < cache.slots:
             visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1])[None] > slot - self.window)
-        return self.read(x_btd, angles, (keys, values), visible_bs, bias_bns), (keys, values)
+        return self.read(x_btd, angles, cache, visible_bs, bias_bns), cache
 
     def chunk(
         self,
         x_btd: Array,
         angles: Angles,
         cache: LayerCache,
-        behind_bs: Bool[Array, "B S"],
+        behind_bs: Bool[Array, "B S"] | Int[Array, "B S"],
         slot_b: Array,
         packing: Packing | None,
     ) -> tuple[Array, LayerCache]:
-        """The next W tokens of every row, the first of which belongs into `slot_b`, against the slots behind it.
-        Returns the output like the input, [B, W, D] or packed, and the W keys and values, which are not written."""
+        """The next W tokens of every row, the first of which belongs into `slot_b`, against the slots behind it: those
+        that are True, or of a ring the slots that its places hold (-1: none). Returns the output like the input,
+        [B, W, D] or packed, and the W keys and values, which are not written."""
         q_btnh, k_bwgh, v_bwgh = self._queries(x_btd, angles), *self.keys_values(x_btd, angles)
         if packing is not None:
             k_bwgh, v_bwgh = packing.unpack(k_bwgh), packing.unpack(v_bwgh)
@@ -335,7 +326,10 @@ class Attention(nnx.Module):
             among = jnp.arange(w)[None, None] <= places[..., None]
             if self.window:
                 first_seen = slot[:, None] + places - self.window  # and one more
-                behind = behind & (jnp.arange(behind.shape[-1])[None, None] > first_seen[..., None])
+                if behind.dtype == bool:
+                    behind = behind & (jnp.arange(behind.shape[-1])[None, None] > first_seen[..., None])
+                else:
+                    behind = (behind >= 0) & (behind > first_seen[..., None])
                 among = among & (jnp.arange(w)[None, None] > places[..., None] - self.window)
             return attend_behind(q, cache_r, new_r, behind, among, self.config, self.scale)
 

@@ -8,15 +8,6 @@ and the keys and values to cache. One class serves decoders, encoders and encode
 The modules declare parameters and hold no state: `_declared` gives the static graph once per configuration, a method of
 `Model` puts arrays into it while a program is traced, and what runs is a function of plain arrays. Calling a module
 through `nnx.jit` walks its whole graph at every call, which costs more than decoding a token on a small model.
-
-The cache is one pair of arrays per layer, unrolled. Rows are padded on the left, so that all rows write the same slot:
-
-    slot      0 1 2 3 4 5 6 7 ...
-    row 0     . . a b c|d e        start = 2      . never attended to
-    row 1     p q r s t|u v        start = 0      | end of the prompt
-
-An encoder-decoder's prompt goes through the encoder once. Its cache also holds, per decoder layer, the keys and values
-of the encoder's states, which no step changes; its own slots begin with the decoder's start token.
 """
 
 import dataclasses
@@ -27,18 +18,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rlae_jax.models import quantise
-from rlae_jax.models.attention import (
-    Angles,
-    Attention,
-    LayerCache,
-    Packing,
-    RelativeBiasTable,
-    cache_layout,
-    pin_cache,
-)
+from rlae_jax.models.attention import Angles, Attention, Packing, RelativeBiasTable
+from rlae_jax.models.cache import Cache, LayerCache, Visible, cache_layout
 from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
 from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
@@ -47,20 +31,6 @@ from rlae_jax.models.rope import frequencies
 from rlae_jax.sharding import constrain
 
 Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` gives them
-
-
-class Cache(NamedTuple):
-    """What decoding reads again: keys and values of every layer."""
-
-    layers: tuple[LayerCache, ...]  # [R, G, H, S], written at one slot per step
-    # Of an encoder's states, [B, G, H, T]; constant. R / B rows, one after another, continue what one row of it holds.
-    source: tuple[LayerCache, ...] = ()
-    source_mask: Any = ()  # Bool[B, T], True where the encoder had a token
-
-    @property
-    def slots(self) -> int:
-        """S."""
-        return self.layers[0][0].shape[3]
 
 
 class Layer(nnx.Module):
@@ -286,8 +256,8 @@ class Transformer(nnx.Module):
             if source_kv is not None:
                 kept_source.append(cache_layout(*source_kv))
         if source is None:
-            return self._finish(x), Cache(tuple(kept))
-        return self._finish(x), Cache(tuple(kept), tuple(kept_source), source[1])
+            return self._finish(x), Cache(tuple(kept), t)
+        return self._finish(x), Cache(tuple(kept), t, tuple(kept_source), source[1])
 
     def read_source(self, ids_bt: Array, mask_bt: Array) -> Cache:
         """Runs the encoder. The cache that a decoder without any token yet starts from: S is 0."""
@@ -295,22 +265,25 @@ class Transformer(nnx.Module):
         source = tuple(cache_layout(*layer.cross.keys_values(states, {})) for layer in self.layers if layer.cross)
         c = self.config
         empty = jnp.zeros((len(ids_bt), c.kv_heads, c.head_width, 0), states.dtype)
-        return Cache(((empty, empty),) * c.layers, source, mask_bt.astype(bool))
+        return Cache((LayerCache(empty, empty),) * c.layers, 0, source, mask_bt.astype(bool))
 
     def step(
-        self, ids_b: Int[Array, " B"], position_b: Int[Array, " B"], cache: Cache, slot: Array, visible_bs: Array
+        self, ids_b: Int[Array, " B"], position_b: Int[Array, " B"], cache: Cache, slot: Array, visible: Visible
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token per row."""
         positions_bt = position_b[:, None]
         angles = self._angles(positions_bt)
-        bias = None if self.relative_bias is None else self.relative_bias.step(slot, visible_bs.shape[1])
+        bias = None if self.relative_bias is None else self.relative_bias.step(slot, cache.slots)
         x = self._embed(self._table, ids_b[:, None], positions_bt)
         new = []
         for i, layer in enumerate(self.layers):
             source = (cache.source[i], cache.source_mask) if cache.source else None
-            x, layer_cache = layer.step(x, angles, cache.layers[i], slot, visible_bs, bias, source)
+            place, seen = slot, visible.whole
+            if visible.ring is not None and cache.is_ring(i):
+                place, seen = slot % cache.layers[i].slots, visible.ring >= 0
+            x, layer_cache = layer.step(x, angles, cache.layers[i], place, seen, bias, source)
             new.append(layer_cache)
-        return self._finish(x)[:, 0], cache._replace(layers=tuple(new))
+        return self._finish(x)[:, 0], dataclasses.replace(cache, layers=tuple(new))
 
     def chunk(
         self,
@@ -318,7 +291,7 @@ class Transformer(nnx.Module):
         positions_bt: Int[Array, "_B _W"],
         count_b: Int[Array, " B"],
         cache: Cache,
-        behind_bs: Bool[Array, "B S"],
+        behind: Visible,
         slot_b: Int[Array, " B"],
         packing: Packing | None,
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
@@ -327,7 +300,8 @@ class Transformer(nnx.Module):
         x = self._embed(self._table, ids_bt, positions_bt)
         new = []
         for i, layer in enumerate(self.layers):
-            x, keys_values = layer.chunk(x, angles, cache.layers[i], behind_bs, slot_b, packing)
+            seen = behind.ring if behind.ring is not None and cache.is_ring(i) else behind.whole
+            x, keys_values = layer.chunk(x, angles, cache.layers[i], seen, slot_b, packing)
             new.append(keys_values)
         last_b1 = jnp.maximum(count_b - 1, 0)[:, None]
         if packing is None:
@@ -506,10 +480,11 @@ class Model:
         position_b: Int[Array, " B"],
         cache: Cache,
         slot: Int[Array, ""],
-        visible_bs: Bool[Array, "B S"],
+        visible: Visible,
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """Feeds one token per row: writes `slot` of every layer's cache, attends to `visible_bs`, which includes it."""
-        return self._modules().step(ids_b, position_b, cache, slot, visible_bs)
+        """Feeds one token per row: writes `slot` of every layer's cache, attends to what is visible, which includes
+        it."""
+        return self._modules().step(ids_b, position_b, cache, slot, visible)
 
     def decode_chunk(
         self,
@@ -517,11 +492,11 @@ class Model:
         positions_bt: Int[Array, "_B _W"],
         count_b: Int[Array, " B"],
         cache: Cache,
-        behind_bs: Bool[Array, "B S"],
+        behind: Visible,
         slot_b: Int[Array, " B"],
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
-        """Feeds the first `count_b` of W tokens of every row, which see the slots `behind_bs` and each other.
+        """Feeds the first `count_b` of W tokens of every row, which see the slots behind them and each other.
 
         The cache is only read. Returns the state of each row's last token and the W keys and values of every layer
         [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on. What lies beyond a row's count is
@@ -531,7 +506,7 @@ class Model:
           ids_bt, positions_bt: [B, W], or [R, 1] with a packing: then all but attention is done for R tokens, and the
             rows of adapters are theirs.
         """
-        return self._modules().chunk(ids_bt, positions_bt, count_b, cache, behind_bs, slot_b, packing)
+        return self._modules().chunk(ids_bt, positions_bt, count_b, cache, behind, slot_b, packing)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """The output head, float32, of any leading axes ([B, T] or [B] where an adapter changes the head)."""
@@ -575,54 +550,3 @@ def _module_at(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = module[int(name)] if name.isdigit() else getattr(module, name)
     return module
-
-
-# Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
-_UNROLLED_ROWS = 16
-
-
-def _write_row_by_row(
-    layers: tuple[LayerCache, ...], new: tuple[LayerCache, ...], slot_b: Array
-) -> tuple[LayerCache, ...]:
-    def write(b: Any, layers: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
-        def one(cached: Array, values: Array) -> Array:
-            row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
-            return lax.dynamic_update_slice(cached, row, (b, 0, 0, slot_b[b]))
-
-        written: tuple[LayerCache, ...] = jax.tree.map(one, layers, new)
-        return written
-
-    rows = len(slot_b)
-    if rows > _UNROLLED_ROWS:
-        layers = lax.fori_loop(0, rows, write, layers)
-    else:
-        for b in range(rows):
-            layers = write(b, layers)
-    return layers
-
-
-def _write_at_once(
-    layers: tuple[LayerCache, ...], new: tuple[LayerCache, ...], slot_b: Array
-) -> tuple[LayerCache, ...]:
-    def one(cached: Array, values: Array, slot: Array) -> Array:
-        return lax.dynamic_update_slice(cached, values, (0, 0, slot))
-
-    written: tuple[LayerCache, ...] = jax.tree.map(
-        lambda cached, values: jax.vmap(one)(cached, values, slot_b), layers, new
-    )
-    return written
-
-
-def write_chunk(cache: Cache, new: tuple[LayerCache, ...], slot_b: Int[Array, " B"]) -> Cache:
-    """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
-    the end would move back and overwrite others."""
-    # A scatter is one kernel per array on an accelerator; the CPU compiler makes a slow loop of it.
-    ways = {"cpu": _write_row_by_row, "default": _write_at_once}
-    return cache._replace(layers=lax.platform_dependent(cache.layers, new, slot_b, **ways))
-
-
-def extend_cache(cache: Cache, slots: int) -> Cache:
-    """The cache of `slots` slots whose first hold what `cache` holds."""
-    grow = slots - cache.slots
-    pad = ((0, 0), (0, 0), (0, 0), (0, grow))
-    return cache._replace(layers=jax.tree.map(lambda array: pin_cache(jnp.pad(array, pad)), cache.layers))

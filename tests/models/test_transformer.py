@@ -14,6 +14,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.models import layers, load, rope, transformer
+from rlae_jax.models.cache import Cache, LayerCache, _write_at_once, extend_cache, visible, write_chunk
 from rlae_jax.models.config import Rope
 from rlae_jax.models.pretrain import PretrainConfig, Source, next_token_loss, pretrain
 from tests.helpers.tolerance import on_device
@@ -50,8 +51,13 @@ def test_a_token_sees_neither_later_tokens_nor_padding(make_lm):
 
 @pytest.mark.parametrize(
     ("batch", "fields"),
-    [(3, {}), (5, {"tied_head": True, "heads": 6, "kv_heads": 3, "head_width": 6, "layers": 1})],
-    ids=["grouped", "tied"],
+    [
+        (3, {}),
+        (5, {"tied_head": True, "heads": 6, "kv_heads": 3, "head_width": 6, "layers": 1}),
+        (3, {"local_layers": (1,), "window": 3, "layers": 3}),
+        (2, {"local_layers": (0, 1), "window": 7}),
+    ],
+    ids=["grouped", "tied", "window", "long-window"],
 )
 @pytest.mark.device
 def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields):
@@ -67,12 +73,14 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
     hidden, keys_values = jax.jit(transformer.Model.forward)(model, ids[:, :t], mask[:, :t])
     real = np.asarray(mask[:, :t]).astype(bool)
     np.testing.assert_allclose(np.asarray(hidden)[real], whole[:, :t][real], rtol=0, atol=on_device(1e-5, 2e-4))
-    cache = transformer.extend_cache(keys_values, total + 3)
-    step = jax.jit(transformer.Model.decode_step)
-    slots = jnp.arange(total + 3)
+    cache = extend_cache(keys_values, lm.config, total + 3)
+
+    @jax.jit
+    def step(model, ids, positions, cache, slot):
+        return model.decode_step(ids, positions, cache, slot, visible(cache, lm.config, starts, slot))
+
     for slot in range(t, total):
-        visible = (slots[None] >= starts[:, None]) & (slots[None] <= slot)
-        hidden, cache = step(model, ids[:, slot], slot - starts, cache, jnp.int32(slot), visible)
+        hidden, cache = step(model, ids[:, slot], slot - starts, cache, jnp.int32(slot))
         np.testing.assert_allclose(hidden, whole[:, slot], rtol=0, atol=on_device(1e-5, 2e-4))
 
 
@@ -82,15 +90,16 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
         {},
         {"tied_head": True, "heads": 6, "kv_heads": 3, "head_width": 6, "layers": 1},
         {"local_layers": (0,), "window": 3, "attention_cap": 2.0},
+        {"local_layers": (0, 1), "window": 1},
         {"parallel_branches": True, "rope": None, "learned_positions": 40, "layers": 2},
     ],
-    ids=["grouped", "tied", "window", "parallel"],
+    ids=["grouped", "tied", "window", "own-token-alone", "parallel"],
 )
 @pytest.mark.device
 def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
     """Rows take 0 to W tokens at a time; what lies beyond a row's count is garbage and changes nothing."""
     lm = make_lm(4, **fields)
-    batch, t, total, w = 3, 4, 16, 3
+    batch, t, total, w = 3, 4, 24, 3
     rng = np.random.default_rng(0)
     ids = rng.integers(0, lm.config.vocab, (batch, total))
     starts = np.array([0, 2, 1])
@@ -98,18 +107,22 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
     whole = np.asarray(lm.hidden(ids, mask))
     model = transformer.Model(lm.config, lm.params)
     cache = jax.jit(transformer.Model.forward)(model, ids[:, :t], mask[:, :t])[1]
-    cache = transformer.extend_cache(cache, total + w)
-    chunk = jax.jit(transformer.Model.decode_chunk)
-    write = jax.jit(transformer.write_chunk)
-    slots, filled = np.arange(total + w), np.full(batch, t)
+    cache = extend_cache(cache, lm.config, total + w, w)
+
+    @jax.jit
+    def chunk(model, ids, positions, count, cache, filled):
+        behind = visible(cache, lm.config, jnp.asarray(starts), filled - 1)
+        return model.decode_chunk(ids, positions, count, cache, behind, filled)
+
+    write = jax.jit(write_chunk)
+    filled = np.full(batch, t)
     while np.any(filled < total):
         count = np.minimum(rng.integers(0, w + 1, batch), total - filled)
         places = filled[:, None] + np.arange(w)
         chosen = np.take_along_axis(np.pad(ids, ((0, 0), (0, w))), places, axis=1)
         chosen = np.where(np.arange(w) < count[:, None], chosen, 7)
-        behind = (slots >= starts[:, None]) & (slots < filled[:, None])
         positions = filled[:, None] - starts[:, None] + np.arange(w)
-        hidden, new = chunk(model, chosen, positions, count, cache, behind, filled)
+        hidden, new = chunk(model, chosen, positions, count, cache, jnp.asarray(filled))
         cache = write(cache, new, filled)
         filled = filled + count
         for b in np.flatnonzero(count):
@@ -119,14 +132,14 @@ def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
 @pytest.mark.parametrize("rows", [2, 17])
 @pytest.mark.device
 def test_chunks_are_written_at_each_rows_own_slot(make_lm, rows):
-    cache = transformer.Cache(((jnp.zeros((rows, 1, 2, 9)), jnp.zeros((rows, 1, 2, 9))),))
-    new = ((jnp.ones((rows, 1, 2, 3)), 2 * jnp.ones((rows, 1, 2, 3))),)
+    cache = Cache((LayerCache(jnp.zeros((rows, 1, 2, 9)), jnp.zeros((rows, 1, 2, 9))),), 9)
+    new = (LayerCache(jnp.ones((rows, 1, 2, 3)), 2 * jnp.ones((rows, 1, 2, 3))),)
     slots = np.arange(rows) % 7
     expected = np.zeros((rows, 1, 2, 9))
     for b, slot in enumerate(slots):
         expected[b, ..., slot : slot + 3] = 1
-    here = transformer.write_chunk(cache, new, jnp.asarray(slots)).layers
-    elsewhere = transformer._write_at_once(cache.layers, new, jnp.asarray(slots))
+    here = write_chunk(cache, new, jnp.asarray(slots)).layers
+    elsewhere = _write_at_once(9, cache.layers, new, jnp.asarray(slots))
     for ((keys, values),) in (here, elsewhere):
         np.testing.assert_array_equal(keys, expected)
         np.testing.assert_array_equal(values, 2 * expected)

@@ -1,0 +1,205 @@
+"""The key/value cache: what a decoding step reads of the tokens before it.
+
+One pair of arrays per layer, [B, G, H, S]. Rows are padded on the left, so that all rows write the same slot:
+
+    slot      0 1 2 3 4 5 6 7 ...
+    row 0     . . a b c|d e        start = 2      . never attended to
+    row 1     p q r s t|u v        start = 0      | end of the prompt
+
+An encoder-decoder's prompt goes through the encoder once. Its cache also holds, per decoder layer, the keys and values
+of the encoder's states, which no step changes; its own slots begin with the decoder's start token.
+
+A layer that sees a window keeps a ring where the cache has more slots than that takes: slot s lies at s modulo R, where
+it replaces one that no query will see again. Which slot a place holds follows from the newest one alone:
+
+    window 3, R = 3     slot    0 1 2 3 4|5          place    0 1 2
+                        token   a b c d e|           holds    d e c      newest 4: slots 3 4 2
+
+Where rows take in up to A tokens at a time, each at its own slot and with filling behind what it really took, R is the
+window and A more, so that filling replaces nothing that is still seen; and A places on either side are there for what a
+slice update of A tokens would write beyond the ring's ends: it is made twice, R places apart.
+
+    before     ring            behind
+    . . . .   | s ... s + 3 |   . . . .
+                       ^^^^^^^^^^^          tokens at the ring's end, of which the last two lie behind it
+    ^^^^^^^^^^^                             the same again, of which the last two lie at its beginning
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from rlae_jax.models.config import ModelConfig
+from rlae_jax.sharding import constrain
+
+
+class LayerCache(NamedTuple):
+    """Of one layer. Rows and slots differ between what is cached and what is new, so that they are not checked by
+    name."""
+
+    keys: Float[Array, "_B G H _S"]
+    values: Float[Array, "_B G H _S"]
+
+    @property
+    def slots(self) -> int:
+        """Places for tokens: S, or those of a ring."""
+        return self.keys.shape[3]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """What decoding reads again: keys and values of every layer."""
+
+    layers: tuple[LayerCache, ...]  # of R rows, written at one slot per step
+    slots: int = dataclasses.field(metadata={"static": True})  # S
+    # Of an encoder's states, [B, G, H, T]; constant. R / B rows, one after another, continue what one row of it holds.
+    source: tuple[LayerCache, ...] = ()
+    source_mask: Any = ()  # Bool[B, T], True where the encoder had a token
+
+    def is_ring(self, layer: int) -> bool:
+        """Whether a layer keeps its window only."""
+        return self.layers[layer].slots < self.slots
+
+
+class Visible(NamedTuple):
+    """What rows see of a cache."""
+
+    whole: Bool[Array, "B S"]
+    # For each place of a ring the slot that it holds, -1 where that is nobody's or the row's padding; None without.
+    ring: Int[Array, "B places"] | None = None
+
+
+def pin_cache(cached_bghs: Array) -> Array:
+    """Keys or values as they lie on a mesh."""
+    return constrain(cached_bghs, "batch", "kv_heads")
+
+
+def cache_layout(k_btgh: Array, v_btgh: Array) -> LayerCache:
+    """Keys and values [B, T, G, H] as the cache holds them, [B, G, H, T]."""
+    return LayerCache(jnp.einsum("btgh->bght", k_btgh), jnp.einsum("btgh->bght", v_btgh))
+
+
+def layer_slots(config: ModelConfig, layer: int, slots: int, ahead: int = 0) -> int:
+    """How many places for tokens a layer has in a cache of `slots` slots.
+
+    Args:
+      ahead: A, the tokens that a row takes in at a time where rows have slots of their own; 0 where all rows take in
+        one token each, into the same slot.
+    """
+    return min(slots, config.window + 3 * ahead) if layer in config.local_layers else slots
+
+
+def cache_bytes(config: ModelConfig, slots: int, ahead: int = 0) -> int:
+    """Keys and values of one row, all layers."""
+    places = sum(layer_slots(config, layer, slots, ahead) for layer in range(config.layers))
+    return 2 * places * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
+
+
+def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest: Int[Array, " *B"]) -> Visible:
+    """The slots from each row's first one up to the newest, one for all rows or one for each."""
+    if newest.ndim:
+        newest = newest[:, None]
+    slots = jnp.arange(cache.slots)[None]
+    whole = (slots >= start_b[:, None]) & (slots <= newest)
+    rings = [layer for layer in config.local_layers if cache.is_ring(layer)]
+    if not rings:
+        return Visible(whole)
+    places, ahead, length = _ring(cache.layers[rings[0]].slots, config.window)
+    place = np.arange(places)[None] - ahead
+    held = newest - (newest - place) % length  # the latest slot up to the newest that belongs there
+    used = (held >= start_b[:, None]) & ((place >= 0) & (place < length))
+    return Visible(whole, jnp.where(used, held, -1))
+
+
+def _ring(places: int, window: int) -> tuple[int, int, int]:
+    """(places, A, R) of a ring, from how many places it has."""
+    ahead = (places - window) // 3
+    return places, ahead, places - 2 * ahead
+
+
+def extend_cache(cache: Cache, config: ModelConfig, slots: int, ahead: int = 0) -> Cache:
+    """The cache of `slots` slots whose first hold what `cache` holds. Layers with a window keep what can still be seen
+    of it, see `layer_slots`."""
+
+    def extend(layer: int, cached: Array) -> Array:
+        places = layer_slots(config, layer, slots, ahead)
+        if cached.shape[-1] < cache.slots or places == cached.shape[-1] == slots:  # a ring already, or nothing to do
+            return cached
+        before, after = 0, slots - cache.slots
+        if places < slots:
+            _, before, length = _ring(places, config.window)
+            cached = cached[..., max(cache.slots - length, 0) :]
+            if cache.slots > length:
+                cached = jnp.roll(cached, cache.slots % length, axis=-1)
+            after = places - before - cached.shape[-1]
+        return pin_cache(jnp.pad(cached, ((0, 0), (0, 0), (0, 0), (before, after))))
+
+    layers = tuple(jax.tree.map(functools.partial(extend, i), layer) for i, layer in enumerate(cache.layers))
+    return dataclasses.replace(cache, layers=layers, slots=slots)
+
+
+# Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
+_UNROLLED_ROWS = 16
+
+Layers = tuple[LayerCache, ...]
+
+
+def _places(cached: Array, new: Array, slots: int, slot: Array) -> tuple[Array, ...]:
+    """Where the first of W new tokens is written, which belongs into `slot` of a cache of so many."""
+    if cached.shape[-1] == slots:
+        return (slot,)
+    ahead = new.shape[-1]
+    length = cached.shape[-1] - 2 * ahead
+    place = ahead + slot % length
+    return place, jnp.maximum(place - length, 0)
+
+
+def _write_row_by_row(slots: int, layers: Layers, new: Layers, slot_b: Array) -> Layers:
+    def write(b: Any, layers: Layers) -> Layers:
+        def one(cached: Array, values: Array) -> Array:
+            row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
+            for place in _places(cached, values, slots, slot_b[b]):
+                cached = lax.dynamic_update_slice(cached, row, (b, 0, 0, place))
+            return cached
+
+        written: Layers = jax.tree.map(one, layers, new)
+        return written
+
+    rows = len(slot_b)
+    if rows > _UNROLLED_ROWS:
+        layers = lax.fori_loop(0, rows, write, layers)
+    else:
+        for b in range(rows):
+            layers = write(b, layers)
+    return layers
+
+
+def _write_at_once(slots: int, layers: Layers, new: Layers, slot_b: Array) -> Layers:
+    def one(cached: Array, values: Array, place: Array) -> Array:
+        return lax.dynamic_update_slice(cached, values, (0, 0, place))
+
+    def all_rows(cached: Array, values: Array) -> Array:
+        for place_b in _places(cached, values, slots, slot_b):
+            cached = jax.vmap(one)(cached, values, place_b)
+        return cached
+
+    written: Layers = jax.tree.map(all_rows, layers, new)
+    return written
+
+
+def write_chunk(cache: Cache, new: Layers, slot_b: Int[Array, " B"]) -> Cache:
+    """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
+    the end would move back and overwrite others. Rings must have been made for W tokens at a time."""
+    # A scatter is one kernel per array on an accelerator; the CPU compiler makes a slow loop of it.
+    ways = {
+        "cpu": functools.partial(_write_row_by_row, cache.slots),
+        "default": functools.partial(_write_at_once, cache.slots),
+    }
+    return dataclasses.replace(cache, layers=lax.platform_dependent(cache.layers, new, slot_b, **ways))
