@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.markup
@@ -16,6 +15,7 @@ from rlae_jax import report
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.vocabulary import UnionVocabulary, load_or_build
 from rlae_jax.models import LM
+from rlae_jax.models.cache import cache_bytes
 
 FEW_PARTNERS = 0.2  # of a vocabulary's texts: with fewer, members seldom write in common tokens
 DIFFERENT_CONTEXTS = 4  # times as long
@@ -38,7 +38,7 @@ class MemberFigures:
     chat_template: bool
     context: int
     parameter_bytes: int
-    cache_bytes: int  # per token of one row
+    cache_bytes: int  # of one row of so many tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,6 @@ def _bytes(n: float) -> str:
 
 def _weights(lm: LM) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((lm.params, lm.stack)))
-
-
-def cache_bytes_per_token(lm: LM) -> int:
-    """Keys and values of one token in every layer. Layers with a window keep them all."""
-    config = lm.config
-    return 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
 def _end_tokens(lm: LM, ids: Sequence[int]) -> tuple[str, ...]:
@@ -170,12 +164,12 @@ def inspect_members(
             chat_template=bool(getattr(lm.tokenizer, "chat_template", None)),
             context=lm.config.context,
             parameter_bytes=_weights(lm),
-            cache_bytes=cache_bytes_per_token(lm),
+            cache_bytes=cache_bytes(lm.config, tokens),
             **(no_union if union is None else _union_figures(union, k)),
         )
         for k, (lm, ids) in enumerate(zip(members, ends, strict=True))
     )
-    read = sum(member.parameter_bytes + batch * tokens * member.cache_bytes for member in figures)
+    read = sum(member.parameter_bytes + batch * member.cache_bytes for member in figures)
     steps = bandwidth_gb_s * 1e9 / read
     return Inspection(
         members=figures,
@@ -255,7 +249,7 @@ def tables(inspection: Inspection) -> list[rich.console.RenderableType]:
     row("chat template", ["yes" if member.chat_template else "no" for member in members])
     row("context", [f"{member.context:,}" for member in members])
     row("parameters", [_bytes(member.parameter_bytes) for member in members])
-    row("cache per token", [_bytes(member.cache_bytes) for member in members])
+    row(f"cache of {inspection.tokens:,} tokens", [_bytes(member.cache_bytes) for member in members])
 
     whole = rich.table.Table(title="together", show_header=False)
     whole.add_column("")

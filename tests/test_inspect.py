@@ -12,8 +12,9 @@ import pytest
 import rich.console
 
 from rlae_jax import report
-from rlae_jax.inspect_members import Inspection, cache_bytes_per_token, inspect_members, show
+from rlae_jax.inspect_members import Inspection, inspect_members, show
 from rlae_jax.models import LM, transformer
+from rlae_jax.models.cache import cache_bytes
 from rlae_jax.models.lm import read_tokenizer
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
@@ -70,7 +71,7 @@ def test_memory(mixed: list[LM], tmp_path: Path) -> None:
         arrays = jax.tree.leaves((lm.params, kept.layers))
         read += sum(np.asarray(leaf).nbytes for leaf in arrays)
         layers = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(kept.layers))
-        assert cache_bytes_per_token(lm) == layers / 30
+        assert cache_bytes(lm.config, 10) == layers / 3
     found = inspect_members(mixed, bandwidth_gb_s=2.0, batch=3, tokens=10, cache=tmp_path)
     assert found.read_bytes == read
     assert found.tokens_per_second == pytest.approx(3 * 2e9 / read)
@@ -78,7 +79,7 @@ def test_memory(mixed: list[LM], tmp_path: Path) -> None:
 
 def test_half_precision_and_bare_lists(make_lm: Callable[..., LM]) -> None:
     lm = make_lm(0, dtype="bfloat16")
-    assert cache_bytes_per_token(lm) == cache_bytes_per_token(make_lm(0)) / 2
+    assert cache_bytes(lm.config, 10) == cache_bytes(make_lm(0).config, 10) / 2
     assert inspect_members([lm]).same_tokenizer
 
 

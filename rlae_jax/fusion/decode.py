@@ -46,6 +46,7 @@ from rlae_jax.fusion.state import (
     repeat_rows,
 )
 from rlae_jax.models import lora
+from rlae_jax.models.cache import cache_bytes
 from rlae_jax.sharding import ROWS, WHOLE, by_rows, constrain
 
 # Keeps the stream that draws a row's weights apart from the one that draws its tokens.
@@ -460,11 +461,13 @@ def _row_groups(params: tuple[MemberParams, ...], prompts: Prompts, spec: Decode
     b = prompts.batch
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     kept = 0
-    for k, (member, p) in enumerate(zip(spec.members, params, strict=True)):
-        slots = samples * (spec.max_new_tokens if spec.union is None else spec.member_tokens)
-        slots += prompts.ids[k % len(prompts.ids)].shape[1] * (samples if member.encoder is None else 1)  # shared
-        itemsize = jax.tree.leaves(p)[0].dtype.itemsize
-        kept += 2 * member.layers * member.kv_heads * member.head_width * slots * itemsize * b
+    for k, member in enumerate(spec.members):
+        prompt = prompts.ids[k % len(prompts.ids)].shape[1]
+        answer = spec.max_new_tokens if spec.union is None else spec.member_tokens
+        if member.encoder is None:
+            kept += b * samples * cache_bytes(member, prompt + answer)
+        else:  # samples share what it read
+            kept += b * (cache_bytes(member, prompt) + samples * cache_bytes(member, answer))
     agents = getattr(spec.policy, "agents", 1)  # whose rows stand together
     groups = 1
     while weights + kept / groups > _CACHED_BYTES:

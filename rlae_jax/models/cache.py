@@ -96,10 +96,19 @@ def layer_slots(config: ModelConfig, layer: int, slots: int, ahead: int = 0) -> 
     return min(slots, config.window + 3 * ahead) if layer in config.local_layers else slots
 
 
+def places(config: ModelConfig, slots: int, ahead: int = 0) -> int:
+    """Of all layers together."""
+    return sum(layer_slots(config, layer, slots, ahead) for layer in range(config.layers))
+
+
+def place_bytes(config: ModelConfig) -> int:
+    """Keys and values of one token in one layer."""
+    return 2 * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
+
+
 def cache_bytes(config: ModelConfig, slots: int, ahead: int = 0) -> int:
-    """Keys and values of one row, all layers."""
-    places = sum(layer_slots(config, layer, slots, ahead) for layer in range(config.layers))
-    return 2 * places * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
+    """What a cache of `slots` slots takes for one row; see `layer_slots`."""
+    return places(config, slots, ahead) * place_bytes(config)
 
 
 def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest: Int[Array, " *B"]) -> Visible:

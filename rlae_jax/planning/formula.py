@@ -18,7 +18,8 @@ from jax.sharding import AbstractMesh, AxisType
 from rlae_jax import sharding
 from rlae_jax.fusion.members import _PREFILL_TOKENS
 from rlae_jax.fusion.policy import Dims
-from rlae_jax.models import ModelConfig, lora, transformer
+from rlae_jax.fusion.ragged import WIDEST
+from rlae_jax.models import ModelConfig, cache, lora, transformer
 from rlae_jax.planning.devices import Device
 from rlae_jax.planning.workload import Workload
 from rlae_jax.ppo import iteration as ppo
@@ -132,17 +133,30 @@ class _Pass(NamedTuple):
     heads: int
     ffn_width: int
     vocab: int
-    per_slot: int  # bytes of all rows' keys and values of all layers
+    ahead: int  # see `cache.layer_slots`
+    per_place: int  # bytes of all rows' keys and values of one layer
 
     @property
     def cache(self) -> int:
         """Keys and values of whole answers; an encoder's are kept beside the decoder's."""
-        return self.per_slot * (self.slots + (self.tokens if self.config.encoder else 0))
+        source = self.config.layers * self.tokens if self.config.encoder else 0
+        return self.per_place * (cache.places(self.config, self.slots, self.ahead) + source)
+
+    @property
+    def widest(self) -> int:
+        """The most slots that a layer keeps."""
+        return max(cache.layer_slots(self.config, i, self.slots, self.ahead) for i in range(self.config.layers))
 
     @property
     def prompt_cache(self) -> int:
         """What reading the prompts leaves."""
-        return self.per_slot * self.tokens
+        return self.per_place * cache.places(self.config, self.tokens, self.ahead)
+
+    @property
+    def read_cache(self) -> int:
+        """All keys and values of the prompts that are read together, before layers forget what is beyond their
+        windows."""
+        return self.per_place * self.config.layers * self.tokens * self.rows_at_once // self.rows
 
 
 def _passes(workload: Workload, mesh: AbstractMesh) -> list[_Pass]:
@@ -167,7 +181,8 @@ def _passes(workload: Workload, mesh: AbstractMesh) -> list[_Pass]:
                 heads=local("heads", reader.heads),
                 ffn_width=local("mlp", reader.ffn_width),
                 vocab=local("vocab", config.vocab),
-                per_slot=2 * config.layers * rows * kv_heads * config.head_width * _itemsize(config),
+                ahead=WIDEST if workload.union else 0,
+                per_place=rows * cache.place_bytes(config) * kv_heads // config.kv_heads,
             )
         )
     return passes
@@ -187,9 +202,9 @@ def _reading_one(run: _Pass, adapters: bool) -> Moment:
     if reader.layers == 1:
         return Moment(run.prompt_cache, 3 * width)
     if run.rows_at_once == run.rows:
-        kept = run.prompt_cache * (reader.layers - 1) // reader.layers
+        kept = run.read_cache * (reader.layers - 1) // reader.layers
     else:  # those of the group, and all groups' so far
-        kept = run.prompt_cache + run.prompt_cache * run.rows_at_once // run.rows
+        kept = run.prompt_cache + run.read_cache
     return Moment(kept, max(branch, scores) + width)
 
 
@@ -198,9 +213,9 @@ def _reading(workload: Workload, passes: list[_Pass]) -> Moment:
     moments = [(_reading_one(run, bool(workload.adapters)), run.cache) for run in passes]
     moments.sort(key=lambda pair: pair[0].total - pair[1], reverse=True)
     largest, done = Moment(0, 0), 0
-    for moment, cache in moments:
+    for moment, kept in moments:
         largest = max(largest, Moment(done + moment.held, moment.temporaries), key=lambda m: m.total)
-        done += cache
+        done += kept
     return largest
 
 
@@ -208,16 +223,14 @@ def _writing(workload: Workload, passes: list[_Pass], recorded: int) -> Moment:
     """Logits, log-probabilities and their mixture; with an agent that reads statistics those of every member, with
     adapters over one base all members' at once. Members with different tokenizers gather a layer's keys or values for
     a pass's further tokens."""
-    from rlae_jax.fusion.ragged import WIDEST
-
     rows, k = passes[0].rows // (workload.adapters or 1), workload.count
     vocab = max([workload.union, *(run.vocab for run in passes)])
     arrays = 3 if workload.train is None else 3 * k + 1
     if workload.adapters:
         arrays = max(arrays, 2 * k + 2)
-    temporaries = max(arrays * rows * vocab * FLOAT, *(3 * run.rows * run.heads * run.slots * FLOAT for run in passes))
+    temporaries = max(arrays * rows * vocab * FLOAT, *(3 * run.rows * run.heads * run.widest * FLOAT for run in passes))
     if workload.union:
-        temporaries += max((run.rows + WIDEST) * run.cache // run.rows // (2 * run.config.layers) for run in passes)
+        temporaries += max((run.rows + WIDEST) * run.per_place * run.widest // run.rows // 2 for run in passes)
     return Moment(sum(run.cache for run in passes), temporaries + recorded)
 
 
@@ -328,7 +341,7 @@ def limits(workload: Workload, mesh: AbstractMesh, device: Device, quantise: Qua
         attended = 2 * tokens * run.tokens * run.heads * reader.head_width * reader.layers
         reading_operations += factor * (tokens * elements + attended)
         step_bytes += _read_by_a_step(config, stored) + run.cache
-        attended = 2 * run.rows * run.slots * run.heads * config.head_width * config.layers
+        attended = 2 * run.rows * cache.places(config, run.slots, run.ahead) * run.heads * config.head_width
         step_operations += factor * (run.rows * _read_by_a_step(config, plain) / _itemsize(config) + attended)
     learning = Limit(0.0, "memory")
     if workload.train is not None:

@@ -28,6 +28,7 @@ FAMILIES = {
     "phi3": {"local_layers": (0, 1), "window": 1, "kv_heads": 4, "rope": Rope(10_000.0, fraction=0.5)},
 }
 PROMPTS = [[3], list(range(1, 15)), [5, 9, 2, 2, 7, 1]]
+TEXTS = ["the", "ab the é x the the", "ééé thé", "x" * 30]
 N = 24
 
 
@@ -70,7 +71,7 @@ def test_tokens_are_those_without_a_cache(make_lm, family):
 
 
 def test_bytes(make_lm):
-    """What is allocated is what `cache_bytes` says: whole layers grow with the text, the others stop at their window."""
+    """What is allocated is what `cache_bytes` says: whole layers grow with the text, the others to their window."""
     members = [make_lm(0, **FAMILIES["gemma3"]), make_lm(1, **FAMILIES["mistral"])]
     per_slot = 2 * 2 * 4 * 4  # keys and values, heads, entries, bytes
     for t, n in ((2, 1), (3, 3), (4, 40), (40, 4)):
@@ -124,9 +125,6 @@ class TestWhatGoesOn:
 class TestDifferentTokenizers:
     """Each row of a member at its own slot, several tokens at a time."""
 
-    TEXTS = ["the", "ab the é x the the", "ééé thé", "x" * 30]
-    OPTIONS = {"max_new_tokens": 40, "weights": [0.5, 0.5]}
-
     @pytest.fixture(scope="class")
     def pair(self, make_lm):
         tokenizers = byte_level([b" the", b"th", b" x the th"], ["</s>"]), sentencepiece(["▁the", "é", "th"])
@@ -140,22 +138,22 @@ class TestDifferentTokenizers:
 
     @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.rare), 4])
     def test_tokens_are_those_of_a_whole_cache(self, pair, rows, whole_caches):
-        texts = self.TEXTS[-rows:]
-        out = rj.Ensemble(pair).generate(texts, **self.OPTIONS)
+        texts = TEXTS[-rows:]
+        out = rj.Ensemble(pair).generate(texts, max_new_tokens=40, weights=[0.5, 0.5])
         whole_caches()
-        kept = rj.Ensemble([elsewhere(lm) for lm in pair]).generate(texts, **self.OPTIONS)
+        kept = rj.Ensemble([elsewhere(lm) for lm in pair]).generate(texts, max_new_tokens=40, weights=[0.5, 0.5])
         assert (out.texts, out.tokens) == (kept.texts, kept.tokens)
 
     @pytest.mark.rare
     def test_going_on_streams_and_likelihoods(self, pair, whole_caches):
         ensemble = rj.Ensemble(pair)
         options = {"weights": [0.4, 0.6], "temperature": 1.0, "seed": 3}
-        whole = ensemble.generate(self.TEXTS, max_new_tokens=30, **options)
-        part = ensemble.generate(self.TEXTS, max_new_tokens=2, keep=True, **options)
+        whole = ensemble.generate(TEXTS, max_new_tokens=30, **options)
+        part = ensemble.generate(TEXTS, max_new_tokens=2, keep=True, **options)
         assert ensemble.extend(part, 28).texts == whole.texts
-        pieces = list(ensemble.stream(self.TEXTS, max_new_tokens=30, **options))
+        pieces = list(ensemble.stream(TEXTS, max_new_tokens=30, **options))
         assert list(map("".join, zip(*pieces, strict=True))) == whole.texts
-        asked = self.TEXTS, [[text] for text in whole.texts], [0.4, 0.6]
+        asked = TEXTS, [[text] for text in whole.texts], [0.4, 0.6]
         likely = ensemble.log_likelihoods(*asked)
         whole_caches()
         expected = rj.Ensemble([elsewhere(lm) for lm in pair]).log_likelihoods(*asked)
@@ -166,7 +164,7 @@ class TestDifferentTokenizers:
         def draw(members):
             ensemble = rj.Ensemble(members)
             policy = BoundPolicy(Draw(), np.full((4, 2), 0.5, np.float32), Dims(ensemble.widths, 40), 1, sample=True)
-            return ensemble.generate(self.TEXTS, policy, max_new_tokens=40, temperature=1.0)
+            return ensemble.generate(TEXTS, policy, max_new_tokens=40, temperature=1.0)
 
         out = draw(pair)
         whole_caches()
