@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models import gguf_files, gguf_models
+from rlae_jax.models import gguf_files, gguf_models, quantised_files
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import FAMILIES, Family, made_family
 from rlae_jax.models.families.base import settings
@@ -83,8 +83,8 @@ def read_source(directory: Path) -> Source:
     """What a Hugging Face directory, or a GGUF file, says of its model.
 
     Raises:
-      InputError: no such directory, no readable config.json, a family that is not supported, a quantised checkpoint, or
-        one whose code would have to be downloaded; whatever is wrong with a GGUF file.
+      InputError: no such directory, no readable config.json, a family that is not supported, a quantisation that is
+        not read, or a model whose code would have to be downloaded; whatever is wrong with a GGUF file.
     """
     path = gguf_files.find(directory)
     if path is not None:
@@ -112,13 +112,7 @@ def read_source(directory: Path) -> Source:
             f"{path}: architecture {names[0]} is not supported (model_type {raw.get('model_type')}); supported: "
             f"{', '.join(by_architecture)}"
         )
-    quantised = raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
-        raise InputError(
-            f"{path}: quantised weights (quantization_config, {method}) are not supported; "
-            f"supported: {', '.join(DTYPES)}"
-        )
+    quantised_files.read_settings(directory, raw)  # a method that is not read is told at once
     return Source(family, raw, _read_optional(directory / "generation_config.json"))
 
 
@@ -275,11 +269,11 @@ def open_tensors(directory: Path, source: Source, config: ModelConfig) -> Tensor
     """The tensors of a Hugging Face directory or a GGUF file.
 
     Raises:
-      InputError: no such files, or unreadable ones.
+      InputError: no such files, or unreadable ones; a quantisation that is not read, or that the tensors do not fit.
     """
     path = gguf_files.find(directory)
     if path is None:
-        return Safetensors(directory)
+        return quantised_files.presented(Safetensors(directory), directory, source.config)
     names = [tensor.key for tensor in stored_tensors(source.family, config)]
     return gguf_models.GgufTensors(gguf_files.open_gguf(path), names)
 
@@ -455,7 +449,9 @@ def write_model(
     source = made_source(config) if source is None else source
     ends = config.end_ids[0] if len(config.end_ids) == 1 else list(config.end_ids) or None
     of_text = {"bos_token_id": config.bos_id, "eos_token_id": ends, "pad_token_id": config.pad_id}
-    raw = {key: value for key, value in source.config.items() if key != "torch_dtype"}
+    # What is written is not quantised.
+    dropped = ("torch_dtype", "quantization_config", "compression_config")
+    raw = {key: value for key, value in source.config.items() if key not in dropped}
     raw |= {"architectures": [source.family.architecture(config)], "model_type": source.family.model_type}
     raw |= {"dtype": config.dtype} | of_text
     files = {"config.json": raw}

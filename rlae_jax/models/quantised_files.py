@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,11 +22,10 @@ import numpy as np
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models.stored import Header, Packed, TensorSource
+from rlae_jax.models.stored import PACKED, Header, Packed, TensorSource
 
 Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Kind] = {"I8": "int8", "F8_E4M3": "fp8"}  # of values that are stored one by one, by their dtype
-DTYPES = {"int8": "I8", "int4": "I4", "fp8": "F8_E4M3", None: "F32"}
 SMALLEST_GROUP = 16  # inputs that share a scale; with fewer, scales would weigh as much as what they scale
 WORD = 32  # bits
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output, of eight, that each four bits of a word belong to, lowest bits first
@@ -94,19 +93,27 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
     return Settings(path, method, fields)
 
 
-def refuse_without_settings(directory: Path, names: Iterable[str]) -> None:
-    """Refuses tensors that some tool has packed where no settings say how.
+def presented(tensors: TensorSource, directory: Path, config: Mapping[str, Any]) -> TensorSource:
+    """A directory's tensors as those of a plain checkpoint, whether they are quantised or not.
+
+    Args:
+      config: its config.json.
 
     Raises:
-      InputError: there is such a tensor.
+      InputError: what `read_settings` and `QuantisedFiles` raise; tensors that some tool has packed, and no settings
+        that say how.
     """
-    for name in names:
+    settings = read_settings(directory, config)
+    if settings is not None:
+        return QuantisedFiles(tensors, settings)
+    for name in tensors.headers:
         tool = next((tool for mark, tool in MARKS.items() if name.endswith(mark)), None)
         if tool is not None:
             raise InputError(
                 f"{directory}: {name} is packed by {tool}, but config.json has no quantization_config and there is no "
                 "quantize_config.json; both the bits and the groups are written there"
             )
+    return tensors
 
 
 def unpack(words: np.ndarray, bits: int, count: int, axis: int, order: tuple[int, ...] | None = None) -> np.ndarray:
@@ -538,7 +545,7 @@ class QuantisedFiles:
             )
         self.headers: dict[str, Header] = {
             name: header for name, header in tensors.headers.items() if name not in taken
-        } | {name: Header(layer.shape, DTYPES[layer.kind]) for name, layer in self._layers.items()}
+        } | {name: Header(layer.shape, PACKED if layer.kind else "F32") for name, layer in self._layers.items()}
 
     @property
     def told(self) -> str:

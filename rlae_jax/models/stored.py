@@ -46,6 +46,15 @@ class Packed(NamedTuple):
     zero: np.ndarray | None  # the same; None: 0
     kind: Literal["int8", "int4", "fp8"]
 
+    def weights(self) -> np.ndarray:
+        """What it stands for, float32 [outputs, inputs]."""
+        each = self.values.shape[-1] // self.scale.shape[-1]
+        weights = self.values.astype(np.float32)
+        if self.zero is not None:
+            weights -= np.repeat(self.zero, each, axis=-1)
+        weights *= np.repeat(self.scale, each, axis=-1)
+        return weights
+
 
 class TensorSource(Protocol):
     """A checkpoint's tensors under their Hugging Face names and in Hugging Face's layout, [outputs, inputs]."""

@@ -5,9 +5,11 @@ stand for, [outputs, inputs], one entry after another by the format's own arithm
 """
 
 import itertools
+import json
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 from rlae_jax.models.stored import Header
 
@@ -266,3 +268,62 @@ def read_mxfp4(parts, settings):
         byte = parts["_blocks"][e, o, i // 32, i % 32 // 2]
         weight[e, o, i] = e2m1(byte >> (4 * (i % 2)) & 15) * 2.0 ** (int(parts["_scales"][e, o, i // 32]) - 127)
     return weight
+
+
+LAYERS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (96, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+}  # [outputs, inputs] of the linear layers of a small Llama
+
+
+def write_llama(directory, make, *, layers=2, file_of_settings=None, **options):
+    """A small Llama whose linear layers `make` has quantised, with norms, embedding and head as they are.
+
+    Args:
+      file_of_settings: a file beside config.json for the quantisation's settings; None: in config.json.
+
+    Returns:
+      The settings, and every layer's tensors by its name.
+    """
+    rng = np.random.default_rng(0)
+    made, settings = {}, {}
+    for i, (name, shape) in itertools.product(range(layers), LAYERS.items()):
+        made[f"model.layers.{i}.{name}"], settings = make(rng, *shape, **options)
+    plain = {
+        "model.embed_tokens.weight": rng.standard_normal((50, 64)) / 8,
+        "lm_head.weight": rng.normal(size=(50, 64)),
+    }
+    plain["model.norm.weight"] = rng.uniform(0.5, 1.5, 64)
+    for i, name in itertools.product(range(layers), ("input_layernorm", "post_attention_layernorm")):
+        plain[f"model.layers.{i}.{name}.weight"] = rng.uniform(0.5, 1.5, 64)
+    arrays = {name: array.astype(np.float32) for name, array in plain.items()}
+    for name, parts in made.items():
+        arrays |= named(name, parts)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    directory.mkdir()
+    if file_of_settings is None:
+        config["quantization_config"] = settings
+    else:
+        (directory / file_of_settings).write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(arrays, directory / "model.safetensors", metadata={"format": "pt"})
+    return settings, made

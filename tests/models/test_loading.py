@@ -479,7 +479,7 @@ class TestBadDirectories:
         [
             ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}}, "rope_type dynamic"),
             ({"hidden_act": "mish"}, "activation mish"),
-            ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "gptq"),
+            ({"quantization_config": {"bits": 4, "quant_method": "aqlm"}}, "aqlm"),
         ],
     )
     def test_unsupported_settings(self, checkpoint, raises_input_error, fields, part):

@@ -1,14 +1,16 @@
 """Quantised checkpoints: each format against its own arithmetic written out slowly, and what is said of bad ones."""
 
+import json
 import re
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+import rlae_jax as rj
 from rlae_jax.errors import InputError
-from rlae_jax.models.quantised_files import QuantisedFiles, Settings, read_settings, refuse_without_settings, unpack
+from rlae_jax.models.quantised_files import QuantisedFiles, Settings, presented, read_settings, unpack
 from rlae_jax.models.stored import EIGHT_BIT_FLOATS, Packed, Safetensors
 from tests.helpers import quantised as q
 
@@ -18,13 +20,6 @@ MODULE = "model.layers.0.mlp.up_proj"
 def present(parts, settings, tmp_path, module=MODULE, **others):
     tensors = q.Held(q.named(module, parts) | others)
     return QuantisedFiles(tensors, Settings(tmp_path / "config.json", settings["quant_method"], settings))
-
-
-def dequantised(packed):
-    """By the equation of `Packed`."""
-    repeats = packed.values.shape[-1] // packed.scale.shape[-1]
-    zero = 0 if packed.zero is None else np.repeat(packed.zero, repeats, -1)
-    return (packed.values.astype(np.float32) - zero) * np.repeat(packed.scale, repeats, -1)
 
 
 # maker, reader, outputs, inputs, options, kind, groups
@@ -73,7 +68,7 @@ def test_a_layer_stands_for_what_its_format_says(name, tmp_path):
     assert packed.scale.dtype == np.float32
     if kind == "int4":
         assert set(np.unique(packed.values)) <= set(range(-8, 8))
-    np.testing.assert_array_max_ulp(dequantised(packed), read(parts, settings), 2)
+    np.testing.assert_array_max_ulp(packed.weights(), read(parts, settings), 2)
 
 
 def test_experts_of_gpt_oss(tmp_path):
@@ -83,7 +78,7 @@ def test_experts_of_gpt_oss(tmp_path):
     assert name == "model.layers.0.mlp.experts.gate_up_proj"
     packed = files.read(name)
     assert packed.kind == "int8"
-    np.testing.assert_array_equal(dequantised(packed), q.read_mxfp4(parts, settings))
+    np.testing.assert_array_equal(packed.weights(), q.read_mxfp4(parts, settings))
 
 
 @pytest.mark.parametrize("maker", ["gptq", "pack-quantized"])
@@ -109,9 +104,9 @@ def test_orders_that_are_none(tmp_path):
     parts, settings = q.make_packed(np.random.default_rng(1), 16, 64, g_idx=np.full(64, -1))
     assert isinstance(present(parts, settings, tmp_path).read(f"{MODULE}.weight"), Packed)
     parts, settings = q.make_gptq(np.random.default_rng(1), 16, 64)
-    expected = dequantised(present(parts, settings, tmp_path).read(f"{MODULE}.weight"))
+    expected = present(parts, settings, tmp_path).read(f"{MODULE}.weight").weights()
     del parts[".g_idx"]
-    np.testing.assert_array_equal(dequantised(present(parts, settings, tmp_path).read(f"{MODULE}.weight")), expected)
+    np.testing.assert_array_equal(present(parts, settings, tmp_path).read(f"{MODULE}.weight").weights(), expected)
 
 
 def test_small_groups_and_other_floats_are_dequantised(tmp_path):
@@ -133,7 +128,7 @@ def test_zeros_of_nothing_borrow_and_carry(tmp_path):
     expected = q.read_gptq(parts, settings)
     parts[".qzeros"] = (parts[".qzeros"].view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
     packed = present(parts, settings | {"checkpoint_format": "gptq"}, tmp_path).read(f"{MODULE}.weight")
-    np.testing.assert_array_max_ulp(dequantised(packed), expected, 2)
+    np.testing.assert_array_max_ulp(packed.weights(), expected, 2)
 
 
 def test_zeros_in_the_middle_are_left_out(tmp_path):
@@ -185,7 +180,7 @@ def test_groups_of_settings_by_name_before_kind(tmp_path):
     files = present(parts, settings, tmp_path, **others)
     assert files.read(f"{MODULE}.weight").kind == "int4"
     np.testing.assert_array_equal(
-        dequantised(files.read("model.layers.0.mlp.down_proj.weight")), q.read_packed(eight, of_eight)
+        files.read("model.layers.0.mlp.down_proj.weight").weights(), q.read_packed(eight, of_eight)
     )
     assert files.told == ("compressed-tensors, 1 layers of 4 bits in groups of 32, 1 layers of 8 bits in groups of 32")
 
@@ -193,10 +188,10 @@ def test_groups_of_settings_by_name_before_kind(tmp_path):
 def test_settings_of_some_layers_in_gptqmodel(tmp_path):
     rng = np.random.default_rng(7)
     parts, settings = q.make_gptq(rng, 16, 64, bits=8, group=16)
-    expected = dequantised(present(parts, settings, tmp_path).read(f"{MODULE}.weight"))
+    expected = present(parts, settings, tmp_path).read(f"{MODULE}.weight").weights()
     changed = {"-:.*down_proj": {}, r"+:.*\.up_proj": {"bits": 8, "group_size": 16}}
     files = present(parts, settings | {"bits": 4, "group_size": 32, "dynamic": changed}, tmp_path)
-    np.testing.assert_array_equal(dequantised(files.read(f"{MODULE}.weight")), expected)
+    np.testing.assert_array_equal(files.read(f"{MODULE}.weight").weights(), expected)
 
 
 def spoil(parts, suffix, array=None):
@@ -299,9 +294,11 @@ def test_eight_bit_floats_are_read_from_files(dtype, tmp_path):
 
 
 def test_packed_tensors_without_settings(tmp_path):
-    refuse_without_settings(tmp_path, ["model.norm.weight"])
+    tensors = q.Held({"model.norm.weight": np.ones(3, np.float32)})
+    assert presented(tensors, tmp_path, {}) is tensors
+    tensors = q.Held({"model.norm.weight": np.ones(3, np.float32), "a.qweight": np.ones((1, 1), np.int32)})
     with pytest.raises(InputError, match=r"a.qweight is packed by GPTQ or AWQ, but config.json has no"):
-        refuse_without_settings(tmp_path, ["model.norm.weight", "a.qweight"])
+        presented(tensors, tmp_path, {})
 
 
 def test_gpt_oss_as_transformers_reads_it(tmp_path):
@@ -314,7 +311,7 @@ def test_gpt_oss_as_transformers_reads_it(tmp_path):
         torch.tensor(parts["_blocks"]), torch.tensor(parts["_scales"]), dtype=torch.float32
     )
     packed = present(parts, settings, tmp_path, "experts.down_proj").read("experts.down_proj")
-    np.testing.assert_array_equal(np.swapaxes(dequantised(packed), 1, 2), theirs.numpy())
+    np.testing.assert_array_equal(np.swapaxes(packed.weights(), 1, 2), theirs.numpy())
 
 
 def test_fp8_in_blocks_as_transformers_reads_it(tmp_path):
@@ -327,7 +324,7 @@ def test_fp8_in_blocks_as_transformers_reads_it(tmp_path):
     scales = torch.tensor(parts[".weight_scale_inv"])
     theirs = Fp8Dequantize(None).convert({"weight": values, "weight_scale_inv": scales})["weight"]
     packed = present(parts, settings, tmp_path).read(f"{MODULE}.weight")
-    np.testing.assert_array_equal(dequantised(packed), theirs.numpy())
+    np.testing.assert_array_equal(packed.weights(), theirs.numpy())
 
 
 @pytest.mark.parametrize(
@@ -363,5 +360,90 @@ def test_as_compressed_tensors_reads_it(name, tmp_path):
         group["weights"]["scale_dtype"] = "torch.uint8"
     stored = {suffix[1:]: tensor(array) for suffix, array in parts.items()}
     theirs = BaseCompressor.get_value_from_registry(group["format"]).decompress(stored, QuantizationScheme(**group))
-    ours = dequantised(present(parts, settings, tmp_path).read(f"{MODULE}.weight"))
+    ours = present(parts, settings, tmp_path).read(f"{MODULE}.weight").weights()
     np.testing.assert_allclose(ours, theirs["weight"].to(torch.float32).numpy(), rtol=1e-6, atol=0)
+
+
+def write_plain(directory, quantised, settings, made):
+    """The same model with the weights that the quantised layers stand for, float32."""
+    directory.mkdir()
+    arrays = {
+        name: array
+        for name, array in load_file(quantised / "model.safetensors").items()
+        if not any(name.startswith(module) for module in made)
+    }
+    for module, parts in made.items():
+        arrays[f"{module}.weight"] = READERS[settings["quant_method"]](parts, settings)
+    config = json.loads((quantised / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(arrays, directory / "model.safetensors")
+
+
+READERS = {
+    "gptq": q.read_gptq,
+    "awq": q.read_awq,
+    "fp8": q.read_fp8,
+    "fbgemm_fp8": q.read_fp8,
+    "compressed-tensors": lambda parts, settings: {
+        "pack-quantized": q.read_packed,
+        "nvfp4-pack-quantized": q.read_float4,
+    }.get(settings["format"], q.read_stored_one_by_one)(parts, settings),
+}
+WHOLE = {
+    "gptq": (q.make_gptq, {}, "int4"),
+    "gptq, 8 bits": (q.make_gptq, {"bits": 8}, "int8"),
+    "awq": (q.make_awq, {}, "int4"),
+    "fp8 in blocks": (q.make_fp8, {"block": (32, 32)}, "fp8"),
+    "fp8 per output": (q.make_fp8, {"per_output": True}, "fp8"),
+    "pack-quantized": (q.make_packed, {"symmetric": False}, "int4"),
+    "int-quantized": (q.make_int8, {}, "int8"),
+    "nvfp4-pack-quantized": (q.make_float4, {"nvidia": True}, "int8"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_model_computes_with_the_weights_that_are_meant(name, tmp_path):
+    make, options, kind = WHOLE[name]
+    settings, made = q.write_llama(tmp_path / "quantised", make, **options)
+    write_plain(tmp_path / "plain", tmp_path / "quantised", settings, made)
+    lm, plain = rj.load(tmp_path / "quantised"), rj.load(tmp_path / "plain")
+    kernel = lm.params["layers"][1]["ffn"]["down"]["kernel"]
+    assert kernel.kind == kind
+    ids = np.random.default_rng(1).integers(0, 50, (2, 9))
+    expected = plain.logits(ids)
+    np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    out = rj.Ensemble([lm]).generate(prompt_ids=ids, max_new_tokens=6)
+    assert out.tokens == rj.Ensemble([plain]).generate(prompt_ids=ids, max_new_tokens=6).tokens
+
+
+def test_inputs_out_of_order_load(tmp_path):
+    settings, made = q.write_llama(tmp_path / "quantised", q.make_gptq, layers=1, shuffled=True)
+    write_plain(tmp_path / "plain", tmp_path / "quantised", settings, made)
+    with pytest.warns(UserWarning, match=r"gptq with inputs out of order \(desc_act\)"):
+        lm = rj.load(tmp_path / "quantised")
+    ids = np.random.default_rng(1).integers(0, 50, (2, 9))
+    np.testing.assert_allclose(lm.logits(ids), rj.load(tmp_path / "plain").logits(ids), atol=1e-4)
+
+
+def test_what_was_loaded_is_saved_as_plain_weights(tmp_path):
+    q.write_llama(tmp_path / "quantised", q.make_awq, layers=1)
+    lm = rj.load(tmp_path / "quantised")
+    lm.save(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    ids = np.random.default_rng(1).integers(0, 50, (2, 9))
+    np.testing.assert_allclose(rj.load(tmp_path / "saved").logits(ids), lm.logits(ids), atol=1e-4)
+
+
+def test_settings_beside_config_json(tmp_path):
+    q.write_llama(tmp_path / "old", q.make_gptq, layers=1, file_of_settings="quantize_config.json")
+    assert rj.load(tmp_path / "old").params["layers"][0]["ffn"]["down"]["kernel"].kind == "int4"
+    (tmp_path / "old" / "quantize_config.json").unlink()
+    with pytest.raises(InputError, match=r"qweight is packed by GPTQ or AWQ, but config.json has no"):
+        rj.load(tmp_path / "old")
+
+
+def test_quantised_already(tmp_path):
+    q.write_llama(tmp_path / "quantised", q.make_packed, layers=1)
+    with pytest.raises(InputError, match=r"quantised already"):
+        rj.load(tmp_path / "quantised", quantise="int8")
