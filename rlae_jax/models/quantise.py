@@ -20,6 +20,7 @@ everything else is converted some inputs at a time, which stay in the processor'
 import dataclasses
 import functools
 import math
+from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -87,6 +88,11 @@ class Quantised:
         shape = self.values.shape
         return len(shape) > 2 and shape[0] > 1 and tuple(self.scale.shape[:2]) == (shape[0], 1)
 
+    @property
+    def form(self) -> str:
+        """ "int8", or "int4 in groups of 32"."""
+        return self.kind + (f" in groups of {self.values.shape[1]}" if self.grouped else "")
+
     def weights(self) -> Float[Array, "..."]:
         """(values - zero) * scale, float32, in the shape of the values."""
         wide = self.values.astype(jnp.float32)
@@ -103,6 +109,12 @@ def weight_bytes(leaf: Any) -> int:
     """What an array takes in memory, where two int4 values share a byte."""
     bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
     return int(math.prod(leaf.shape) * bits) // 8
+
+
+def forms(params: Any) -> dict[str, int]:
+    """How many of a model's kernels and tables are held in which form: {"int4 in groups of 32": 210}."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantised)
+    return dict(Counter(leaf.form for leaf in leaves if isinstance(leaf, Quantised)))
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "inputs", "group"))

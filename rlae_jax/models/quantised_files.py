@@ -234,13 +234,10 @@ class _Parts:
 
 
 def _centred(unsigned: np.ndarray, zero: np.ndarray | None, bits: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Unsigned values and zeros [outputs, groups] as signed ones, whose middle is 0; no zeros where all are 0."""
+    """Unsigned values and zeros [outputs, groups] as signed ones, whose middle is 0."""
     middle = 1 << (bits - 1)
     values = (unsigned - np.uint8(middle)).view(np.int8)
-    if zero is None:
-        return values, None
-    signed = zero.astype(np.float32) - middle
-    return values, signed if signed.any() else None
+    return values, None if zero is None else zero.astype(np.float32) - middle
 
 
 def _whole(fields: Mapping[str, Any], *names: str, default: int | None = None, among: tuple[int, ...] = ()) -> int:
@@ -284,6 +281,8 @@ def _gptq(parts: _Parts, fields: Mapping[str, Any]) -> _Layer:
             zeros = (zeros + np.uint8(1)) & np.uint8((1 << bits) - 1)
         unsigned = unpack(np.ascontiguousarray(parts.read(".qweight").T), bits, inputs, 1)
         values, zero = _centred(unsigned, zeros, bits)
+        if zero is not None and fields.get("sym") and not zero.any():
+            zero = None
         scale = np.ascontiguousarray(parts.scale(".scales").T)
         return _Values(values, scale, zero, parts.groups(".g_idx", inputs, group, groups))
 
@@ -346,7 +345,7 @@ def _scaled(parts: _Parts, suffix: str, block: tuple[int, int] | None) -> _Layer
         return _Values(
             values if dtype in KINDS else values.astype(np.float32),
             spread(parts.scale(suffix)),
-            zero if zero is not None and zero.any() else None,
+            zero,
             np.arange(inputs) // wide,
         )
 
