@@ -281,7 +281,7 @@ LAYERS = {
 }  # [outputs, inputs] of the linear layers of a small Llama
 
 
-def write_llama(directory, make, *, layers=2, file_of_settings=None, **options):
+def write_llama(directory, make, *, layers=1, file_of_settings=None, **options):
     """A small Llama whose linear layers `make` has quantised, with norms, embedding and head as they are.
 
     Args:

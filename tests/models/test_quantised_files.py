@@ -401,24 +401,24 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
+RARE = ("gptq, 8 bits", "fp8 per output", "nvfp4-pack-quantized")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.rare] * (n in RARE)) for n in WHOLE])
 def test_a_model_computes_with_the_weights_that_are_meant(name, tmp_path):
     make, options, kind = WHOLE[name]
     settings, made = q.write_llama(tmp_path / "quantised", make, **options)
     write_plain(tmp_path / "plain", tmp_path / "quantised", settings, made)
     lm, plain = rj.load(tmp_path / "quantised"), rj.load(tmp_path / "plain")
-    kernel = lm.params["layers"][1]["ffn"]["down"]["kernel"]
-    assert kernel.kind == kind
-    assert list(quantise.forms(lm.params).values()) == [2 * len(q.LAYERS)]
+    assert lm.params["layers"][0]["ffn"]["down"]["kernel"].kind == kind
+    assert list(quantise.forms(lm.params).values()) == [len(q.LAYERS)]
     ids = np.random.default_rng(1).integers(0, 50, (2, 9))
     expected = plain.logits(ids)
     np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    out = rj.Ensemble([lm]).generate(prompt_ids=ids, max_new_tokens=6)
-    assert out.tokens == rj.Ensemble([plain]).generate(prompt_ids=ids, max_new_tokens=6).tokens
 
 
 def test_inputs_out_of_order_load(tmp_path):
-    settings, made = q.write_llama(tmp_path / "quantised", q.make_gptq, layers=1, shuffled=True)
+    settings, made = q.write_llama(tmp_path / "quantised", q.make_gptq, shuffled=True)
     write_plain(tmp_path / "plain", tmp_path / "quantised", settings, made)
     with pytest.warns(UserWarning, match=r"gptq with inputs out of order \(desc_act\)"):
         lm = rj.load(tmp_path / "quantised")
@@ -427,7 +427,7 @@ def test_inputs_out_of_order_load(tmp_path):
 
 
 def test_what_was_loaded_is_saved_as_plain_weights(tmp_path):
-    q.write_llama(tmp_path / "quantised", q.make_awq, layers=1)
+    q.write_llama(tmp_path / "quantised", q.make_awq)
     lm = rj.load(tmp_path / "quantised")
     lm.save(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -436,7 +436,7 @@ def test_what_was_loaded_is_saved_as_plain_weights(tmp_path):
 
 
 def test_settings_beside_config_json(tmp_path):
-    q.write_llama(tmp_path / "old", q.make_gptq, layers=1, file_of_settings="quantize_config.json")
+    q.write_llama(tmp_path / "old", q.make_gptq, file_of_settings="quantize_config.json")
     assert quantise.forms(rj.load(tmp_path / "old").params) == {"int4 in groups of 32": len(q.LAYERS)}
     (tmp_path / "old" / "quantize_config.json").unlink()
     with pytest.raises(InputError, match=r"qweight is packed by GPTQ or AWQ, but config.json has no"):
@@ -444,6 +444,6 @@ def test_settings_beside_config_json(tmp_path):
 
 
 def test_quantised_already(tmp_path):
-    q.write_llama(tmp_path / "quantised", q.make_packed, layers=1)
+    q.write_llama(tmp_path / "quantised", q.make_packed)
     with pytest.raises(InputError, match=r"quantised already"):
         rj.load(tmp_path / "quantised", quantise="int8")
