@@ -28,6 +28,8 @@ Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Kind] = {"I8": "int8", "F8_E4M3": "fp8"}  # of values that are stored one by one, by their dtype
 SMALLEST_GROUP = 16  # inputs that share a scale; with fewer, scales would weigh as much as what they scale
 WORD = 32  # bits
+# Files beside config.json that hold the settings of older checkpoints, and whose they are.
+OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output, of eight, that each four bits of a word belong to, lowest bits first
 # Twice the values of e2m1, the four-bit float of MXFP4 and NVFP4 (OCP Microscaling Formats 1.0, section 5.3.3): whole
 # numbers, so that int8 with half the scale holds them exactly.
@@ -67,7 +69,7 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
     of_text: Mapping[str, Any] = text_config if isinstance(text_config, dict) else {}
     fields = config.get("quantization_config") or of_text.get("quantization_config") or config.get("compression_config")
     method = None
-    for name, of_file in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+    for name, of_file in OLDER_FILES.items():
         if not fields and (directory / name).is_file():
             path, method = directory / name, of_file
             fields = read_json(path)
@@ -111,7 +113,7 @@ def presented(tensors: TensorSource, directory: Path, config: Mapping[str, Any])
         if tool is not None:
             raise InputError(
                 f"{directory}: {name} is packed by {tool}, but config.json has no quantization_config and there is no "
-                "quantize_config.json; both the bits and the groups are written there"
+                f"{next(iter(OLDER_FILES))}; both the bits and the groups are written there"
             )
     return tensors
 
@@ -464,16 +466,35 @@ def _packed_integers(parts: _Parts, bits: int, block: tuple[int, int] | None) ->
 
 def _packed_floats(parts: _Parts, block: tuple[int, int] | None) -> _Layer:
     """MXFP4, and NVFP4, whose scales are divided by one of the whole tensor."""
-    outputs, width = parts.shape(".weight_packed", 2)
-    inputs, group = width * 2, WORD if block is None else block[1]
+    return _floats_of_four_bits(
+        parts, ".weight_packed", WORD if block is None else block[1], ".weight_global_scale", -1
+    )
+
+
+def _modelopt(parts: _Parts, fields: Mapping[str, Any]) -> _Layer | None:
+    """NVIDIA's ModelOpt: e4m3 with one scale, or NVFP4, whose scales are multiplied by one of the whole tensor."""
+    if parts.dtype(".weight") == "U8":
+        return _floats_of_four_bits(parts, ".weight", 16, ".weight_scale_2", 1)
+    return _scaled(parts, ".weight_scale", None)
+
+
+def _floats_of_four_bits(parts: _Parts, values: str, group: int, of_all: str, power: int) -> _Layer:
+    """e2m1 in groups that have a scale each.
+
+    Args:
+      values, of_all: what the names of the values and of the whole tensor's scale, where there is one, end in.
+      power: of the whole tensor's scale, by which the groups' are multiplied.
+    """
+    outputs, width = parts.shape(values, 2)
+    inputs = width * 2
     parts.expect(".weight_scale", (outputs, -(-inputs // group)))
-    parts.expect(".weight_global_scale", (1,), (), optional=True)
+    parts.expect(of_all, (1,), (), optional=True)
 
     def read() -> _Values:
         scale = parts.scale(".weight_scale") / 2
-        if parts.has(".weight_global_scale"):
-            scale = scale / parts.scale(".weight_global_scale")
-        return _Values(_e2m1(parts.read(".weight_packed")), scale, None, np.arange(inputs) // group)
+        if parts.has(of_all):
+            scale = scale * parts.scale(of_all) ** power
+        return _Values(_e2m1(parts.read(values)), scale, None, np.arange(inputs) // group)
 
     return _Layer((outputs, inputs), "int8", 4, group, read)
 
@@ -492,6 +513,7 @@ METHODS = {
     "mxfp8": _Method((".weight_scale_inv", ".weight_scale"), _fp8),
     "fbgemm_fp8": _Method((".weight_scale",), _fp8),
     "mxfp4": _Method(("_blocks",), _mxfp4, ""),
+    "modelopt": _Method((".weight_scale",), _modelopt),
 }
 COMPRESSED_FORMS = (
     "pack-quantized",

@@ -251,6 +251,27 @@ def read_float4(parts, settings):
     return weight
 
 
+def make_modelopt(rng, outputs, inputs):
+    """NVFP4 of NVIDIA's ModelOpt: the same numbers under other names, the scale of all as its inverse."""
+    parts, _ = make_float4(rng, outputs, inputs, nvidia=True)
+    extra = {
+        ".weight_scale_2": np.float32(1) / parts[".weight_global_scale"][0],
+        ".input_scale": np.ones((), np.float32),
+    }
+    parts = {".weight": parts[".weight_packed"], ".weight_scale": parts[".weight_scale"]}
+    parts |= {suffix: np.asarray(array) for suffix, array in extra.items()}
+    return parts, {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def read_modelopt(parts, settings):
+    outputs, width = parts[".weight"].shape
+    weight = np.empty((outputs, width * 2), np.float32)
+    for o, i in np.ndindex(weight.shape):
+        scale = np.float32(parts[".weight_scale"][o, i // 16]) * parts[".weight_scale_2"]
+        weight[o, i] = np.float32(e2m1(parts[".weight"][o, i // 2] >> (4 * (i % 2)) & 15)) * scale
+    return weight
+
+
 def make_mxfp4(rng, experts, outputs, inputs):
     """gpt-oss' experts."""
     parts = {
@@ -327,3 +348,46 @@ def write_llama(directory, make, *, layers=1, file_of_settings=None, **options):
     (directory / "config.json").write_text(json.dumps(config))
     save_file(arrays, directory / "model.safetensors", metadata={"format": "pt"})
     return settings, made
+
+
+def write_gpt_oss(directory, plain_directory):
+    """A small gpt-oss with MXFP4 experts, and the same with the weights that they stand for."""
+    rng = np.random.default_rng(0)
+    inside = "model.layers.0"
+    shapes = {"model.embed_tokens.weight": (50, 64), "lm_head.weight": (50, 64), f"{inside}.self_attn.sinks": (4,)}
+    for name, (outputs, inputs) in {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64)}.items():
+        shapes[f"{inside}.self_attn.{name}_proj.weight"] = (outputs, inputs)
+        shapes[f"{inside}.self_attn.{name}_proj.bias"] = (outputs,)
+    shapes |= {f"{inside}.mlp.router.weight": (3, 64), f"{inside}.mlp.router.bias": (3,)}
+    shapes |= {f"{inside}.mlp.experts.gate_up_proj_bias": (3, 64), f"{inside}.mlp.experts.down_proj_bias": (3, 64)}
+    arrays = {name: rng.standard_normal(shape) / 8 for name, shape in shapes.items()}
+    for name in ("model.norm", f"{inside}.input_layernorm", f"{inside}.post_attention_layernorm"):
+        arrays[f"{name}.weight"] = rng.uniform(0.5, 1.5, 64)
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    config = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "vocab_size": 50,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "sliding_window": 16,
+    }
+    quantised, plain = dict(arrays), dict(arrays)
+    for name, (outputs, inputs) in {"gate_up_proj": (64, 64), "down_proj": (64, 32)}.items():
+        parts, settings = make_mxfp4(rng, 3, outputs, inputs)
+        quantised |= named(f"{inside}.mlp.experts.{name}", parts)
+        plain[f"{inside}.mlp.experts.{name}"] = np.swapaxes(read_mxfp4(parts, settings), 1, 2)
+    for path, tensors, fields in (
+        (directory, quantised, {"quantization_config": settings}),
+        (plain_directory, plain, {}),
+    ):
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(config | fields))
+        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, path / "model.safetensors")

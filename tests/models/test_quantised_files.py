@@ -50,6 +50,7 @@ PACKED = {
     "float-quantized in blocks": (q.make_float, q.read_stored_one_by_one, 13, 64, {"block": (8, 32)}, "fp8", 2),
     "mxfp4-pack-quantized": (q.make_float4, q.read_float4, 13, 96, {}, "int8", 3),
     "nvfp4-pack-quantized": (q.make_float4, q.read_float4, 13, 96, {"nvidia": True}, "int8", 6),
+    "modelopt": (q.make_modelopt, q.read_modelopt, 13, 96, {}, "int8", 6),
 }
 
 
@@ -266,6 +267,8 @@ def test_where_settings_are(tmp_path):
     (tmp_path / "quantize_config.json").unlink()
     (tmp_path / "quant_config.json").write_text('{"w_bit": 4, "q_group_size": 128, "version": "GEMM"}')
     assert read_settings(tmp_path, {}).method == "awq"
+    (tmp_path / "quant_config.json").rename(tmp_path / "hf_quant_config.json")
+    assert read_settings(tmp_path, {}).method == "modelopt"
 
 
 @pytest.mark.parametrize(
