@@ -12,9 +12,9 @@ by broadcasting: a scale has the axes of its values, of size 1 where weights sha
 The scale is such that the largest of each channel or group becomes the largest value (absmax, symmetric: Dettmers et
 al., 2022, section 2). Only weights are quantised: activations keep their dtype, and sums are float32.
 
-No converted copy of a kernel is made in memory. Compilers for GPUs and TPUs convert while a product reads its operand.
-That for CPUs does not: there an int8 kernel meets a single row in a sum of products, which its compiler fuses, and
-everything else is converted some inputs at a time, which stay in the processor's cache.
+No converted copy of a kernel is made in memory. Compilers for GPUs and TPUs convert while a product reads its operand;
+where they cannot, and on a CPU, a block of the kernel is converted at a time, which stays in the processor's cache. On
+a CPU an int8 kernel meets a single row in a sum of products, which the compiler does fuse.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e4m3fn}
 GROUPS = (32, 64, 128)
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
-_BLOCK = 2**18  # weights that a CPU converts at a time: 1 MiB of float32
+# Weights that are converted at a time, so that the second-level cache holds them.
+_CACHED = {"cpu": 2**18, "accelerator": 2**22}
 
 
 class Quantisation(NamedTuple):
@@ -238,40 +239,64 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _either_way(layout: _Layout, precision: str | None, x: Array, kernel: Quantised, *, transposed: bool) -> Array:
-    fused = functools.partial(_fused, layout, precision, transposed)
-    if not jax.sharding.get_abstract_mesh().empty:
-        return fused(x, kernel)  # the blocks of a kernel that is spread would have to be brought together
-    on_cpu = functools.partial(_in_blocks, layout, precision, transposed)
-    out: Array = lax.platform_dependent(x, kernel, cpu=on_cpu, default=fused)
+    spread = not jax.sharding.get_abstract_mesh().empty
+    arguments = (layout, precision, transposed)
+    fused = functools.partial(_fused, *arguments, spread=spread)
+    if spread:
+        return fused(x, kernel)
+    out: Array = lax.platform_dependent(x, kernel, cpu=functools.partial(_on_cpu, *arguments), default=fused)
     return out
 
 
-def _fused(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
-    """One product whose operand is converted as it is read."""
-    einsum = layout.transposed if transposed else layout.einsum
-    if kernel.zero is None and not kernel.grouped and not transposed:  # a scale per output
-        values = kernel.values.reshape(layout.shape).astype(x.dtype)
-        out = jnp.einsum(einsum, x, values, precision=precision, preferred_element_type=jnp.float32)
-        outputs = layout.of_product((), False)
-        return out * lax.broadcast_to_rank(kernel.scale.reshape(outputs), out.ndim)
-    weights = kernel.weights().reshape(layout.shape).astype(x.dtype)
-    return jnp.einsum(einsum, x, weights, precision=precision, preferred_element_type=jnp.float32)
+def _fused(
+    layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised, *, spread: bool = False
+) -> Array:
+    """Products whose operand is converted as it is read.
+
+    Args:
+      spread: over a mesh, whose devices would have to bring a kernel together to take it part by part: many rows meet a
+        converted copy of it instead.
+    """
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    if kernel.zero is None and not kernel.grouped and not transposed:
+        out = einsum(layout.einsum, x, kernel.values.reshape(layout.shape).astype(x.dtype))
+        return out * lax.broadcast_to_rank(kernel.scale.reshape(layout.of_product((), False)), out.ndim)
+    batch, x_ri, over_a = _rows(layout, transposed, x)
+    matrix = _matrix(kernel, layout)
+    units, width, _ = matrix.values.shape
+    if over_a and kernel.grouped and 2 * len(x_ri) <= width:
+        # Compilers for GPUs make a copy of an operand that is scaled, but not of one that is converted: sums of each
+        # group are scaled, which for few rows are few.
+        x_rgw = x_ri.reshape(len(x_ri), units, width)
+        sums = einsum("rgw,gwc->grc", x_rgw, matrix.values.astype(x.dtype))
+        if matrix.zero is not None:
+            sums = sums - jnp.sum(x_rgw.astype(jnp.float32), axis=2).T[:, :, None] * matrix.zero
+        out = jnp.sum(sums * matrix.scale, axis=0)
+    elif spread:
+        weights = kernel.weights().reshape(layout.shape).astype(x.dtype)
+        return einsum(layout.transposed if transposed else layout.einsum, x, weights)
+    else:
+        out = _in_blocks(x_ri, matrix, over_a, precision, _CACHED["accelerator"])
+    return out.reshape(layout.of_product(batch, transposed))
 
 
-def _in_blocks(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
-    """The product for a CPU: of x [R, .] and a matrix [A, C], where A are the inputs, or of a table the outputs."""
+def _on_cpu(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
+    batch, x_ri, over_a = _rows(layout, transposed, x.astype(jnp.float32))
+    matrix = _matrix(kernel, layout)
+    simple = matrix.values.shape[1] == 1 and kernel.kind == "int8" and kernel.zero is None and not transposed
+    if simple and len(x_ri) == 1:
+        out = _of_one_row(x_ri[0], matrix.values[:, 0], matrix.scale[:, 0], over_a)
+    else:
+        out = _in_blocks(x_ri, matrix, over_a, precision, _CACHED["cpu"])
+    return out.reshape(layout.of_product(batch, transposed))
+
+
+def _rows(layout: _Layout, transposed: bool, x: Array) -> tuple[tuple[int, ...], Array, bool]:
+    """Of a product with a matrix [A, C], where A are the inputs, or of a table the outputs: the shape of the rows, the
+    rows as [R, .], and whether it is A over which is summed."""
     contracted = layout.inputs if not transposed else len(layout.shape) - layout.inputs
     batch = x.shape[: x.ndim - contracted]
-    x_ri = x.reshape(math.prod(batch), -1).astype(jnp.float32)
-    over_a = transposed == layout.outputs_first  # whether it is A over which is summed
-    kernel = _matrix(kernel, layout)
-    units, rows = kernel.values.shape[:2]
-    single = len(x_ri) == 1 and rows == 1 and kernel.kind == "int8" and kernel.zero is None
-    if single and not transposed:
-        out = _of_one_row(x_ri[0], kernel.values[:, 0], kernel.scale[:, 0], over_a)
-    else:
-        out = _in_parts(x_ri, kernel, units, over_a, precision)
-    return out.reshape(layout.of_product(batch, transposed))
+    return batch, x.reshape(math.prod(batch), -1), transposed == layout.outputs_first
 
 
 def _matrix(kernel: Quantised, layout: _Layout) -> Quantised:
@@ -294,24 +319,24 @@ def _of_one_row(x: Array, values_ac: Array, scale: Array, over_a: bool) -> Array
     return jnp.sum(x[None, :] * wide, axis=1) * scale[:, 0]
 
 
-def _in_parts(x_ri: Array, kernel: Quantised, units: int, over_a: bool, precision: str | None) -> Array:
-    """Some rows of the matrix at a time are converted and multiplied."""
-    rows, c = kernel.values.shape[1:]
-    step = min(max(_BLOCK // (rows * c), 1), units)
+def _in_blocks(x_ri: Array, kernel: Quantised, over_a: bool, precision: str | None, size: int) -> Array:
+    """Some rows of the matrix at a time, of about `size` weights, are converted and multiplied."""
+    units, rows, c = kernel.values.shape
+    step = min(max(size // (rows * c), 1), units)
     whole, rest = divmod(units, step)
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
-    def part(start: Any, count: int, out: Array) -> Array:
+    def block(start: Any, count: int, out: Array) -> Array:
         def own(array: Array) -> Array:
             return array if array.shape[0] == 1 else lax.dynamic_slice_in_dim(array, start, count, axis=0)
 
-        sliced: Quantised = jax.tree.map(own, kernel)
-        weights_ac = sliced.weights().reshape(count * rows, c)
+        own_kernel: Quantised = jax.tree.map(own, kernel)
+        weights_ac = own_kernel.weights().reshape(count * rows, c).astype(x_ri.dtype)
         if over_a:
-            x = lax.dynamic_slice_in_dim(x_ri, start * rows, count * rows, axis=1)
-            return out + jnp.matmul(x, weights_ac, precision=precision)
-        new = jnp.einsum("rc,ac->ra", x_ri, weights_ac, precision=precision)
-        return lax.dynamic_update_slice_in_dim(out, new, start * rows, axis=1)
+            x_ra = lax.dynamic_slice_in_dim(x_ri, start * rows, count * rows, axis=1)
+            return out + einsum("ra,ac->rc", x_ra, weights_ac)
+        return lax.dynamic_update_slice_in_dim(out, einsum("rc,ac->ra", x_ri, weights_ac), start * rows, axis=1)
 
     out = jnp.zeros((len(x_ri), c if over_a else units * rows), jnp.float32)
-    out = lax.fori_loop(0, whole, lambda i, out: part(i * step, step, out), out)
-    return part(whole * step, rest, out) if rest else out
+    out = lax.fori_loop(0, whole, lambda i, out: block(i * step, step, out), out)
+    return block(whole * step, rest, out) if rest else out

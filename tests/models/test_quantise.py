@@ -1,5 +1,7 @@
 """Quantised kernels against the weights that they stand for, multiplied the plain way."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,10 @@ CASES = [
     ("btd,dnh->btnh", (96, 3, 8), (2, 3)),
     ("btnh,nhd->btd", (3, 32, 40), (2, 3)),
     ("btd,df->btf", (96, 7), (1, 1)),
+    ("btd,df->btf", (64, 7), (4, 5)),
     ("...d,dv->...v", (64, 11), (1,)),
 ]
-KINDS = [(kind, group) for kind in quantise.KINDS for group in (0, 32)]
+HELD = [(kind, group, zero) for kind in quantise.KINDS for group in (0, 32) for zero in (False, True)]
 
 
 @pytest.fixture
@@ -42,17 +45,19 @@ def weights_slowly(kernel: Quantised, shape: tuple[int, ...]) -> np.ndarray:
     return out.reshape(shape)
 
 
-@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize(("kind", "group", "zero"), HELD)
 @pytest.mark.parametrize(("einsum", "shape", "batch"), CASES)
-def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, rng, monkeypatch):
-    monkeypatch.setattr(quantise, "_BLOCK", 300)  # several blocks and a rest
+def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, zero, rng, monkeypatch):
+    monkeypatch.setattr(quantise, "_CACHED", dict.fromkeys(quantise._CACHED, 300))  # several blocks and a rest
     inputs = sum(letter not in einsum.split("->")[1] for letter in einsum.split(",")[1].split("->")[0])
     kernel, x = (rng.standard_normal(s).astype(np.float32) for s in (shape, (*batch, *shape[:inputs])))
     held = quantise.quantise_kernel(kernel, kind=kind, inputs=inputs, group=group)
+    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "fp8": 2.0**-4}[kind]  # at most half a step of the largest
+    assert np.max(np.abs(weights_slowly(held, shape) - kernel)) <= step * np.max(np.abs(kernel)) * (1 + 1e-5)
+    if zero:
+        held = dataclasses.replace(held, zero=rng.integers(-3, 4, held.scale.shape).astype(np.float32))
     weights = weights_slowly(held, shape)
     np.testing.assert_array_equal(quantise.dequantised(held, shape, np.float32), weights)
-    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "fp8": 2.0**-4}[kind]  # at most half a step of the largest
-    assert np.max(np.abs(weights - kernel)) <= step * np.max(np.abs(kernel)) * (1 + 1e-5)
 
     def product(x):
         return quantise.product(einsum, x, held, "highest", shape)
@@ -60,19 +65,22 @@ def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, rn
     expected = np.einsum(einsum, x.astype(np.float64), weights)
     scale = np.max(np.abs(expected))
     np.testing.assert_allclose(product(x), expected, atol=2e-6 * scale)
-    with jax.set_mesh(rj.make_mesh(1, 1)):  # where products are left whole, as on an accelerator
-        np.testing.assert_allclose(product(x), expected, atol=2e-6 * scale)
     back = rng.standard_normal(expected.shape).astype(np.float32)
-    gradient = jax.grad(lambda x: jnp.sum(product(x) * back))(x)
     operands, out = einsum.split("->")
-    transposed = np.einsum(f"{out},{operands.split(',')[1]}->{operands.split(',')[0]}", back, weights)
-    np.testing.assert_allclose(gradient, transposed, atol=2e-6 * np.max(np.abs(transposed)))
+    transposed_product = np.einsum(f"{out},{operands.split(',')[1]}->{operands.split(',')[0]}", back, weights)
+    gradient = jax.grad(lambda x: jnp.sum(product(x) * back))(x)
+    np.testing.assert_allclose(gradient, transposed_product, atol=2e-6 * np.max(np.abs(transposed_product)))
+    layout = quantise._Layout.of(einsum, shape)
+    for spread in (False, True):  # an accelerator's way, without a mesh and with one
+        for transposed, operand, wanted in ((False, x, expected), (True, back, transposed_product)):
+            out = quantise._fused(layout, "highest", transposed, jnp.asarray(operand), held, spread=spread)
+            np.testing.assert_allclose(out, wanted, atol=2e-6 * np.max(np.abs(wanted)))
 
 
 @pytest.mark.parametrize("kind", quantise.KINDS)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_table_is_looked_up_and_is_a_head(kind, rows, rng, monkeypatch):
-    monkeypatch.setattr(quantise, "_BLOCK", 300)
+    monkeypatch.setattr(quantise, "_CACHED", dict.fromkeys(quantise._CACHED, 300))
     table, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((51, 64), (rows, 64)))
     held = quantise.quantise_table(table, kind=kind)
     weights = weights_slowly(held, table.shape)
