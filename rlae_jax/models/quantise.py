@@ -276,7 +276,7 @@ def _fused(
         weights = kernel.weights().reshape(layout.shape).astype(x.dtype)
         return einsum(layout.transposed if transposed else layout.einsum, x, weights)
     else:
-        out = _in_blocks(x_ri, matrix, over_a, precision, _CACHED["accelerator"])
+        out = _in_blocks(x_ri, matrix, over_a, precision, "accelerator")
     return out.reshape(layout.of_product(batch, transposed))
 
 
@@ -287,7 +287,7 @@ def _on_cpu(layout: _Layout, precision: str | None, transposed: bool, x: Array, 
     if simple and len(x_ri) == 1:
         out = _of_one_row(x_ri[0], matrix.values[:, 0], matrix.scale[:, 0], over_a)
     else:
-        out = _in_blocks(x_ri, matrix, over_a, precision, _CACHED["cpu"])
+        out = _in_blocks(x_ri, matrix, over_a, precision, "cpu")
     return out.reshape(layout.of_product(batch, transposed))
 
 
@@ -319,24 +319,57 @@ def _of_one_row(x: Array, values_ac: Array, scale: Array, over_a: bool) -> Array
     return jnp.sum(x[None, :] * wide, axis=1) * scale[:, 0]
 
 
-def _in_blocks(x_ri: Array, kernel: Quantised, over_a: bool, precision: str | None, size: int) -> Array:
-    """Some rows of the matrix at a time, of about `size` weights, are converted and multiplied."""
+def _in_blocks(x_ri: Array, kernel: Quantised, over_a: bool, precision: str | None, device: str) -> Array:
+    """Some rows of the matrix at a time are converted and multiplied."""
     units, rows, c = kernel.values.shape
-    step = min(max(size // (rows * c), 1), units)
+    step = min(max(_CACHED[device] // (rows * c), 1), units)
     whole, rest = divmod(units, step)
+    packed = _pack(kernel) if device == "cpu" else kernel
+    pairs = packed.scale.shape[-1] if packed.scale.ndim > kernel.scale.ndim else 1
+    r = len(x_ri)
+    x_rip = x_ri[..., None] if over_a else x_ri.reshape(r, c // pairs, pairs)
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
-    def block(start: Any, count: int, out: Array) -> Array:
+    def block(start: Any, count: int, out_prc: Array) -> Array:
         def own(array: Array) -> Array:
             return array if array.shape[0] == 1 else lax.dynamic_slice_in_dim(array, start, count, axis=0)
 
-        own_kernel: Quantised = jax.tree.map(own, kernel)
-        weights_ac = own_kernel.weights().reshape(count * rows, c).astype(x_ri.dtype)
+        parts = [w.reshape(count * rows, -1).astype(x_ri.dtype) for w in _unpacked(jax.tree.map(own, packed))]
         if over_a:
             x_ra = lax.dynamic_slice_in_dim(x_ri, start * rows, count * rows, axis=1)
-            return out + einsum("ra,ac->rc", x_ra, weights_ac)
-        return lax.dynamic_update_slice_in_dim(out, einsum("rc,ac->ra", x_ri, weights_ac), start * rows, axis=1)
+            return out_prc + jnp.stack([einsum("ra,ac->rc", x_ra, w_ac) for w_ac in parts])
+        new_pra = jnp.stack([einsum("rc,ac->ra", x_rip[..., p], w_ac) for p, w_ac in enumerate(parts)])
+        return lax.dynamic_update_slice_in_dim(out_prc, jnp.sum(new_pra, axis=0, keepdims=True), start * rows, axis=2)
 
-    out = jnp.zeros((len(x_ri), c if over_a else units * rows), jnp.float32)
+    out = jnp.zeros((pairs, r, c // pairs) if over_a else (1, r, units * rows), jnp.float32)
     out = lax.fori_loop(0, whole, lambda i, out: block(i * step, step, out), out)
-    return block(whole * step, rest, out) if rest else out
+    out = block(whole * step, rest, out) if rest else out
+    return jnp.moveaxis(out, 0, -1).reshape(r, -1)
+
+
+def _pack(kernel: Quantised) -> Quantised:
+    """An int4 matrix of an even number of columns as the bytes that hold it, with pairs of scales: compilers for CPUs
+    take one value of four bits after the other, but bytes many at a time."""
+    c = kernel.values.shape[-1]
+    if kernel.kind != "int4" or c % 2:
+        return kernel
+
+    def in_pairs(part: Array) -> Array:
+        wide = jnp.broadcast_to(part, (*part.shape[:-1], c))
+        return wide.reshape(*part.shape[:-1], c // 2, 2)
+
+    zero = None if kernel.zero is None else in_pairs(kernel.zero)
+    bytes_ = lax.bitcast_convert_type(in_pairs(kernel.values), jnp.uint8)
+    return Quantised(bytes_, in_pairs(kernel.scale), zero)
+
+
+def _unpacked(kernel: Quantised) -> list[Array]:
+    """The weights, or of packed ones those of the even and those of the odd columns."""
+    if kernel.values.dtype != jnp.uint8:
+        return [kernel.weights()]
+    halves = (kernel.values << 4, kernel.values)  # arithmetic shifts to the right bring back the sign
+    signed = [lax.bitcast_convert_type(half, jnp.int8) >> 4 for half in halves]
+    return [
+        Quantised(values, kernel.scale[..., i], None if kernel.zero is None else kernel.zero[..., i]).weights()
+        for i, values in enumerate(signed)
+    ]
