@@ -15,8 +15,9 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import gguf_files, gguf_models, quantised_files
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.families import FAMILIES, Family, made_family
+from rlae_jax.models.families import FAMILIES, Family, made_family, nearest, wrappers
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.quantise import (
     GROUPS,
@@ -47,6 +48,7 @@ from rlae_jax.models.quantise import logical_axes as quantised_axes
 from rlae_jax.models.rope import frequencies
 from rlae_jax.models.stored import (
     PACKED,
+    LanguageModel,
     Packed,
     Safetensors,
     StoredTensor,
@@ -54,7 +56,6 @@ from rlae_jax.models.stored import (
     get_leaf,
     put_leaf,
     stored_tensors,
-    tensor_files,
 )
 from rlae_jax.models.transformer import Params, logical_axes
 
@@ -73,6 +74,7 @@ class Source:
     family: Family
     config: Mapping[str, Any]  # config.json as it was
     generation: Mapping[str, Any]  # generation_config.json as it was
+    wrapped: bool = False  # in a multimodal model, beside what is not read; `config` is the language model's
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -102,6 +104,9 @@ def read_source(directory: Path) -> Source:
     by_architecture = {name: family for family in FAMILIES.values() for name in family.architectures}
     # Some encoders' repositories name no architecture (DeBERTa v3's); then the model_type decides.
     family = by_architecture.get(names[0]) or FAMILIES.get(names[0]) if isinstance(names, list) else None
+    whole = _language_model(raw, names, path)
+    if whole is not None:
+        family, raw = whole
     if family is None or raw.get("model_type", family.model_type) != family.model_type:
         if raw.get("auto_map"):
             raise InputError(
@@ -109,11 +114,38 @@ def read_source(directory: Path) -> Source:
                 f"{', '.join(FAMILIES)}"
             )
         raise InputError(
-            f"{path}: architecture {names[0]} is not supported (model_type {raw.get('model_type')}); supported: "
-            f"{', '.join(by_architecture)}"
+            f"{path}: architecture {names[0]} is not supported (model_type {raw.get('model_type')}); nearest: "
+            f"{', '.join(nearest(names[0], raw.get('model_type'))) or 'none'}; supported: {', '.join(by_architecture)}"
         )
     quantised_files.read_settings(directory, raw)  # a method that is not read is told at once
-    return Source(family, raw, _read_optional(directory / "generation_config.json"))
+    return Source(family, raw, _read_optional(directory / "generation_config.json"), wrapped=whole is not None)
+
+
+def _language_model(raw: Mapping[str, Any], names: Any, path: Path) -> tuple[Family, Mapping[str, Any]] | None:
+    """The family and the configuration of the language model in a multimodal model, if this is one.
+
+    Raises:
+      InputError: a language model of a family that is not supported.
+    """
+    if not isinstance(names, list) or not str(names[0]).endswith("ForConditionalGeneration"):
+        return None
+    try:
+        part = wrappers.language_model(raw)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if part is None:
+        return None
+    model_type, config = part
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise InputError(
+            f"{path}: {names[0]} is not supported, since its language model, {model_type}, is not; nearest: "
+            f"{', '.join(nearest(model_type)) or 'none'}"
+        )
+    warnings.warn(
+        f"{path.parent}: the language model ({model_type}) of {names[0]} is loaded; images are not read", stacklevel=2
+    )
+    return family, {**config, "architectures": [family.architectures[0]]}
 
 
 def _fields(source: Source, path: Path, context: int | None) -> dict[str, Any]:
@@ -150,9 +182,37 @@ def read_config(
     """
     path = gguf_files.find(directory)  # whose settings say of the head what its tensors do
     config = _config(source, path or directory / "config.json", dtype, precision, context)
-    if path is None and tensors and source.family.head_decides_tie and "lm_head.weight" not in tensor_files(directory):
-        config = dataclasses.replace(config, tied_head=True)
-    return config
+    if path is not None or not tensors or not config.has_head:
+        return config
+    return dataclasses.replace(config, tied_head=_is_tied(config, source, directory))
+
+
+def _is_tied(config: ModelConfig, source: Source, directory: Path) -> bool:
+    """Whether the head reads the embedding, for which the tensors have the last word, as in transformers: a head that
+    differs from the embedding is kept, whatever the configuration says."""
+    if not config.tied_head and not source.family.head_decides_tie:
+        return False
+    tensors, ends = open_tensors(directory, source, config), _ends(source.family, config)
+    names = _names(tensors, source.family, ends)
+    embedding, head = (names.get(key) for key in ends)
+    if source.family.head_decides_tie or head is None or embedding is None:
+        return head is None or config.tied_head
+    both = tensors.read(embedding), tensors.read(head)
+    if all(isinstance(tensor, np.ndarray) for tensor in both) and np.array_equal(*both):
+        return True
+    warnings.warn(
+        f"{directory}: config.json says that the head is the embedding (tie_word_embeddings), but {head} is another "
+        "tensor, which is kept",
+        stacklevel=2,
+    )
+    return False
+
+
+def _ends(family: Family, config: ModelConfig) -> tuple[str, str]:
+    """The names of the embedding's and the head's tensors."""
+    table = family.modules(config) if callable(family.modules) else family.modules
+    names = {ours: name for name, ours in table.items()}
+    return f"{names['embedding']}.weight", f"{names['head']}.weight"
 
 
 def _config(source: Source, path: Path, dtype: str, precision: str | None, context: int | None = None) -> ModelConfig:
@@ -226,6 +286,15 @@ class Tensors(NamedTuple):
     starts: bytes  # of every array its first entries, by which a model is known again
 
 
+def _names(tensors: TensorSource, family: Family, expected: Collection[str]) -> dict[str, str]:
+    """What the family's table calls each tensor -> what the source calls it."""
+    names = {_modern(key): key for key in tensors.headers}
+    if any(name.startswith(family.prefix) for name in names):
+        return names
+    # A checkpoint of the bare model.
+    return {name if name in expected else family.prefix + name: key for name, key in names.items()}
+
+
 def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: Path) -> dict[str, StoredTensor]:
     """What the source calls each tensor of the model, and where it belongs.
 
@@ -233,11 +302,13 @@ def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: 
       InputError: tensors missing, unexpected, of another shape or of no dtype that weights have.
     """
     headers = tensors.headers
-    names = {_modern(key): key for key in headers}  # what the table calls a tensor -> what the source calls it
     wanted = stored_tensors(family, config)
     expected = {tensor.key for tensor in wanted}
-    if not any(name.startswith(family.prefix) for name in names):  # a checkpoint of the bare model
-        names = {name if name in expected else family.prefix + name: key for name, key in names.items()}
+    names = _names(tensors, family, expected)
+    if config.has_head and config.tied_head:
+        embedding, head = _ends(family, config)
+        if embedding not in names and head in names:  # the one tensor of both is stored as the head
+            names[embedding] = names.pop(head)
     # A tied checkpoint may carry the head a second time.
     ignored = [
         r"\.rotary_emb\.inv_freq$",
@@ -273,7 +344,8 @@ def open_tensors(directory: Path, source: Source, config: ModelConfig) -> Tensor
     """
     path = gguf_files.find(directory)
     if path is None:
-        return quantised_files.presented(Safetensors(directory), directory, source.config)
+        tensors = quantised_files.presented(Safetensors(directory), directory, source.config)
+        return LanguageModel(tensors) if source.wrapped else tensors
     names = [tensor.key for tensor in stored_tensors(source.family, config)]
     return gguf_models.GgufTensors(gguf_files.open_gguf(path), names)
 
@@ -454,6 +526,8 @@ def write_model(
     raw = {key: value for key, value in source.config.items() if key not in dropped}
     raw |= {"architectures": [source.family.architecture(config)], "model_type": source.family.model_type}
     raw |= {"dtype": config.dtype} | of_text
+    if config.has_head and not source.family.head_decides_tie:
+        raw["tie_word_embeddings"] = config.tied_head
     files = {"config.json": raw}
     if config.has_head:
         files["generation_config.json"] = generation = dict(source.generation) | of_text

@@ -20,6 +20,7 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family
+from rlae_jax.models.families.wrappers import text_names
 from rlae_jax.models.quantise import KINDS, Quantised
 from rlae_jax.models.transformer import Params, abstract_params, linears
 
@@ -83,6 +84,18 @@ class Safetensors:
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
         return read_tensor(self._files[name], name)
+
+
+class LanguageModel:
+    """Of a multimodal checkpoint's tensors the language model's, under the names of a checkpoint of its own."""
+
+    def __init__(self, tensors: TensorSource):
+        self._tensors, self._names = tensors, text_names(tensors.headers)
+        self.headers = {name: tensors.headers[theirs] for name, theirs in self._names.items()}
+
+    def read(self, name: str) -> np.ndarray | Packed:
+        """One tensor."""
+        return self._tensors.read(self._names[name])
 
 
 @dataclasses.dataclass(frozen=True)

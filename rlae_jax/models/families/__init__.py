@@ -1,5 +1,7 @@
 """The families of models that can be loaded: one small file each, data only."""
 
+import difflib
+
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import (
     arcee,
@@ -53,3 +55,15 @@ FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for modul
 def made_family(config: ModelConfig) -> Family:
     """Whose layout a model has that was made here and not loaded: Llama's, or T5's for an encoder-decoder."""
     return FAMILIES["llama" if config.encoder is None else "t5"]
+
+
+def nearest(*names: str | None, most: int = 3) -> list[str]:
+    """The architectures whose names are most like those of a model that cannot be loaded, likeliest first."""
+    known = {_stem(name): family for family in FAMILIES.values() for name in (family.model_type, *family.architectures)}
+    close = [difflib.get_close_matches(_stem(str(name)), known, n=most, cutoff=0.6) for name in names]
+    return list(dict.fromkeys(known[stem].architectures[0] for stems in close for stem in stems))[:most]
+
+
+def _stem(name: str) -> str:
+    """A family's name without what it is for: "qwen3" of Qwen3ForCausalLM and qwen3_text."""
+    return name.split("For")[0].removesuffix("_text").removesuffix("Model").replace("_", "").lower()
