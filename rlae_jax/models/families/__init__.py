@@ -9,6 +9,7 @@ from rlae_jax.models.families import (
     cohere,
     cohere2,
     deberta_v2,
+    ernie4_5,
     exaone4,
     falcon,
     gemma,
@@ -17,9 +18,12 @@ from rlae_jax.models.families import (
     glm,
     glm4,
     gpt2,
+    gpt_bigcode,
+    gpt_neo,
     gpt_neox,
     gptj,
     granite,
+    granitemoehybrid,
     helium,
     llama,
     ministral,
@@ -45,8 +49,8 @@ from rlae_jax.models.families.base import Family as Family
 
 _MODULES = (
     *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, phi, phi3, smollm3),
-    *(olmo, olmo2, olmo3, granite, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium, arcee),
-    *(nemotron, stablelm, starcoder2, falcon, gpt2, gptj, gpt_neox, opt, t5),
+    *(olmo, olmo2, olmo3, granite, granitemoehybrid, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium),
+    *(arcee, ernie4_5, nemotron, stablelm, starcoder2, falcon, gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

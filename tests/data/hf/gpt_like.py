@@ -39,6 +39,29 @@ def sample_gpt2(rng: np.random.Generator) -> Case:
     return Case("GPT2LMHeadModel", fields, hub=chance(rng))
 
 
+def sample_gpt_neo(rng: np.random.Generator) -> Case:
+    heads, layers = between(rng, 2, 4), between(rng, 2, 3)
+    fields = {
+        **vocabulary_fields(rng),
+        "num_heads": heads,
+        "hidden_size": heads * between(rng, 4, 8),
+        "num_layers": layers,
+        "attention_types": [[["local"], 1], [["global"], layers - 1]] if chance(rng) else [[["global"], layers]],
+        "max_position_embeddings": between(rng, 128, 140),
+        "intermediate_size": pick(rng, None, between(rng, 9, 40)),
+        "window_size": between(rng, 3, 7),
+        "layer_norm_epsilon": pick(rng, 1e-5, 1e-3),
+        "tie_word_embeddings": chance(rng),
+    }
+    return Case("GPTNeoForCausalLM", fields, hub=chance(rng))
+
+
+def sample_gpt_bigcode(rng: np.random.Generator) -> Case:
+    fields = sample_gpt2(rng).fields | {"multi_query": chance(rng)}
+    del fields["scale_attn_by_inverse_layer_idx"]
+    return Case("GPTBigCodeForCausalLM", fields, hub=chance(rng))
+
+
 def sample_gpt_neox(rng: np.random.Generator) -> Case:
     heads = between(rng, 2, 4)
     head = pick(rng, 4, 8)
@@ -210,6 +233,27 @@ FAMILIES = {
     "gpt2": Family("decoder", "gpt2", _GPT2, sample_gpt2),
     "gpt_neox": Family("decoder", "gpt_neox", _NEOX, sample_gpt_neox),
     "opt": Family("decoder", "opt", _OPT, sample_opt),
+    "gpt_neo": Family(
+        "decoder",
+        "gpt_neo",
+        {
+            "windows": case(
+                "GPTNeoForCausalLM",
+                {key: value for key, value in _GPT2_TINY.items() if not key.startswith("n_")},
+                hub=True,
+                hidden_size=20,
+                num_heads=4,
+                num_layers=3,
+                attention_types=[[["global", "local"], 1], [["local"], 1]],
+                max_position_embeddings=128,
+                window_size=5,
+            )
+        },
+        sample_gpt_neo,
+    ),
+    "gpt_bigcode": Family(
+        "decoder", "gpt_bigcode", {"one_key": case("GPTBigCodeForCausalLM", _GPT2_TINY, hub=True)}, sample_gpt_bigcode
+    ),
     "gptj": Family(
         "decoder",
         "gptj",

@@ -169,6 +169,27 @@ def sample_arcee(rng: np.random.Generator) -> Case:
     return Case("ArceeForCausalLM", fields, hub=chance(rng))
 
 
+def sample_granitemoehybrid(rng: np.random.Generator) -> Case:
+    fields = sample_granite(rng).fields
+    fields |= {
+        "layer_types": [pick(rng, "attention", "full_attention")] * fields["num_hidden_layers"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": between(rng, 9, 40),
+        "position_embedding_type": pick(rng, "rope", "nope"),
+        # transformers checks the sizes of state-space layers, which there are none of.
+        "mamba_n_heads": 2,
+        "mlp_bias": False,
+    }
+    return Case("GraniteMoeHybridForCausalLM", fields, hub=chance(rng))
+
+
+def sample_ernie4_5(rng: np.random.Generator) -> Case:
+    fields = (
+        llama_fields(rng) | {"head_dim": pick(rng, 4, 6, 10), "use_bias": chance(rng)} | rope_fields(rng, "default")
+    )
+    return Case("Ernie4_5ForCausalLM", fields, hub=chance(rng))
+
+
 _wide: Fields = TINY | {"hidden_size": 24}
 _tall: Fields = _wide | {"num_hidden_layers": 3}
 
@@ -228,6 +249,30 @@ FAMILIES = {
             )
         },
         sample_granite,
+    ),
+    "granitemoehybrid": Family(
+        "decoder",
+        "granitemoehybrid",
+        {
+            "dense": case(
+                "GraniteMoeHybridForCausalLM",
+                _wide,
+                hub=True,
+                layer_types=["attention"] * 2,
+                num_local_experts=0,
+                shared_intermediate_size=22,
+                position_embedding_type="rope",
+                mamba_n_heads=2,
+                embedding_multiplier=3.0,
+                attention_multiplier=0.3,
+                residual_multiplier=0.8,
+                logits_scaling=0.5,
+            )
+        },
+        sample_granitemoehybrid,
+    ),
+    "ernie4_5": Family(
+        "decoder", "ernie4_5", {"pairs": case("Ernie4_5ForCausalLM", TINY, head_dim=6)}, sample_ernie4_5
     ),
     "glm": Family("decoder", "glm", {"half": case("GlmForCausalLM", _wide, hub=True, head_dim=8)}, sample_glm),
     "glm4": Family(
