@@ -23,8 +23,11 @@ WRAPPERS = {
 }
 # Language models that are those of a family but for positions in several dimensions.
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-# Sizes that published wrappers leave out, as transformers fills them in.
-_SIZES: Mapping[str, Mapping[str, int]] = {
+# What published wrappers leave out, as transformers fills it in.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_vl_text": {"rope_theta": 1_000_000.0},
+    "qwen2_5_vl_text": {"rope_theta": 1_000_000.0},
+    "qwen3_vl_text": {"rope_theta": 500_000.0},
     "gemma3_text": {
         "vocab_size": 262_208,
         "hidden_size": 2304,
@@ -66,7 +69,7 @@ def language_model(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     for name in {"rope_scaling", "rope_parameters"} & fields.keys():
         if isinstance(fields[name], Mapping):
             fields[name] = {key: value for key, value in fields[name].items() if "mrope" not in (value, key[:5])}
-    return model_type, {**_SIZES.get(model_type, {}), **fields, "model_type": model_type}
+    return model_type, {**_DEFAULTS.get(own, {}), **fields, "model_type": model_type}
 
 
 _PREFIX = re.compile(r"^(model\.)?language_model\.(model\.)?")
