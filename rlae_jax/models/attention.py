@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.models.cache import LayerCache, cache_layout, pin_cache
 from rlae_jax.models.config import ModelConfig, QueryGrowth, RelativeBias, Rope
-from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate
+from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate, unit_rms
 from rlae_jax.models.rope import frequencies
 
-# What depends on the tokens' positions: angles [B, T, half] of each rope of the model, factors [B, T] of queries.
-Angles = dict[Rope | QueryGrowth, Array]
+# What depends on the tokens' positions: angles [B, T, half] of each rope and head width, factors [B, T] of queries.
+Angles = dict[tuple[Rope, int] | QueryGrowth, Array]
 LOWEST = float(np.finfo(np.float32).min)
 _SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one
 
@@ -222,9 +222,13 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int, cross: int | None = None):
-        self.q, self.k, self.v, self.o = projections(config, rngs, cross)
+        self.reads = config.source_layer(layer) != layer  # another layer's keys and values
+        one = config.wide is not None and config.wide.keys_are_values and layer not in config.local_layers
+        self.q, k, v, self.o = projections(config, rngs, cross)
+        self.k: Any = None if self.reads else k
+        self.v = None if self.reads or one else v
         self.q_norm = _head_norm(config, config.heads, "heads")
-        self.k_norm = _head_norm(config, config.kv_heads, "kv_heads")
+        self.k_norm = None if self.reads else _head_norm(config, config.kv_heads, "kv_heads")
         self.config = config
         self.scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
         if config.scale_by_depth:
@@ -247,7 +251,7 @@ class Attention(nnx.Module):
         if rope is None:
             return x_btnh
         scale = frequencies(rope, self.config.head_width)[1]
-        return rotate(x_btnh, angles[rope], scale, interleaved=rope.interleaved)
+        return rotate(x_btnh, angles[rope, self.config.head_width], scale, interleaved=rope.interleaved)
 
     def _project(self, linear: Linear, x_btd: Array) -> Array:
         out, clip = linear(x_btd), self.config.qkv_clip
@@ -260,8 +264,19 @@ class Attention(nnx.Module):
 
     def keys_values(self, x_btd: Array, angles: Angles) -> tuple[Array, Array]:
         """Keys and values [B, T, G, H]."""
-        k_btgh = self._rotate(self._norm(self.k_norm, self._project(self.k, x_btd)), angles)
-        return k_btgh, self._project(self.v, x_btd)
+        projected = self._project(self.k, x_btd)
+        k_btgh = self._rotate(self._norm(self.k_norm, projected), angles)
+        v_btgh = projected if self.v is None else self._project(self.v, x_btd)
+        if self.config.value_norm:
+            v_btgh = unit_rms(v_btgh, self.config.norm_eps).astype(v_btgh.dtype)
+        return k_btgh, v_btgh
+
+    def _new(self, x_btd: Array, angles: Angles, packing: Packing | None) -> LayerCache:
+        """Keys and values of a chunk as the cache holds them."""
+        keys_values = self.keys_values(x_btd, angles)
+        if packing is not None:
+            keys_values = packing.unpack(keys_values[0]), packing.unpack(keys_values[1])
+        return cache_layout(*keys_values)
 
     def sequence(
         self,
@@ -289,13 +304,15 @@ class Attention(nnx.Module):
         visible_bs: Bool[Array, "B S"],
         bias_bns: Array | None = None,
     ) -> tuple[Array, LayerCache]:
-        """One token per row, written to `slot` of the cache and attending to the visible slots."""
-        cache = LayerCache(
-            *(
-                pin_cache(lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3))
-                for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
+        """One token per row, written to `slot` of the cache, if it is this layer's own, and attending to the visible
+        slots."""
+        if not self.reads:
+            cache = LayerCache(
+                *(
+                    pin_cache(lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3))
+                    for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
+                )
             )
-        )
         if 0 < self.window < cache.slots:
             visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1])[None] > slot - self.window)
         return self.read(x_btd, angles, cache, visible_bs, bias_bns), cache
@@ -308,15 +325,15 @@ class Attention(nnx.Module):
         behind_bs: Bool[Array, "B S"] | Int[Array, "B S"],
         slot_b: Array,
         packing: Packing | None,
+        new: LayerCache | None = None,
     ) -> tuple[Array, LayerCache]:
         """The next W tokens of every row, the first of which belongs into `slot_b`, against the slots behind it: those
         that are True, or of a ring the slots that its places hold (-1: none). Returns the output like the input,
-        [B, W, D] or packed, and the W keys and values, which are not written."""
-        q_btnh, k_bwgh, v_bwgh = self._queries(x_btd, angles), *self.keys_values(x_btd, angles)
-        if packing is not None:
-            k_bwgh, v_bwgh = packing.unpack(k_bwgh), packing.unpack(v_bwgh)
-        new = cache_layout(k_bwgh, v_bwgh)
-        b, w = k_bwgh.shape[:2]
+        [B, W, D] or packed, and the W keys and values, which are not written; `new` has them where they are another
+        layer's."""
+        q_btnh = self._queries(x_btd, angles)
+        new = self._new(x_btd, angles, packing) if new is None else new
+        b, w = new[0].shape[0], new[0].shape[3]
 
         def attend(q: Array, rows: Array | None, places: Array) -> Array:
             """Queries [., W', N, H] of some rows (None: all), which stand at `places` [., W'] of their W tokens."""

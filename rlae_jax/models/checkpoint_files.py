@@ -257,7 +257,9 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
         raise InputError(
             f"{path}: num_key_value_heads ({config.kv_heads}) must divide num_attention_heads ({config.heads})"
         )
-    for rope in (config.rope, config.local_rope):
+    if config.wide is not None:
+        _check_sizes(dataclasses.replace(config.of_layer(-1), wide=None, local_rope=None), path)
+    for rope in (config.rope if config.wide is None else None, config.local_rope):
         if rope is None:
             continue
         if int(config.head_width * rope.fraction) % 2:

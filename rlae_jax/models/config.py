@@ -17,7 +17,7 @@ class Rope:
 
     base: float = 10_000.0
     fraction: float = 1.0  # of a head's entries that turn, from the first on
-    # "linear", "llama3", "yarn" or "longrope" with its numbers, as (name, value) pairs.
+    # "linear", "llama3", "yarn", "longrope" or "proportional" with its numbers, as (name, value) pairs.
     kind: str = "default"
     numbers: tuple[tuple[str, Any], ...] = ()
     interleaved: bool = False  # pairs are neighbours (x_2i, x_2i+1), not (x_i, x_i+half)
@@ -31,6 +31,27 @@ class QueryGrowth:
     rate: float
     step: int
     offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wide:
+    """How the attention of layers without a window differs from that of the others (Gemma 4)."""
+
+    head_width: int
+    kv_heads: int
+    keys_are_values: bool  # one projection gives both
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerInputs:
+    """A second embedding, of which every layer has a part of its own (Gemma 3n and 4).
+
+    With e the embedding that enters the first layer and p = (norm(project(e) / sqrt(D)) + sqrt(W) * table[id]) /
+    sqrt(2), a layer's output x becomes x + norm(out(act(gate(x)) * p_layer)).
+    """
+
+    rows: int  # of the table
+    width: int  # W, of one layer's part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +119,7 @@ class ModelConfig:
     final_norm: bool = True
     # Over each head's entries, the same with a scale for every head ("heads"), or over all heads' entries at once.
     query_key_norm: Literal["head", "heads", "all"] | None = None
+    value_norm: bool = False  # RMS over each head's entries, without a scale
     parallel_branches: bool = False  # x + attention(norm(x)) + ffn(norm(x))
     shared_norm: bool = False  # parallel branches read one norm, attention's
     branch_scale: float = 1.0  # of what a branch adds to the residual stream
@@ -123,11 +145,18 @@ class ModelConfig:
     local_layers: tuple[int, ...] = ()  # these attend to the last `window` tokens only, their own included
     window: int = 0
     local_rope: Rope | None = None  # of the local layers; None: the same as everywhere
+    wide: Wide | None = None  # of the layers without a window; None: as the local ones
+    # The last so many layers have no keys and values, but read those of the last layer of their kind before them.
+    reading_layers: int = 0
 
     # Feed-forward.
     activation: str = "silu"
     gated: bool = True  # down(act(gate(x)) * up(x)), or down(act(up(x)))
     ffn_bias: bool = False
+    reading_ffn_width: int | None = None  # of the layers that read others' keys and values; None: F
+
+    layer_inputs: LayerInputs | None = None
+    layer_scale: bool = False  # each layer's output is multiplied by a number of its own
 
     # Embedding and head.
     embedding_width: int | None = None  # None: D; else projected to D, and back before the head
@@ -161,6 +190,23 @@ class ModelConfig:
     def hidden_width(self) -> int:
         """The width of what the output head reads, or of an encoder's states."""
         return self.width if self.embedding_width is None or not self.has_head else self.embedding_width
+
+    def of_layer(self, i: int) -> "ModelConfig":
+        """The configuration as one layer sees it, with that layer's own widths."""
+        changes: dict[str, Any] = {}
+        if self.wide is not None and i not in self.local_layers:
+            changes |= {"head_width": self.wide.head_width, "kv_heads": self.wide.kv_heads}
+        if self.reading_ffn_width is not None and i >= self.layers - self.reading_layers:
+            changes |= {"ffn_width": self.reading_ffn_width}
+        return dataclasses.replace(self, **changes) if changes else self
+
+    def source_layer(self, i: int) -> int:
+        """The layer whose keys and values a layer reads: its own, or those of the last of its kind that has some."""
+        own = range(self.layers - self.reading_layers)
+        if i in own:
+            return i
+        local = set(self.local_layers)
+        return max(j for j in own if (j in local) == (i in local))
 
     @property
     def usable_vocab(self) -> int:

@@ -78,6 +78,12 @@ class Linear(nnx.Module):
         return out if self.bias is None else out + _along(self.bias[...], out)
 
 
+def unit_rms(x: Array, eps: float) -> Float[Array, "..."]:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * (offset + scale), in float32 whatever the activations are (Zhang and Sennrich,
     2019)."""
@@ -87,8 +93,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full((width,), 1.0 - self.offset, config.dtype), axes=(axis,))
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        normed = unit_rms(x, self.eps)
         if self.offset:
             return (normed * _along(self.offset + self.scale[...].astype(jnp.float32), x)).astype(x.dtype)
         return _along(self.scale[...], x) * normed.astype(x.dtype)

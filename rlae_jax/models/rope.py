@@ -69,7 +69,14 @@ def _longrope(periods: np.ndarray, numbers: Mapping[str, Any], base: float) -> t
     return 1 / (factors * periods), float(scale)
 
 
-SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+def _proportional(periods: np.ndarray, numbers: Mapping[str, Any], base: float) -> tuple[np.ndarray, float]:
+    """The first pairs turn as among all pairs of the head, the others not at all (Gemma 4's published code)."""
+    turning = int(float(numbers.get("partial_rotary_factor", 1.0)) * 2 * len(periods) // 2)
+    frequencies = np.where(np.arange(len(periods)) < turning, 1 / periods, np.float32(0))
+    return frequencies / np.float32(numbers.get("factor", 1.0)), 1.0
+
+
+SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope, "proportional": _proportional}
 
 
 @functools.cache
@@ -100,6 +107,8 @@ def from_fields(fields: Mapping[str, Any], *, context: int, used_context: int | 
     if kind not in ("default", *SCALINGS):
         raise InputError(f"rope_type {kind} is not supported; supported: default, {', '.join(SCALINGS)}")
     base, fraction = float(fields["rope_theta"]), float(fields.get("partial_rotary_factor") or 1.0)
+    if kind == "proportional":
+        fraction = 1.0  # the fraction is among the method's numbers: all of a head's entries are paired
     if kind == "default":
         return Rope(base, fraction)
     numbers: dict[str, Any] = {

@@ -220,7 +220,8 @@ def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, .
     for name, key, paths in modules(family, config):
         first = get_leaf(tree, split_path(paths[0]))
         if not isinstance(first, dict):
-            found.append(StoredTensor(f"{key}.weight", (split_path(paths[0]),), (first.shape,)))
+            name = key if name in family.unsuffixed else f"{key}.weight"
+            found.append(StoredTensor(name, (split_path(paths[0]),), (first.shape,)))
             continue
         linear = specs.get(paths[0])
         for leaf in first:

@@ -25,6 +25,7 @@ from rlae_jax.models.attention import Angles, Attention, Packing, RelativeBiasTa
 from rlae_jax.models.cache import Cache, LayerCache, Visible, cache_layout
 from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
+from rlae_jax.models.layer_inputs import InputGate, SecondEmbedding
 from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
 from rlae_jax.models.lora import Adapted, Adapters, for_rows, low_rank_delta
 from rlae_jax.models.rope import frequencies
@@ -51,6 +52,8 @@ class Layer(nnx.Module):
                 present = present and not (config.shared_norm and branch == "ffn")
                 name = f"{branch}_norm" if place == "before" else f"{branch}_{place}_norm"
                 setattr(self, name, make_norm(config.width, config) if present else None)
+        self.inputs = None if config.layer_inputs is None else InputGate(config.layer_inputs, config, rngs)
+        self.scale = nnx.Param(jnp.ones((1,), config.dtype), axes=("layers",)) if config.layer_scale else None
 
     def _enter(self, branch: str, x: Array) -> Array:
         norm = getattr(self, f"{branch}_norm")
@@ -73,14 +76,17 @@ class Layer(nnx.Module):
         mask_bts: Array,
         relative: Array | None,
         source: tuple[Array, Array] | None = None,
+        part: Array | None = None,
+        keys_values: tuple[Array, Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array] | None]:
         """Whole sequences. `relative` is what the stack's layers share of relative positions, scores [1, N, T, T] or
-        embeddings [1, U, D]; `source` the encoder's states and mask. Returns the activations, the keys and values and
-        those of the source."""
+        embeddings [1, U, D]; `source` the encoder's states and mask; `part` the layer's of a second embedding;
+        `keys_values` those of the layer whose it reads. Returns the activations, the keys and values and those of the
+        source."""
         entered = self._enter("attention", x)
-        out, keys_values = self.attention.sequence(entered, angles, mask_bts, relative)
+        out, keys_values = self.attention.sequence(entered, angles, mask_bts, relative, keys_values)
         if self.cross is None or source is None:
-            return self._after_attention(x, entered, out), keys_values, None
+            return self._after_attention(x, entered, out, part), keys_values, None
         x = self._leave("attention", x, out)
         states, mask = source
         source_kv = self.cross.keys_values(states, angles)
@@ -98,31 +104,43 @@ class Layer(nnx.Module):
         visible_bs: Array,
         bias: Array | None,
         source: tuple[LayerCache, Array] | None = None,
+        part: Array | None = None,
     ) -> tuple[Array, LayerCache]:
         """One token per row, written to `slot`. `source` is the cache of the encoder's states and their mask."""
         entered = self._enter("attention", x)
         out, cache = self.attention.step(entered, angles, cache, slot, visible_bs, bias)
         if self.cross is None or source is None:
-            return self._after_attention(x, entered, out), cache
+            return self._after_attention(x, entered, out, part), cache
         x = self._leave("attention", x, out)
         x = self._leave("cross", x, self.cross.read(self._enter("cross", x), angles, *source))
         return self._leave("ffn", x, self.ffn(self._enter("ffn", x))), cache
 
     def chunk(
-        self, x: Array, angles: Angles, cache: LayerCache, behind_bs: Array, slot_b: Array, packing: Packing | None
+        self,
+        x: Array,
+        angles: Angles,
+        cache: LayerCache,
+        behind_bs: Array,
+        slot_b: Array,
+        packing: Packing | None,
+        part: Array | None = None,
+        new: LayerCache | None = None,
     ) -> tuple[Array, LayerCache]:
         """The next W tokens of every row; see `Attention.chunk`."""
         entered = self._enter("attention", x)
-        out, new = self.attention.chunk(entered, angles, cache, behind_bs, slot_b, packing)
-        return self._after_attention(x, entered, out), new
+        out, new = self.attention.chunk(entered, angles, cache, behind_bs, slot_b, packing, new)
+        return self._after_attention(x, entered, out, part), new
 
-    def _after_attention(self, x: Array, entered: Array, out: Array) -> Array:
+    def _after_attention(self, x: Array, entered: Array, out: Array, part: Array | None) -> Array:
         """The rest of a layer without attention to a source, from its input, what attention read of it and gave."""
         if self.config.parallel_branches:
             ffn = self.ffn(entered if self.config.shared_norm else self._enter("ffn", x))
             return self._leave("attention", x, out) + ffn
         x = self._leave("attention", x, out)
-        return self._leave("ffn", x, self.ffn(self._enter("ffn", x)))
+        x = self._leave("ffn", x, self.ffn(self._enter("ffn", x)))
+        if self.inputs is not None and part is not None:
+            x = self.inputs(x, part)
+        return x if self.scale is None else x * lax.broadcast_to_rank(self.scale[...], x.ndim)
 
 
 class ScoringHead(nnx.Module):
@@ -167,7 +185,9 @@ class Transformer(nnx.Module):
         self.project_out = projection("btd,dc->btc", (d, narrow)) if config.has_head else None
         self.relative_bias = RelativeBiasTable(config, rngs) if config.relative_bias else None
         self.relative_embeddings = RelativeEmbeddings(config, rngs) if config.disentangled else None
-        self.layers = nnx.List([Layer(config, rngs, i) for i in range(config.layers)])
+        inputs = config.layer_inputs
+        self.second = None if inputs is None else SecondEmbedding(inputs, config, rngs)
+        self.layers = nnx.List([Layer(config.of_layer(i), rngs, i) for i in range(config.layers)])
         self.convolution = TokenConvolution(config.convolution, config, rngs) if config.convolution else None
         self.convolution_norm = make_norm(d, config) if config.convolution else None
         self.norm = make_norm(d, config) if config.final_norm else None
@@ -199,15 +219,26 @@ class Transformer(nnx.Module):
         return self.embedding.get_value()
 
     def _angles(self, positions_bt: Array) -> Angles:
-        ropes = dict.fromkeys(rope for rope in (self.config.rope, self.config.local_rope) if rope is not None)
+        config = self.config
+        wide = config.head_width if config.wide is None else config.wide.head_width
+        ropes = dict.fromkeys([(config.rope, wide), (config.local_rope or config.rope, config.head_width)])
         angles: Angles = {
-            rope: rotary_angles(positions_bt, frequencies(rope, self.config.head_width)[0]) for rope in ropes
+            (rope, width): rotary_angles(positions_bt, frequencies(rope, width)[0])
+            for rope, width in ropes
+            if rope is not None
         }
-        growth = self.config.query_growth
+        growth = config.query_growth
         if growth is not None:
             steps = ((positions_bt + growth.offset) // growth.step).astype(jnp.float32)
             angles[growth] = 1.0 + growth.rate * jnp.log1p(steps)
         return angles
+
+    def _parts(self, ids_bt: Array, x: Array) -> list[Array | None]:
+        """What each layer has of a second embedding."""
+        if self.second is None:
+            return [None] * self.config.layers
+        parts_btlw = self.second(ids_bt, x)
+        return [parts_btlw[:, :, i] for i in range(self.config.layers)]
 
     def _relative(self, length: int) -> Array | None:
         """What the layers share of relative positions, see `Layer.sequence`."""
@@ -244,20 +275,33 @@ class Transformer(nnx.Module):
         angles = self._angles(positions_bt)
         relative = self._relative(t)
         x = embedded = self._embed(self._table if table is None else table, ids_bt, positions_bt, types_bt)
-        kept: list[LayerCache] = []
+        parts = self._parts(ids_bt, x)
+        kept: list[tuple[Array, Array]] = []
+        cached: list[LayerCache] = []
         kept_source: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
-            run = functools.partial(layer.sequence, angles=angles, mask_bts=mask_bts, relative=relative, source=source)
+            owner = self.config.source_layer(i)
+            run = functools.partial(
+                layer.sequence,
+                angles=angles,
+                mask_bts=mask_bts,
+                relative=relative,
+                source=source,
+                part=parts[i],
+                keys_values=None if owner == i else kept[owner],
+            )
             # With `remat` a layer's activations are computed again for its gradient instead of being kept.
             x, keys_values, source_kv = (jax.checkpoint(run) if remat else run)(x)
             if i == 0 and self.convolution is not None and self.convolution_norm is not None:
                 x = self.convolution_norm(x + self.convolution(embedded, real))
-            kept.append(cache_layout(*keys_values))
+            if owner == i:
+                kept.append(keys_values)
+                cached.append(cache_layout(*keys_values))
             if source_kv is not None:
                 kept_source.append(cache_layout(*source_kv))
         if source is None:
-            return self._finish(x), Cache(tuple(kept), t)
-        return self._finish(x), Cache(tuple(kept), t, tuple(kept_source), source[1])
+            return self._finish(x), Cache(tuple(cached), t)
+        return self._finish(x), Cache(tuple(cached), t, tuple(kept_source), source[1])
 
     def read_source(self, ids_bt: Array, mask_bt: Array) -> Cache:
         """Runs the encoder. The cache that a decoder without any token yet starts from: S is 0."""
@@ -275,14 +319,18 @@ class Transformer(nnx.Module):
         angles = self._angles(positions_bt)
         bias = None if self.relative_bias is None else self.relative_bias.step(slot, cache.slots)
         x = self._embed(self._table, ids_b[:, None], positions_bt)
-        new = []
+        parts = self._parts(ids_b[:, None], x)
+        new: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
             source = (cache.source[i], cache.source_mask) if cache.source else None
+            owner = self.config.source_layer(i)
+            held = cache.layers[i] if owner == i else new[owner]
             place, seen = slot, visible.whole
-            if visible.ring is not None and cache.is_ring(i):
-                place, seen = slot % cache.layers[i].slots, visible.ring >= 0
-            x, layer_cache = layer.step(x, angles, cache.layers[i], place, seen, bias, source)
-            new.append(layer_cache)
+            if visible.ring is not None and cache.is_ring(owner):
+                place, seen = slot % held.slots, visible.ring >= 0
+            x, layer_cache = layer.step(x, angles, held, place, seen, bias, source, parts[i])
+            if owner == i:
+                new.append(layer_cache)
         return self._finish(x)[:, 0], dataclasses.replace(cache, layers=tuple(new))
 
     def chunk(
@@ -298,11 +346,17 @@ class Transformer(nnx.Module):
         """Up to W tokens per row; see `Model.decode_chunk`."""
         angles = self._angles(positions_bt)
         x = self._embed(self._table, ids_bt, positions_bt)
-        new = []
+        parts = self._parts(ids_bt, x)
+        new: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
-            seen = behind.ring if behind.ring is not None and cache.is_ring(i) else behind.whole
-            x, keys_values = layer.chunk(x, angles, cache.layers[i], seen, slot_b, packing)
-            new.append(keys_values)
+            owner = self.config.source_layer(i)
+            seen = behind.ring if behind.ring is not None and cache.is_ring(owner) else behind.whole
+            given = None if owner == i else new[owner]
+            x, keys_values = layer.chunk(
+                x, angles, cache.layers[owner], seen, slot_b, packing, part=parts[i], new=given
+            )
+            if owner == i:
+                new.append(keys_values)
         last_b1 = jnp.maximum(count_b - 1, 0)[:, None]
         if packing is None:
             last_b1d = jnp.take_along_axis(x, last_b1[..., None], axis=1)
@@ -385,9 +439,9 @@ def logical_axes(config: ModelConfig) -> dict[Any, Any]:
     is written for.
 
     vocab, embed (D, or a narrower embedding), heads, kv_heads, head (entries of one head), mlp, labels; norm and
-    head_norm (the scales of norms of activations, and of queries and keys); positions, types, buckets and window (rows
-    of small tables). A map from D to D is ("embed", "embed"): where both axes of an array would go to one mesh axis,
-    the first of them does.
+    head_norm (the scales of norms of activations, and of queries and keys); positions, types, buckets, window (rows
+    of small tables) and layers (parts of a second embedding). A map from D to D is ("embed", "embed"): where both axes
+    of an array would go to one mesh axis, the first of them does.
     """
     return _copied(_declared(config).axes)
 

@@ -8,7 +8,7 @@ from tests.data import hf
 
 # What a mesh may divide, and what it leaves whole.
 DIVIDED = {"vocab", "embed", "heads", "kv_heads", "mlp"}
-WHOLE = {"head", "norm", "head_norm", "labels", "positions", "types", "buckets", "window"}
+WHOLE = {"head", "norm", "head_norm", "labels", "positions", "types", "buckets", "window", "layers"}
 
 
 def is_names(leaf):

@@ -15,6 +15,7 @@ from tests.data import hf
 # A wrapper, a family's stored case for its language model, what its text_config calls that, and its class.
 CASES = {
     "gemma3": ("gemma3_text", "pattern", "gemma3_text", "Gemma3ForConditionalGeneration"),
+    "gemma4": ("gemma4_text", "readers", "gemma4_text", "Gemma4ForConditionalGeneration"),
     "mistral3": ("ministral3", "growing", "ministral3", "Mistral3ForConditionalGeneration"),
     "qwen2_vl": ("qwen2", "window_above", "qwen2_vl_text", "Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": ("qwen2", "unused_window", "qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
@@ -99,6 +100,7 @@ _QWEN_VIT = {
 }
 VISION_CONFIGS = {
     "gemma3": {"model_type": "siglip_vision_model", "patch_size": 4, **_VIT},
+    "gemma4": {"num_key_value_heads": 2, "head_dim": 4, "patch_size": 4, "position_embedding_size": 16, **_VIT},
     "mistral3": {"model_type": "pixtral", "patch_size": 4, "head_dim": 4, **_VIT},
     "qwen2_vl": {"model_type": "qwen2_vl_vision", "depth": 1, "embed_dim": 8, "num_heads": 2},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_vision", "fullatt_block_indexes": [0], **_QWEN_VIT},

@@ -15,6 +15,7 @@ from rlae_jax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm,
     glm4,
     gpt2,
@@ -48,7 +49,7 @@ from rlae_jax.models.families import (
 from rlae_jax.models.families.base import Family as Family
 
 _MODULES = (
-    *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, phi, phi3, smollm3),
+    *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, gemma4, phi, phi3, smollm3),
     *(olmo, olmo2, olmo3, granite, granitemoehybrid, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium),
     *(arcee, ernie4_5, nemotron, stablelm, starcoder2, falcon, gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),

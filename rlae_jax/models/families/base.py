@@ -39,6 +39,7 @@ class Family:
     prefix: str = "model."  # of the base model's tensors; checkpoints of the bare model lack it
     inputs_first: tuple[str, ...] = ()  # modules whose ".weight" is [inputs, outputs]
     fused_by_head: tuple[str, ...] = ()  # fused modules that hold q, k, v of one key/value head after another
+    unsuffixed: tuple[str, ...] = ()  # modules whose tensors are called as they are
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that nothing here needs
     head_decides_tie: bool = False  # the head is tied if and only if the checkpoint has none
     # The fields of config.json of a model that was made here; None where none is written in this family's layout.

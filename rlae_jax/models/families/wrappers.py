@@ -14,6 +14,7 @@ from rlae_jax.errors import InputError
 # A wrapper's model_type, and the language model that it has unless its text_config names another.
 WRAPPERS = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "mistral3": "mistral",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",

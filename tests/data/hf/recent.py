@@ -36,6 +36,26 @@ def sample_gemma(rng: np.random.Generator) -> Case:
     return Case("GemmaForCausalLM", fields, hub=chance(rng))
 
 
+def sample_gemma4_text(rng: np.random.Generator) -> Case:
+    fields = llama_fields(rng) | {"num_hidden_layers": between(rng, 4, 5)}
+    kinds = [_LOCAL, _FULL] + [pick(rng, _LOCAL, _FULL) for _ in range(fields["num_hidden_layers"] - 3)] + [_FULL]
+    fields |= {
+        "layer_types": kinds,
+        "head_dim": pick(rng, 4, 6),
+        "global_head_dim": pick(rng, 4, 8, 16),
+        "sliding_window": between(rng, 3, 7),
+        "hidden_size_per_layer_input": pick(rng, 0, 5),
+        "vocab_size_per_layer_input": fields["vocab_size"],
+        "num_kv_shared_layers": between(rng, 0, 2),
+        "use_double_wide_mlp": chance(rng),
+        "attention_k_eq_v": chance(rng),
+        "final_logit_softcapping": pick(rng, None, 4.0, 30.0),
+    }
+    if chance(rng):
+        fields["num_global_key_value_heads"] = 1
+    return Case("Gemma4ForCausalLM", fields, hub=chance(rng))
+
+
 def sample_smollm3(rng: np.random.Generator) -> Case:
     fields = llama_fields(rng) | head_dim_fields(rng) | rope_fields(rng, "default", "yarn")
     fields |= {"attention_bias": chance(rng), "mlp_bias": chance(rng)}
@@ -200,6 +220,29 @@ FAMILIES = {
         # Published with the name of the exact gelu, which is not meant.
         {"gelu": case("GemmaForCausalLM", TINY, hub=True, head_dim=10, hidden_act="gelu", num_key_value_heads=1)},
         sample_gemma,
+    ),
+    "gemma4_text": Family(
+        "decoder",
+        "gemma4_text",
+        {
+            "readers": case(
+                "Gemma4ForCausalLM",
+                TINY,
+                hub=True,
+                num_hidden_layers=4,
+                layer_types=[_LOCAL, _FULL, _LOCAL, _FULL],
+                head_dim=6,
+                global_head_dim=8,
+                num_global_key_value_heads=1,
+                attention_k_eq_v=True,
+                num_kv_shared_layers=2,
+                use_double_wide_mlp=True,
+                hidden_size_per_layer_input=4,
+                vocab_size_per_layer_input=41,
+                sliding_window=5,
+            )
+        },
+        sample_gemma4_text,
     ),
     "smollm3": Family(
         "decoder",
