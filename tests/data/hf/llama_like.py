@@ -22,6 +22,8 @@ from tests.data.hf.cases import (
 def sample_llama(rng: np.random.Generator) -> Case:
     fields = llama_fields(rng) | head_dim_fields(rng) | rope_fields(rng, "default", "llama3", "linear", "yarn")
     fields |= {"attention_bias": chance(rng), "mlp_bias": chance(rng)}
+    if "rope_theta" in fields and "rope_scaling" not in fields and chance(rng):
+        fields["partial_rotary_factor"] = 0.5  # which transformers ignores here
     return Case("LlamaForCausalLM", fields, hub=chance(rng))
 
 
