@@ -15,7 +15,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.models import layers, load, rope, transformer
 from rlae_jax.models.cache import Cache, LayerCache, _write_at_once, extend_cache, visible, write_chunk
-from rlae_jax.models.config import Rope
+from rlae_jax.models.config import LayerInputs, QueryGrowth, Rope, Wide
 from rlae_jax.models.pretrain import PretrainConfig, Source, next_token_loss, pretrain
 from tests.helpers.tolerance import on_device
 
@@ -92,8 +92,19 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
         {"local_layers": (0,), "window": 3, "attention_cap": 2.0},
         {"local_layers": (0, 1), "window": 1},
         {"parallel_branches": True, "rope": None, "learned_positions": 40, "layers": 2},
+        {
+            **{"parallel_branches": True, "shared_norm": True, "norm": "layer", "norm_bias": False},
+            **{"query_key_norm": "heads", "rope": Rope(interleaved=True), "unrotated_layers": (0,)},
+            "query_growth": QueryGrowth(rate=0.5, step=3),
+        },
+        {
+            **{"layers": 4, "local_layers": (0, 2), "window": 3, "local_rope": Rope(100.0)},
+            "wide": Wide(head_width=6, kv_heads=1, keys_are_values=True),
+            **{"reading_layers": 2, "reading_ffn_width": 20, "query_key_norm": "head", "value_norm": True},
+            **{"layer_inputs": LayerInputs(rows=23, width=4), "layer_scale": True},
+        },
     ],
-    ids=["grouped", "tied", "window", "own-token-alone", "parallel"],
+    ids=["grouped", "tied", "window", "own-token-alone", "parallel", "unrotated", "reading"],
 )
 @pytest.mark.device
 def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):
@@ -159,6 +170,14 @@ def test_rotation_by_hand():
     turned = layers.rotate(jnp.tile(jnp.array([1.0, 0.0]), (1, 3, 1, 1)), angles)[0, :, 0]
     expected = [[np.cos(p), np.sin(p)] for p in (0, 1, 5)]
     np.testing.assert_allclose(turned, expected, rtol=0, atol=1e-6)
+
+
+def test_neighbouring_pairs_rotate_as_halves_do():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 10))
+    angles = layers.rotary_angles(jnp.arange(10).reshape(2, 5), rope.frequencies(Rope(), head_width=8)[0])
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7, 8, 9])  # firsts, seconds, and what is not rotated
+    halves = layers.rotate(x[..., order], angles)
+    np.testing.assert_array_equal(layers.rotate(x, angles, interleaved=True)[..., order], halves)
 
 
 @pytest.mark.device

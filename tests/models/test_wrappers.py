@@ -18,7 +18,7 @@ CASES = {
     "gemma4": ("gemma4_text", "readers", "gemma4_text", "Gemma4ForConditionalGeneration"),
     "mistral3": ("ministral3", "growing", "ministral3", "Mistral3ForConditionalGeneration"),
     "qwen2_vl": ("qwen2", "window_above", "qwen2_vl_text", "Qwen2VLForConditionalGeneration"),
-    "qwen2_5_vl": ("qwen2", "unused_window", "qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen2_5_vl": ("qwen2", "window_everywhere", "qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl": ("qwen3", "wide_heads", "qwen3_vl_text", "Qwen3VLForConditionalGeneration"),
     "llava": ("llama", "grouped", "llama", "LlavaForConditionalGeneration"),
 }
