@@ -257,15 +257,21 @@ class Attention(nnx.Module):
         out, clip = linear(x_btd), self.config.qkv_clip
         return out if clip is None else jnp.clip(out, -clip, clip)
 
+    def _place(self, norm: RMSNorm | LayerNorm | None, x_btnh: Array, angles: Angles) -> Array:
+        """Queries or keys, normalised and rotated."""
+        if self.config.norm_rotated:
+            return self._norm(norm, self._rotate(x_btnh, angles))
+        return self._rotate(self._norm(norm, x_btnh), angles)
+
     def _queries(self, x_btd: Array, angles: Angles) -> Array:
-        q_btnh = self._rotate(self._norm(self.q_norm, self._project(self.q, x_btd)), angles)
+        q_btnh = self._place(self.q_norm, self._project(self.q, x_btd), angles)
         growth = self.config.query_growth
         return q_btnh if growth is None else q_btnh * angles[growth].astype(q_btnh.dtype)[:, :, None, None]
 
     def keys_values(self, x_btd: Array, angles: Angles) -> tuple[Array, Array]:
         """Keys and values [B, T, G, H]."""
         projected = self._project(self.k, x_btd)
-        k_btgh = self._rotate(self._norm(self.k_norm, projected), angles)
+        k_btgh = self._place(self.k_norm, projected, angles)
         v_btgh = projected if self.v is None else self._project(self.v, x_btd)
         if self.config.value_norm:
             v_btgh = unit_rms(v_btgh, self.config.norm_eps).astype(v_btgh.dtype)

@@ -119,6 +119,7 @@ class ModelConfig:
     final_norm: bool = True
     # Over each head's entries, the same with a scale for every head ("heads"), or over all heads' entries at once.
     query_key_norm: Literal["head", "heads", "all"] | None = None
+    norm_rotated: bool = False  # queries and keys are normalised after they are rotated
     value_norm: bool = False  # RMS over each head's entries, without a scale
     parallel_branches: bool = False  # x + attention(norm(x)) + ffn(norm(x))
     shared_norm: bool = False  # parallel branches read one norm, attention's

@@ -8,6 +8,7 @@ from rlae_jax.models.families import (
     bert,
     cohere,
     cohere2,
+    cwm,
     deberta_v2,
     ernie4_5,
     exaone4,
@@ -26,6 +27,7 @@ from rlae_jax.models.families import (
     granite,
     granitemoehybrid,
     helium,
+    hunyuan_v1_dense,
     llama,
     ministral,
     ministral3,
@@ -45,13 +47,15 @@ from rlae_jax.models.families import (
     stablelm,
     starcoder2,
     t5,
+    vaultgemma,
 )
 from rlae_jax.models.families.base import Family as Family
 
 _MODULES = (
     *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, gemma4, phi, phi3, smollm3),
     *(olmo, olmo2, olmo3, granite, granitemoehybrid, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium),
-    *(arcee, ernie4_5, nemotron, stablelm, starcoder2, falcon, gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
+    *(arcee, ernie4_5, hunyuan_v1_dense, vaultgemma, cwm, nemotron, stablelm, starcoder2, falcon),
+    *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

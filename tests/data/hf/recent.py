@@ -210,6 +210,32 @@ def sample_ernie4_5(rng: np.random.Generator) -> Case:
     return Case("Ernie4_5ForCausalLM", fields, hub=chance(rng))
 
 
+def sample_hunyuan_v1_dense(rng: np.random.Generator) -> Case:
+    fields = llama_fields(rng) | {"head_dim": pick(rng, 4, 6, 10), "attention_bias": chance(rng)}
+    scaling = {"type": "dynamic", "alpha": pick(rng, 10.0, 1000.0), "factor": 1.0} if chance(rng) else None
+    fields |= {"rope_theta": pick(rng, 100.0, 10000.0), "rope_scaling": scaling}
+    return Case("HunYuanDenseV1ForCausalLM", fields, hub=chance(rng))
+
+
+def sample_vaultgemma(rng: np.random.Generator) -> Case:
+    fields = llama_fields(rng) | rope_fields(rng, "default")
+    fields |= {
+        "head_dim": pick(rng, 4, 6, 10),
+        "query_pre_attn_scalar": between(rng, 3, 24),
+        "sliding_window": between(rng, 3, 7),
+        "attn_logit_softcapping": pick(rng, None, 1.5),
+        "final_logit_softcapping": pick(rng, None, 4.0),
+    }
+    return Case("VaultGemmaForCausalLM", fields, hub=chance(rng))
+
+
+def sample_cwm(rng: np.random.Generator) -> Case:
+    fields = llama_fields(rng) | {"head_dim": pick(rng, 4, 6, 10), "sliding_window": between(rng, 3, 7)}
+    fields |= {"mlp_bias": chance(rng)} | rope_fields(rng, "default", "llama3")
+    fields |= _layer_types(rng, fields) if chance(rng) else {}
+    return Case("CwmForCausalLM", fields, hub=chance(rng))
+
+
 _wide: Fields = TINY | {"hidden_size": 24}
 _tall: Fields = _wide | {"num_hidden_layers": 3}
 
@@ -381,5 +407,28 @@ FAMILIES = {
         "decoder", "seed_oss", {"biases": case("SeedOssForCausalLM", TINY, hub=True, head_dim=6)}, sample_seed_oss
     ),
     "helium": Family("decoder", "helium", {"pairs": case("HeliumForCausalLM", _wide, head_dim=6)}, sample_helium),
+    "hunyuan_v1_dense": Family(
+        "decoder",
+        "hunyuan_v1_dense",
+        {
+            "alpha": case(
+                "HunYuanDenseV1ForCausalLM",
+                TINY,
+                hub=True,
+                head_dim=10,
+                rope_scaling={"type": "dynamic", "alpha": 100.0, "factor": 1.0},
+            )
+        },
+        sample_hunyuan_v1_dense,
+    ),
+    "vaultgemma": Family(
+        "decoder",
+        "vaultgemma",
+        {"caps": case("VaultGemmaForCausalLM", TINY, hub=True, head_dim=10, query_pre_attn_scalar=7, sliding_window=5)},
+        sample_vaultgemma,
+    ),
+    "cwm": Family(
+        "decoder", "cwm", {"windows": case("CwmForCausalLM", TINY, head_dim=6, sliding_window=5)}, sample_cwm
+    ),
     "arcee": Family("decoder", "arcee", {"squares": case("ArceeForCausalLM", _wide, hub=True)}, sample_arcee),
 }
