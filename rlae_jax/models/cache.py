@@ -97,8 +97,10 @@ def layer_slots(config: ModelConfig, layer: int, slots: int, ahead: int = 0) -> 
 
 
 def places(config: ModelConfig, slots: int, ahead: int = 0) -> int:
-    """Of all layers together."""
-    return sum(layer_slots(config, layer, slots, ahead) for layer in range(config.layers))
+    """Of all layers that have keys and values together, those of layers with wider heads counted as so many more."""
+    own = [(i, config.of_layer(i)) for i in range(config.layers - config.reading_layers)]
+    entries = sum(layer_slots(config, i, slots, ahead) * layer.kv_heads * layer.head_width for i, layer in own)
+    return -(-entries // (config.kv_heads * config.head_width))
 
 
 def place_bytes(config: ModelConfig) -> int:
@@ -117,7 +119,7 @@ def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest
         newest = newest[:, None]
     slots = jnp.arange(cache.slots)[None]
     whole = (slots >= start_b[:, None]) & (slots <= newest)
-    rings = [layer for layer in config.local_layers if cache.is_ring(layer)]
+    rings = [layer for layer in config.local_layers if layer < len(cache.layers) and cache.is_ring(layer)]
     if not rings:
         return Visible(whole)
     places, ahead, length = _ring(cache.layers[rings[0]].slots, config.window)

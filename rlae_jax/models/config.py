@@ -147,7 +147,8 @@ class ModelConfig:
     window: int = 0
     local_rope: Rope | None = None  # of the local layers; None: the same as everywhere
     wide: Wide | None = None  # of the layers without a window; None: as the local ones
-    # The last so many layers have no keys and values, but read those of the last layer of their kind before them.
+    # The last so many layers have no keys and values, but read those of the last layer of their kind before them (with
+    # a window or without).
     reading_layers: int = 0
 
     # Feed-forward.

@@ -118,8 +118,8 @@ def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, quantise: Quantise
 
 def _read_by_a_step(config: ModelConfig, sizes: dict[str, int]) -> int:
     """Bytes of the parameters that a decoding step reads: all but tables of which it looks up a row, and an encoder."""
-    looked_up = {"positions", "token_types"} | (set() if config.tied_head else {"embedding"})
-    return sum(n for path, n in sizes.items() if path.split(".")[0] not in looked_up | {"encoder"})
+    looked_up = {"positions", "token_types", "second.table"} | (set() if config.tied_head else {"embedding"})
+    return sum(n for path, n in sizes.items() if not {path, path.split(".")[0]} & (looked_up | {"encoder"}))
 
 
 class _Pass(NamedTuple):
