@@ -275,16 +275,31 @@ def test_defaults_are_those_of_transformers(family):
     from transformers import AutoConfig
 
     theirs = AutoConfig.for_model(family.model_type)
+    theirs.allow_global_per_layer_attribute_access = True  # Gemma 4 is else not asked about its heads
     # Where transformers works the value out, from these or from other fields, ours says None or has the older name.
     derived = {"num_decoder_layers", "word_embed_proj_dim", "scale_decoder_outputs", "id2label", "num_labels"}
     derived |= {"sliding_window"} if family.model_type.startswith("qwen") else set()
-    older = {"rotary_emb_base", "rotary_pct", "rope_theta", "rope_local_base_freq", "rope_scaling"}
+    derived |= {"layer_types", "no_rope_layers", "num_kv_heads", "ffn_hidden_size", "per_layer_config", "head_dim"}
+    derived |= {"global_head_dim", "num_global_key_value_heads"}  # of layers, there
+    older = {"rotary_emb_base", "rotary_pct", "rope_local_base_freq", "rope_scaling"}
     older |= {"sliding_window_pattern", "decoder_start_token_id"}
+    rope = {"rope_theta", "partial_rotary_factor", "rope_parameters"}
     for name, value in family.defaults.items():
-        if name not in derived | older:
+        if name not in derived | older | rope:
             assert (getattr(theirs, name, None) or None) == (value or None), name
     sizes = {"vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"}
     assert not sizes & family.defaults.keys()
+    # What a head's width is, where the others do not decide it.
+    heads = family.defaults.get("head_dim") or theirs.hidden_size // theirs.num_attention_heads
+    assert (getattr(theirs, "head_dim", None) or heads) == heads
+    theirs_rope = getattr(theirs, "rope_parameters", None)
+    if theirs_rope and "rotary_emb_base" not in family.defaults:
+        named = {"rope_theta", "partial_rotary_factor"} & family.defaults.keys()
+        given = {name: family.defaults[name] for name in named}
+        ours = {"rope_theta": 10_000.0} | given | (family.defaults.get("rope_parameters") or {})
+        ours = ours.get("full_attention", ours)
+        theirs_rope = theirs_rope.get("full_attention", theirs_rope)
+        assert {name: theirs_rope.get(name) for name in ours} == ours
 
 
 def test_equal_configurations_share_programs(checkpoint):

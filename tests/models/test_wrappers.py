@@ -121,7 +121,9 @@ def test_logits_equal_transformers_whole_model(torch, tmp_path, wrapper):
         "vision_config": dict(VISION_CONFIGS[wrapper]),
         "image_token_index": 1,
     }
-    raw |= {"tie_word_embeddings": bool(text.get("tie_word_embeddings"))}
+    raw["tie_word_embeddings"] = text.setdefault("tie_word_embeddings", False)
+    if wrapper.startswith("qwen2"):
+        text.pop("head_dim", None)  # which transformers reads in one place and not in the other
     if "vl" in wrapper:
         raw["vision_config"] |= {"hidden_size" if wrapper == "qwen2_vl" else "out_hidden_size": text["hidden_size"]}
         # Three positions a token, which are one and the same without images.

@@ -19,7 +19,7 @@ def read(hf: Any) -> dict[str, Any]:
     local = tuple(i for i, kind in enumerate(kinds) if kind == "local")
     return common(
         hf,
-        ffn_width=hf.intermediate_size or 4 * hf.hidden_size,
+        ffn_width=getattr(hf, "intermediate_size", None) or 4 * hf.hidden_size,
         norm="layer",
         norm_eps=hf.layer_norm_epsilon,
         rope=None,
@@ -35,7 +35,6 @@ def read(hf: Any) -> dict[str, Any]:
 
 
 DEFAULTS = {
-    "intermediate_size": None,
     "max_position_embeddings": 2048,
     "attention_types": [[["global", "local"], 12]],
     "window_size": 256,
