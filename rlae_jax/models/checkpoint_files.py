@@ -121,7 +121,7 @@ def read_source(directory: Path) -> Source:
     return Source(family, raw, _read_optional(directory / "generation_config.json"), wrapped=whole is not None)
 
 
-def _language_model(raw: Mapping[str, Any], names: Any, path: Path) -> tuple[Family, Mapping[str, Any]] | None:
+def _language_model(raw: Mapping[str, Any], names: Any, path: Path) -> tuple[Family, dict[str, Any]] | None:
     """The family and the configuration of the language model in a multimodal model, if this is one.
 
     Raises:
@@ -197,8 +197,8 @@ def _is_tied(config: ModelConfig, source: Source, directory: Path) -> bool:
     embedding, head = (names.get(key) for key in ends)
     if source.family.head_decides_tie or head is None or embedding is None:
         return head is None or config.tied_head
-    both = tensors.read(embedding), tensors.read(head)
-    if all(isinstance(tensor, np.ndarray) for tensor in both) and np.array_equal(*both):
+    one, other = tensors.read(embedding), tensors.read(head)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and np.array_equal(one, other):
         return True
     warnings.warn(
         f"{directory}: config.json says that the head is the embedding (tie_word_embeddings), but {head} is another "

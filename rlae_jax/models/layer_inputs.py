@@ -27,7 +27,8 @@ class SecondEmbedding(nnx.Module):
         projected = self.norm(self.project(x_btd) * x_btd.shape[-1] ** -0.5)
         rows = self.table[...][ids_bt].reshape(projected.shape)
         scale = jnp.asarray(projected.shape[-1] ** 0.5, rows.dtype)  # rounded to the dtype, as the embedding's is
-        return (projected + rows * scale) * 2.0**-0.5
+        parts_btlw: Array = (projected + rows * scale) * 2.0**-0.5
+        return parts_btlw
 
 
 class InputGate(nnx.Module):

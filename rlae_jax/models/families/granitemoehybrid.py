@@ -6,7 +6,8 @@ from rlae_jax.errors import InputError
 from rlae_jax.models.families import granite, llama
 from rlae_jax.models.families.base import Family
 
-MODULES = {name: path for name, path in llama.MODULES.items() if ".mlp." not in name} | {
+MODULES: dict[str, str | tuple[str, ...]] = {
+    **{name: path for name, path in llama.MODULES.items() if ".mlp." not in name},
     "model.layers.{i}.shared_mlp.input_linear": ("layers.{i}.ffn.gate", "layers.{i}.ffn.up"),
     "model.layers.{i}.shared_mlp.output_linear": "layers.{i}.ffn.down",
 }
