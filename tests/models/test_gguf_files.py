@@ -59,6 +59,7 @@ CASES = {
     ("llama", "yarn"): untruncated,
     ("llama", "biases"): None,
     ("mistral", "no_window"): None,
+    ("ministral3", "growing"): None,
     ("qwen2", "unused_window"): None,
     ("qwen3", "wide_heads"): None,
     ("qwen3", "yarn"): None,
