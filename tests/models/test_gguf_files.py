@@ -185,6 +185,18 @@ def test_a_saved_file_is_a_directory_that_loads_again(tmp_path):
         np.testing.assert_allclose(saved[name], tensor, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize(("family", "case"), [("llama", "llama3"), ("phi3", "short"), ("gemma3_text", "pattern")])
+def test_transformers_reads_a_saved_file(family, case, tmp_path, torch):
+    stored = write_case(tmp_path / "made", family, case)
+    lm = rj.load(writing.write(tmp_path / "model.gguf", tmp_path / "made"), **stored.load)
+    lm.save(tmp_path / "saved")
+    ids = np.random.default_rng(7).integers(0, lm.config.vocab, (2, 9))
+    with torch.no_grad():
+        architecture = lm.source.config["architectures"][0]
+        expected = hf.from_pretrained(architecture, tmp_path / "saved")(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(lm.logits(ids), expected, atol=2e-5 * abs(expected).max())
+
+
 def fields_of_all(config):
     """A directory whose tensors have inputs that every kind of block divides."""
     return config | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
@@ -285,6 +297,8 @@ def test_a_quantised_model_is_its_dequantised_directory(wide, tmp_path):
     ids = np.random.default_rng(3).integers(0, 41, (2, 9))
     expected, actual = rj.load(tmp_path / "full"), rj.load(path)
     np.testing.assert_allclose(actual.logits(ids), expected.logits(ids), atol=on_device(1e-5, 2e-4))
+    expected, actual = (rj.load(one, quantise="int8") for one in (tmp_path / "full", path))
+    chex.assert_trees_all_equal(actual.params, expected.params)
 
 
 def test_parts_of_a_split_file_are_one_model(tmp_path):
