@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
+from rlae_jax.errors import InputError
+from rlae_jax.models import checkpoint_files
 from rlae_jax.models.rope import frequencies
 from tests.data import hf
 from tests.helpers.tolerance import on_device
@@ -79,7 +81,7 @@ CASES = {
     ("qwen2_moe", "shared"): None,
     ("qwen3_moe", "wide_heads"): None,
     ("olmoe", "grouped"): None,
-    ("gpt_oss", "alternating"): None,
+    ("gpt_oss", "clamped"): lambda config: {"swiglu_limit": 7.0},
     ("smollm3", "windows"): layers(4, use_sliding_window=False, sliding_window=None, no_rope_layer_interval=4),
     ("granite", "multipliers"): None,
     ("arcee", "squares"): None,
@@ -330,6 +332,24 @@ def test_a_file_that_was_cut(file, tmp_path, raises_input_error):
         message = raises_input_error(lambda: rj.load(tmp_path / "cut.gguf"), "cut.gguf")
         assert len(message.splitlines()) == 1
         assert size < 4 or "was cut" in message
+
+
+def test_wrong_bytes_in_a_header_are_told_in_a_few_lines(file):
+    whole, rng = file.read_bytes(), np.random.default_rng(5)
+    header = min(extent.offset for extent in gguf_files.open_gguf(file).extents.values())
+    told = []
+    for _ in range(100):
+        spoilt = bytearray(whole)
+        spoilt[rng.integers(4, header)] = rng.choice([0, 255, rng.integers(256)])
+        file.write_bytes(spoilt)
+        try:
+            source = checkpoint_files.read_source(file)
+            config = checkpoint_files.read_config(source, file, dtype="float32", precision=None)
+            assert checkpoint_files.open_tensors(file, source, config).headers
+        except InputError as error:
+            told.append(str(error))
+    assert len(told) > 30
+    assert max(len(message.splitlines()) for message in told) <= 10
 
 
 def test_no_gguf_file_another_version_and_big_endian(file, tmp_path, raises_input_error):
