@@ -33,7 +33,7 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import gguf_files, gguf_models, quantised_files
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.families import FAMILIES, Family, made_family, nearest, wrappers
+from rlae_jax.models.families import FAMILIES, REASONS, Family, made_family, nearest, wrappers
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.quantise import (
     GROUPS,
@@ -113,9 +113,11 @@ def read_source(directory: Path) -> Source:
                 f"{path}: {names[0]} needs code from its own repository, which is never run; supported families: "
                 f"{', '.join(FAMILIES)}"
             )
+        asked = str(raw.get("model_type"))
+        reason = f": {REASONS[asked]}" if asked in REASONS else ""
         raise InputError(
-            f"{path}: architecture {names[0]} is not supported (model_type {raw.get('model_type')}); nearest: "
-            f"{', '.join(nearest(names[0], raw.get('model_type'))) or 'none'}; supported: {', '.join(by_architecture)}"
+            f"{path}: architecture {names[0]} is not supported (model_type {asked}){reason}; nearest: "
+            f"{', '.join(nearest(names[0], asked)) or 'none'}; supported: {', '.join(by_architecture)}"
         )
     quantised_files.read_settings(directory, raw)  # a method that is not read is told at once
     return Source(family, raw, _read_optional(directory / "generation_config.json"), wrapped=whole is not None)
@@ -138,8 +140,9 @@ def _language_model(raw: Mapping[str, Any], names: Any, path: Path) -> tuple[Fam
     model_type, config = part
     family = FAMILIES.get(model_type)
     if family is None:
+        reason = f": {REASONS[model_type]}" if model_type in REASONS else ""
         raise InputError(
-            f"{path}: {names[0]} is not supported, since its language model, {model_type}, is not; nearest: "
+            f"{path}: {names[0]} is not supported, since its language model, {model_type}, is not{reason}; nearest: "
             f"{', '.join(nearest(model_type)) or 'none'}"
         )
     warnings.warn(

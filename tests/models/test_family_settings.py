@@ -59,7 +59,7 @@ def test_what_is_refused_is_named(read, raises_input_error, family, settings, pa
     [
         (("Qwen3NextForCausalLM", "qwen3_next"), "Qwen3ForCausalLM"),
         (("Gemma5ForCausalLM", "gemma5_text"), "Gemma4ForCausalLM"),
-        (("LLaMAForCausalLM", None), "LlamaForCausalLM"),
+        (("LLaMAForCausalLM", "LLaMA"), "LlamaForCausalLM"),
         (("Olmo4ForCausalLM", "olmo4"), "Olmo3ForCausalLM"),
     ],
 )
@@ -67,5 +67,20 @@ def test_refusals_name_what_is_near(names, first):
     assert first in nearest(*names)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "reason"),
+    [
+        ("gemma3n_text", "Gemma3nForCausalLM", "AltUp"),
+        ("gemma3n", "Gemma3nForConditionalGeneration", "AltUp"),
+        ("llama4_text", "Llama4ForCausalLM", "chunks"),
+        ("llama4", "Llama4ForConditionalGeneration", "chunks"),
+    ],
+)
+def test_some_refusals_say_why(tmp_path, raises_input_error, model_type, architecture, reason):
+    raw = {"architectures": [architecture], "model_type": model_type, "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    raises_input_error(lambda: checkpoint_files.read_source(tmp_path), architecture, reason)
+
+
 def test_nothing_may_be_near():
-    assert nearest("XyzzyForCausalLM", None) == []
+    assert nearest("XyzzyForCausalLM", "xyzzy") == []

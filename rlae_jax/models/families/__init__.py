@@ -60,16 +60,22 @@ _MODULES = (
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
+# Of models that are asked for and cannot be loaded, the reason.
+REASONS = {
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its layers carry four streams of activations (AltUp)"),
+    **dict.fromkeys(("llama4", "llama4_text"), "it attends in chunks and scales what its experts read"),
+}
+
 
 def made_family(config: ModelConfig) -> Family:
     """Whose layout a model has that was made here and not loaded: Llama's, or T5's for an encoder-decoder."""
     return FAMILIES["llama" if config.encoder is None else "t5"]
 
 
-def nearest(*names: str | None, most: int = 3) -> list[str]:
+def nearest(*names: str, most: int = 3) -> list[str]:
     """The architectures whose names are most like those of a model that cannot be loaded, likeliest first."""
     known = {_stem(name): family for family in FAMILIES.values() for name in (family.model_type, *family.architectures)}
-    close = [difflib.get_close_matches(_stem(str(name)), known, n=most, cutoff=0.6) for name in names]
+    close = [difflib.get_close_matches(_stem(name), known, n=most, cutoff=0.6) for name in names]
     return list(dict.fromkeys(known[stem].architectures[0] for stems in close for stem in stems))[:most]
 
 
