@@ -84,7 +84,8 @@ class Layer(nnx.Module):
         `keys_values` those of the layer whose it reads. Returns the activations, the keys and values and those of the
         source."""
         entered = self._enter("attention", x)
-        out, keys_values = self.attention.sequence(entered, angles, mask_bts, relative, keys_values)
+        others = {} if keys_values is None else {"keys_values": keys_values}
+        out, keys_values = self.attention.sequence(entered, angles, mask_bts, relative, **others)
         if self.cross is None or source is None:
             return self._after_attention(x, entered, out, part), keys_values, None
         x = self._leave("attention", x, out)
