@@ -16,6 +16,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.vocabulary import UnionVocabulary, load_or_build
 from rlae_jax.models import LM
 from rlae_jax.models.cache import cache_bytes
+from rlae_jax.models.quantise import weight_bytes
 
 FEW_PARTNERS = 0.2  # of a vocabulary's texts: with fewer, members seldom write in common tokens
 DIFFERENT_CONTEXTS = 4  # times as long
@@ -65,7 +66,7 @@ def _bytes(n: float) -> str:
 
 
 def _weights(lm: LM) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((lm.params, lm.stack)))
+    return sum(map(weight_bytes, jax.tree.leaves((lm.params, lm.stack))))
 
 
 def _end_tokens(lm: LM, ids: Sequence[int]) -> tuple[str, ...]:

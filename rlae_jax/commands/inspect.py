@@ -1,5 +1,6 @@
 """`rlae-jax inspect`."""
 
+import dataclasses
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
@@ -33,7 +34,8 @@ def inspect(
 
     model.require_models()
     end_ids = model.read_end_ids(len(model.models))
-    members = [load(name, dtype=model.dtype) for name in model.models]
+    held = dataclasses.asdict(model.held)
+    members = [load(name, dtype=model.dtype, **held) for name in model.models]
     if tokens is None:
         tokens = min(INSPECTED_TOKENS, *(lm.config.context for lm in members))
     show(inspect_members(members, end_ids, bandwidth_gb_s=bandwidth, batch=batch, tokens=tokens))

@@ -27,6 +27,19 @@ Models = Annotated[tuple[str, ...], arg(metavar="MODEL [MODEL ...]")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOptions:
+    """How weights are held."""
+
+    quantise: Literal["int8", "int4", "fp8"] | None = None
+    """kernels of linear layers in fewer bits: int8 or fp8 with a scale per output, int4 with a scale per group of
+    inputs. Default: as the checkpoint has them."""
+    quantise_head: bool = False
+    """the output head and the embedding table, too (int8 with int4)."""
+    quantise_group: Literal[32, 64, 128] = 32
+    """inputs that share a scale of int4."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemberOptions:
     """Which models."""
@@ -37,6 +50,7 @@ class MemberOptions:
     """ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own."""
     dtype: Dtype = "float32"
     """of the parameters."""
+    held: Annotated[HeldOptions, OmitArgPrefixes]
 
     def require_models(self) -> None:
         """Raises an `InputError` where none is given."""
@@ -94,9 +108,9 @@ class ModelOptions(MemberOptions):
         get_operator(self.fusion, count)  # tells now, not after reading gigabytes
         of_all = None if lists is None else [i for ids in lists for i in ids]
         if self.adapters:
-            base = load(self.models[0], dtype=self.dtype)
+            base = load(self.models[0], dtype=self.dtype, **dataclasses.asdict(self.held))
             return Ensemble.from_adapters(base, self.adapters, self.fusion, end_ids=of_all)
-        members = [load(model, dtype=self.dtype) for model in self.models]
+        members = [load(model, dtype=self.dtype, **dataclasses.asdict(self.held)) for model in self.models]
         return Ensemble(members, self.fusion, end_ids=of_all if same_tokenizer(members) else lists)
 
 

@@ -51,7 +51,7 @@ def plan(
         prompt: tokens of a prompt.
         new: tokens of an answer.
         dtype: of parameters, keys and values.
-        quantise: kernels of linear layers in fewer bits: an estimate, as no model is loaded so yet.
+        quantise: kernels of linear layers in fewer bits (int4 in groups of 32), heads and embeddings as they are.
         union: entries of the union vocabulary of models with different tokenizers, as inspect tells; 0 for one
             tokenizer. Default: 0 where all vocabularies are of one size, else the sum of their sizes.
         adapters: so many LoRA adapters of rank 8 of the one model are the members.

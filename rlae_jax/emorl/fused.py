@@ -38,6 +38,7 @@ from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
 from rlae_jax.models import LM, Adapter
 from rlae_jax.models.lm import load_adapters
+from rlae_jax.models.quantise import weight_bytes
 from rlae_jax.sharding import ROWS, WHOLE, by_rows, fill, groups_of, to_host, use
 
 MODES = {"hidden": "hidden", "probs": "linear", "loglinear": "loglinear", "params": "params"}
@@ -226,7 +227,7 @@ class PointDecoder:
 
 def _size(tree: Any) -> int:
     """Bytes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(map(weight_bytes, jax.tree.leaves(tree)))
 
 
 def _batch_size(n: int) -> int:

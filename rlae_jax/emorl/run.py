@@ -105,7 +105,8 @@ class Run:
           InputError: it is not where it was, or is another one now.
         """
         known = self.config["base"]
-        lm = load(known["path"] or known["name"])
+        held = {name: value for name, value in known.items() if name.startswith("quantise")}
+        lm = load(known["path"] or known["name"], **held)
         if lm.fingerprint() != known["sha256"]:
             raise InputError(f"{known['path']} is not the base model that {self.directory} was trained from")
         return lm

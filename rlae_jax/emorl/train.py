@@ -166,12 +166,20 @@ def _tokenise(ensemble: Ensemble, texts: Sequence[str], max_new_tokens: int) -> 
     return _Split(tuple(texts), rows, ensemble.prompts(rows, spec, batch=len(rows)))
 
 
+def _held(base: LM) -> dict[str, Any]:
+    """How the base's weights are held, in `load`'s words, where it was asked to hold them in fewer bits."""
+    asked = base.quantisation
+    if asked is None:
+        return {}
+    return {"quantise": asked.kind, "quantise_head": asked.head, "quantise_group": asked.group}
+
+
 def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[str, Any] | None) -> dict[str, Any]:
     """The content of a run's config.json."""
     return {
         "schema": 1,
         "command": "emorl train",
-        "base": {"name": base.name, "path": str(base.path or ""), "sha256": base.fingerprint()},
+        "base": {"name": base.name, "path": str(base.path or ""), "sha256": base.fingerprint()} | _held(base),
         "prompts": {"name": prompts.name, "sha256": prompts.digest()},
         "data": None if data is None else dict(data),
         "settings": dataclasses.asdict(config),

@@ -49,6 +49,7 @@ class LM:
     )  # adapters that are kept apart from the parameters, see `with_adapters`
     adapters: tuple[str, ...] = ()  # their names
     mesh: Mesh | None = None  # over which the arrays are spread; None: they lie on one device
+    quantisation: Quantisation | None = None  # how `load` was asked to hold the weights
     # Of every array of `params` its first entries, where they were noted when it was read: on a mesh to look at them
     # again would bring whole arrays together.
     starts: bytes | None = dataclasses.field(default=None, repr=False)
@@ -290,8 +291,8 @@ def load(
     precision: str | None = "highest",
     mesh: Mesh | None = None,
     quantise: str | None = None,
-    group: int = 32,
     quantise_head: bool = False,
+    quantise_group: int = 32,
 ) -> LM:
     """Loads a checkpoint: a Hugging Face directory, a GGUF file, or a Hub id through huggingface_hub's cache.
 
@@ -311,19 +312,25 @@ def load(
         default the mesh in force (`jax.set_mesh`), if there is one.
       quantise: "int8" (a scale per output channel), "int4" (a scale per group of inputs) or "fp8" (e4m3, per channel):
         how the kernels of linear layers are held, see `quantise.py`. Activations keep `dtype`.
-      group: inputs that share a scale of int4: 32, 64 or 128. A layer whose inputs it does not divide takes the next
-        smaller.
       quantise_head: the output head and the embedding table, too, with a scale per token (int8 with int4).
+      quantise_group: inputs that share a scale of int4: 32, 64 or 128. A layer whose inputs it does not divide takes
+        the next smaller.
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; heads that the
         mesh does not divide.
     """
+    quantisation = Quantisation.of(quantise, group=quantise_group, head=quantise_head)
+    if quantisation is not None and adapter is not None:
+        raise InputError(
+            "an adapter cannot be merged into a quantised base: load the base with quantise, then keep the adapter "
+            "beside it (with_adapters)"
+        )
     opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
     if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    (params, starts), mesh = opened.read_params(mesh, Quantisation.of(quantise, group=group, head=quantise_head))
-    lm = LM(params=params, starts=starts, mesh=mesh, **opened._asdict())
+    (params, starts), mesh = opened.read_params(mesh, quantisation)
+    lm = LM(params=params, starts=starts, mesh=mesh, quantisation=quantisation, **opened._asdict())
     return lm if adapter is None else lm.with_adapter(adapter)
 
 

@@ -26,7 +26,7 @@ from rlae_jax.ppo import iteration as ppo
 
 Quantised = Literal["int8", "int4", "fp8"]
 _BITS: dict[str, int] = {"int8": 8, "int4": 4, "fp8": 8}
-_GROUP = 128  # inputs that share a scale of an int4 kernel; an output channel has one of the others
+_GROUP = 32  # inputs that share a scale of an int4 kernel; an output channel has one of the others
 FLOAT = 4  # bytes of what is computed in float32 whatever the dtype
 
 
@@ -107,7 +107,7 @@ def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, quantise: Quantise
     for path, axes, leaf in _leaves(config):
         n = _size(axes, leaf.shape, mesh)
         linear = linears.get(path.removesuffix(".kernel"))
-        if quantise is None or linear is None or not path.endswith(".kernel"):
+        if quantise is None or linear is None or not path.endswith(".kernel") or path == "head.kernel":
             found[path] = n * leaf.dtype.itemsize
             continue
         inputs = math.prod(leaf.shape[: linear.inputs])

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 import rlae_jax as rj
 from rlae_jax.commands import main as commands
 from rlae_jax.emorl import embedded
-from rlae_jax.models import LM, transformer
+from rlae_jax.emorl.run import Run
+from rlae_jax.models import LM, quantise, transformer
 
 TINY = ("--steps", "8", "--batch", "4", "--validate-every", "4", "--validation-prompts", "4", "--max-new-tokens", "8")
 
@@ -125,3 +126,17 @@ def test_mistakes_are_told_in_one_line(call, base, tmp_path, arguments, told):
     assert status == 2
     assert told in error
     assert len(error.splitlines()) == 1
+
+
+def test_adapters_over_a_quantised_base(call, base, tmp_path):
+    """The run remembers how its base is held."""
+    run = tmp_path / "run"
+    given = ("--base", base, "--data", "reflections", "--out", run, *TINY, "--targets", "q", "v")
+    assert call("train", "--objective", "coverage", *given, "--quantise", "int8")[0] == 0
+    assert json.loads((run / "config.json").read_text())["base"]["quantise"] == "int8"
+    held = Run(run).base.params
+    assert set(quantise.forms(held)) == {"int8"}
+    assert call("evaluate", "--run", run, "--limit", 2)[0] == 0
+    status, _, told = call("train", "--objective", "coverage", *given, "--quantise", "int4", "--quantise-group", 5)
+    assert status != 0
+    assert "quantise-group" in told

@@ -147,7 +147,8 @@ def test_adapters_stay_beside_a_quantised_base(checkpoint, raises_input_error):
 
 
 def test_what_cannot_be_quantised_is_told(make_lm, checkpoint, tmp_path, raises_input_error):
+    raises_input_error(lambda: rj.load(checkpoint, quantise="int8", adapter="a"), "beside", "with_adapters")
     raises_input_error(lambda: rj.load(checkpoint, quantise="int3"), "int3", "int8, int4, fp8")
-    raises_input_error(lambda: rj.load(checkpoint, quantise="int4", group=48), "48", "32, 64, 128")
+    raises_input_error(lambda: rj.load(checkpoint, quantise="int4", quantise_group=48), "48", "32, 64, 128")
     make_lm(0, width=64, ffn_width=50).save(tmp_path / "odd")
     raises_input_error(lambda: rj.load(tmp_path / "odd", quantise="int4"), "down_proj", "50 inputs", "32, 64, 128")

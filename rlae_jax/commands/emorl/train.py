@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.emorl.options import Names
-from rlae_jax.commands.options import resumable
+from rlae_jax.commands.options import HeldOptions, resumable
 from rlae_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def train(
     data: str | None = None,
     layout: Literal["auto", "pair", "psych8k", "rows"] = "auto",
     prompt_field: str = "prompt",
+    held: Annotated[HeldOptions, OmitArgPrefixes],
     baselines: Names = (),
     training: Annotated[TrainOptions, OmitArgPrefixes],
     resume: bool = False,
@@ -112,6 +113,7 @@ def train(
             module:function (or file.py:function) of a prompt and an answer that gives a number in [0, 1].
         out: the run's directory; adapters lie in OUT/objectives/NAME/adapter, in PEFT's format.
         base: a Hugging Face directory or Hub id: a T5 or a decoder-only model.
+        held: how the base's weights are held.
         data: a file with prompts (.csv, .jsonl, .json), or reflections for the embedded ones.
         layout: pair = graded counselling responses, psych8k = a JSON list of instruction, input and output, rows = a
             prompt in each row.
@@ -143,7 +145,7 @@ def train(
     sizes = ", ".join(f"{len(prompts.splits[name])} {name}" for name in prompts.splits)
     report.say(f"{report.quoted(source.path)}: prompts: {sizes}")
     targets = make_targets(objective, baselines, source)
-    lm = load(base) if base is not None else run.base if run is not None else None
+    lm = load(base, **dataclasses.asdict(held)) if base is not None else run.base if run is not None else None
     assert lm is not None
     finished = {} if run is None else run.targets()
     if done := [target.name for target in targets if target.name in finished]:
