@@ -132,11 +132,11 @@ def test_adapters_over_a_quantised_base(call, base, tmp_path):
     """The run remembers how its base is held."""
     run = tmp_path / "run"
     given = ("--base", base, "--data", "reflections", "--out", run, *TINY, "--targets", "q", "v")
-    assert call("train", "--objective", "coverage", *given, "--quantise", "int8")[0] == 0
+    assert call("train", "--objective", "coverage", "brevity", *given, "--quantise", "int8")[0] == 0
     assert json.loads((run / "config.json").read_text())["base"]["quantise"] == "int8"
     held = Run(run).base.params
     assert set(quantise.forms(held)) == {"int8"}
-    assert call("evaluate", "--run", run, "--limit", 2)[0] == 0
+    assert call("search", "--run", run, "--levels", 1, "--prompts", 4)[0] == 0
     status, _, told = call("train", "--objective", "coverage", *given, "--quantise", "int4", "--quantise-group", 5)
     assert status != 0
     assert "quantise-group" in told
