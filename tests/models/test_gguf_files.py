@@ -87,7 +87,7 @@ CASES = {
     ("arcee", "squares"): None,
     ("olmo", "clipped"): None,
     ("seed_oss", "biases"): None,
-    ("ernie4_5", "biases"): None,
+    ("ernie4_5", "pairs"): None,
     ("glm4", "half"): None,
     ("exaone4", "windows"): layers(4, layer_types=LAYER_TYPES),
     ("cohere", "norms"): lambda config: {"rope_theta": 500.0},

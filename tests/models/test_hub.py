@@ -336,7 +336,7 @@ class TestOnline:
         assert "\n" not in message
 
     def test_no_weights_at_all(self, online, raises_input_error):
-        online("org/name", {"config.json": "{}", "model.gguf": ""})
+        online("org/name", {"config.json": "{}", "model.onnx": ""})
         raises_input_error(lambda: hub.resolve("org/name"), "org/name", "no model.safetensors", "adapter_model")
 
     def test_no_config(self, online, raises_input_error):
