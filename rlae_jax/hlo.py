@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 _COPIES = ("copy", "copy-start")
+_SLICES = ("slice", "dynamic-slice", "gather")
+_NO_READS = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "optimization-barrier")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _NAME = re.compile(r"^(ROOT )?%?([\w.\-]+) = ")
@@ -65,6 +67,7 @@ class Instruction:
     cycles: int  # the compiler's estimate, where it gives one (TPUs)
     trips: int | None  # of a loop, where the compiler knows them
     body: str | None  # of a loop
+    index: int | None = None  # of a parameter
 
     @property
     def nbytes(self) -> int:
@@ -163,6 +166,46 @@ class Module:
                 found.append(i)
         return found
 
+    def bytes_read(self, name: str, cache: int) -> int:
+        """What one run of a computation reads of arrays of more than `cache` bytes: all others are as good as in a
+        processor's cache. Of an array of which a slice is taken the slice counts; of a branch the one that reads most;
+        a loop counts as often as it runs, once where the compiler does not know."""
+        total = 0
+        for i in self.computations[name]:
+            if i.opcode == "while" and i.body is not None:
+                total += (i.trips or 1) * self.bytes_read(i.body, cache)
+            elif i.opcode == "conditional":
+                total += max(self.bytes_read(c, cache) for c in i.calls)
+            elif i.opcode == "call":
+                total += sum(self.bytes_read(c, cache) for c in i.calls)
+            elif i.opcode not in _NO_READS:
+                total += sum(self._read_of(i, k) for k in range(len(i.operands)) if self._operand(i, k) > cache)
+        return total
+
+    def _operand(self, i: Instruction, k: int) -> int:
+        """Its bytes."""
+        source = self._by_name.get(i.operands[k])
+        return 0 if source is None else source.nbytes
+
+    def _read_of(self, i: Instruction, k: int) -> int:
+        """The bytes that an instruction reads of its k-th operand."""
+        if i.opcode in _SLICES and k == 0:
+            return i.nbytes
+        if i.opcode == "dynamic-update-slice" and k == 0:
+            return 0  # written in place
+        if i.opcode != "fusion":
+            return self._operand(i, k)
+        inside = self.computations[i.calls[0]]
+        names = {p.name for p in inside if p.index == k}
+        total = 0
+        for user in inside:
+            for n, operand in enumerate(user.operands):
+                if operand in names and user.opcode == "bitcast":
+                    names.add(user.name)
+                elif operand in names:
+                    total += self._read_of(user, n)
+        return min(total, self._operand(i, k))
+
     def cycles(self, name: str) -> int:
         """The estimated cycles of one run of a computation: of a branch the longest, of a loop inside it all trips
         where the compiler knows them, else one."""
@@ -244,6 +287,7 @@ def _instruction(line: str) -> Instruction | None:
         cycles=int(_first(r'"estimated_cycles":"(\d+)"', attributes) or 0),
         trips=int(_first(r'"known_trip_count":\{"n":"(\d+)"', attributes) or 0) or None,
         body=_first(r"\bbody=%?([\w.\-]+)", attributes),
+        index=int(rest[opcode.end() : inside - 1]) if opcode.group(1) == "parameter" else None,
     )
 
 

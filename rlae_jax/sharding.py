@@ -209,6 +209,39 @@ def by_rows(function: Callable[..., Any], places: Sequence[Any], out: Any = ROWS
     return jax.shard_map(function, in_specs=tuple(places), out_specs=out, axis_names={DATA}, check_vma=False)
 
 
+def sum_of_parts(function: Callable[[Any, Any, Any], Any], rows: Any, parts: Any, axes: Any) -> Any:
+    """function(rows, parts, device), run by every device of a group on its own part of some parameters, and summed over
+    the group: for what the compiler would bring together to take a piece at a place that only the data tell.
+
+    Args:
+      function: gives rows; `device` is its number in the group, 0 where nothing is split.
+      rows: arrays with rows first, which all devices of a group have.
+      parts, axes: a tree of parameters and the names of their axes, which say how they lie.
+    """
+    mesh = _in_force()
+    if mesh.empty:
+        return function(rows, parts, 0)
+    places = jax.tree.map(lambda names, leaf: partition(names, leaf.shape, mesh), axes, parts, is_leaf=_is_names)
+    split = any(MODEL in place for place in jax.tree.leaves(places, is_leaf=lambda x: isinstance(x, PartitionSpec)))
+    n = len(jax.tree.leaves(rows)[0])
+    spread = rows_apart() > 1 and n % rows_apart() == 0
+    by_hand = {name for name, used in ((MODEL, split), (DATA, spread)) if used}
+    if not by_hand:
+        return function(rows, parts, 0)
+
+    def own(rows: Any, parts: Any) -> Any:
+        out = function(rows, parts, lax.axis_index(MODEL) if split else 0)
+        return lax.psum(out, MODEL) if split else out
+
+    of_rows = ROWS if spread else WHOLE
+    specs = (jax.tree.map(lambda _: of_rows, rows), places)
+    return jax.shard_map(own, in_specs=specs, out_specs=of_rows, axis_names=by_hand, check_vma=False)(rows, parts)
+
+
+def _is_names(axes: Any) -> bool:
+    return isinstance(axes, tuple)
+
+
 def groups() -> int:
     """Inside `by_rows`, how many groups of devices there are; else 1."""
     mesh = _in_force()
@@ -315,7 +348,12 @@ def check_model(name: str, config: Any, mesh: Mesh, *, strict: bool = True) -> N
             f"{', '.join(map(str, fitting))}"
         )
     sizes = {"heads": config.heads, "key/value heads": config.kv_heads}
-    sizes |= {"feed-forward entries": config.ffn_width, "tokens": config.vocab}
+    experts = config.experts
+    sizes["tokens"] = config.vocab
+    if experts is None or len(experts.layers) < config.layers:
+        sizes["feed-forward entries"] = config.ffn_width
+    if experts is not None and experts.number % size:  # then a part of each
+        sizes["entries of an expert"] = experts.width
     whole = [f"{count} {what}" for what, count in sizes.items() if count % size]
     if whole:
         warnings.warn(

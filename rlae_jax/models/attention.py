@@ -30,6 +30,15 @@ def _capped(scores: Array, cap: float | None) -> Array:
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
+def _softmax(scores: Array, sinks: Array | None) -> Array:
+    """Over the last axis; with sinks, scores of the leading shape that join it and whose share is left out."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    largest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1), sinks))[..., None]
+    weights = jnp.exp(scores - largest)
+    return weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks[..., None] - largest))
+
+
 def attend(
     q_btnh: Array,
     k_bsgh: Array,
@@ -38,9 +47,13 @@ def attend(
     config: ModelConfig,
     scale: float,
     bias_bnts: Float[Array, "#B N T S"] | None = None,
+    sinks_n: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Whole sequences. `jax.nn.dot_product_attention`, but where scores are capped, which it cannot do."""
-    if config.attention_cap is None:
+    """Whole sequences. `jax.nn.dot_product_attention`, but where scores are capped or have sinks, which it cannot do.
+
+    `sinks_n`, here and below: a learned score per head that joins each softmax (Agarwal et al., 2025).
+    """
+    if config.attention_cap is None and sinks_n is None:
         with jax.default_matmul_precision(config.precision):
             return jax.nn.dot_product_attention(q_btnh, k_bsgh, v_bsgh, bias_bnts, mask_bts[:, None], scale=scale)
     b, t, n, h = q_btnh.shape
@@ -48,7 +61,8 @@ def attend(
     q_btgmh = (q_btnh * scale).reshape(b, t, g, n // g, h)
     scores = jnp.einsum("btgmh,bsgh->bgmts", q_btgmh, k_bsgh, precision=config.precision).astype(jnp.float32)
     scores = jnp.where(mask_bts[:, None, None], _capped(scores, config.attention_cap), LOWEST)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_bsgh.dtype)
+    sinks = None if sinks_n is None else jnp.broadcast_to(sinks_n.reshape(1, g, -1, 1), scores.shape[:-1])
+    weights = _softmax(scores, sinks).astype(v_bsgh.dtype)
     return jnp.einsum("bgmts,bsgh->btgmh", weights, v_bsgh, precision=config.precision).reshape(b, t, n, h)
 
 
@@ -60,6 +74,7 @@ def attend_cached(
     config: ModelConfig,
     scale: float,
     bias_bns: Float[Array, "#B N S"] | None = None,
+    sinks_n: Float[Array, " N"] | None = None,
 ) -> Float[Array, "R N H"]:
     """One query per row against the cache, softmax in float32.
 
@@ -76,7 +91,8 @@ def attend_cached(
         scores_bgms = scores_bgms + bias_bns.reshape(-1, g, n // g, bias_bns.shape[-1])
     scores_bgms = _capped(scores_bgms, config.attention_cap)
     masked = jnp.where(visible_bs[:, None, None], scores_bgms, LOWEST)
-    weights_bgms = jax.nn.softmax(masked, axis=-1).astype(v_bghs.dtype)
+    sinks = None if sinks_n is None else _repeat_sinks(sinks_n, b, g, p)
+    weights_bgms = _softmax(masked, sinks).astype(v_bghs.dtype)
 
     def per_head(weights: Array, v: Array) -> Array:
         # The CPU compiler vectorises a batched matrix-vector product over the innermost slots, but not a batched
@@ -92,6 +108,11 @@ def attend_cached(
     return out_bgmh.reshape(b, g, p, n // g, h).swapaxes(1, 2).reshape(r, n, h)
 
 
+def _repeat_sinks(sinks_n: Array, b: int, g: int, times: int) -> Float[Array, "B G M"]:
+    """For each of so many queries of a row and head."""
+    return jnp.broadcast_to(jnp.tile(sinks_n.reshape(g, -1), (1, times))[None], (b, g, times * len(sinks_n) // g))
+
+
 def attend_behind(
     q_bwnh: Array,
     cache: LayerCache,
@@ -100,6 +121,7 @@ def attend_behind(
     among_bww: Bool[Array, "B W X"],
     config: ModelConfig,
     scale: float,
+    sinks_n: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B W N H"]:
     """W queries per row against the cache as it is and X new keys and values, softmax in float32.
 
@@ -118,8 +140,13 @@ def attend_behind(
 
     old_scores, new_scores = scores_of(cache.keys, behind_bws), scores_of(new.keys, among_bww)
     largest = jnp.maximum(jnp.max(old_scores, axis=-1), jnp.max(new_scores, axis=-1))[..., None]
+    sinks = None if sinks_n is None else _repeat_sinks(sinks_n, b, g, w)[..., None]
+    if sinks is not None:
+        largest = jnp.maximum(largest, sinks)
     old_weights, new_weights = jnp.exp(old_scores - largest), jnp.exp(new_scores - largest)
     total = jnp.sum(old_weights, axis=-1) + jnp.sum(new_weights, axis=-1)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - largest)[..., 0]
 
     def per_query(weights: Array, v: Array) -> Array:
         # As in `attend_cached`: the CPU compiler vectorises matrix-vector products only.
@@ -229,6 +256,8 @@ class Attention(nnx.Module):
         self.v = None if self.reads or one else v
         self.q_norm = _head_norm(config, config.heads, "heads")
         self.k_norm = None if self.reads else _head_norm(config, config.kv_heads, "kv_heads")
+        sinks = jnp.zeros((config.heads,), config.dtype)
+        self.sinks = nnx.Param(sinks, axes=("heads",)) if config.attention_sinks else None
         self.config = config
         self.scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
         if config.scale_by_depth:
@@ -239,12 +268,9 @@ class Attention(nnx.Module):
         if layer in config.unrotated_layers:
             self.rope = None
 
-    def _norm(self, norm: RMSNorm | LayerNorm | None, x_btnh: Array) -> Array:
-        if norm is None:
-            return x_btnh
-        if self.config.query_key_norm == "all":
-            return norm(x_btnh.reshape(*x_btnh.shape[:2], -1)).reshape(x_btnh.shape)
-        return norm(x_btnh)
+    @property
+    def _sinks_n(self) -> Array | None:
+        return None if self.sinks is None else self.sinks[...].astype(jnp.float32)
 
     def _rotate(self, x_btnh: Array, angles: Angles) -> Array:
         rope = self.rope
@@ -253,26 +279,33 @@ class Attention(nnx.Module):
         scale = frequencies(rope, self.config.head_width)[1]
         return rotate(x_btnh, angles[rope, self.config.head_width], scale, interleaved=rope.interleaved)
 
-    def _project(self, linear: Linear, x_btd: Array) -> Array:
-        out, clip = linear(x_btd), self.config.qkv_clip
-        return out if clip is None else jnp.clip(out, -clip, clip)
+    def _norm(self, norm: RMSNorm | LayerNorm | None, x_btnh: Array) -> Array:
+        if norm is None:
+            return x_btnh
+        if self.config.query_key_norm == "all":
+            return norm(x_btnh.reshape(*x_btnh.shape[:2], -1)).reshape(x_btnh.shape)
+        return norm(x_btnh)
+
+    def _clip(self, x_btnh: Array) -> Array:
+        clip = self.config.qkv_clip
+        return x_btnh if clip is None else jnp.clip(x_btnh, -clip, clip)
 
     def _place(self, norm: RMSNorm | LayerNorm | None, x_btnh: Array, angles: Angles) -> Array:
-        """Queries or keys, normalised and rotated."""
+        """Queries or keys, normalised, clipped and rotated."""
         if self.config.norm_rotated:
-            return self._norm(norm, self._rotate(x_btnh, angles))
-        return self._rotate(self._norm(norm, x_btnh), angles)
+            return self._norm(norm, self._rotate(self._clip(x_btnh), angles))
+        return self._rotate(self._clip(self._norm(norm, x_btnh)), angles)
 
     def _queries(self, x_btd: Array, angles: Angles) -> Array:
-        q_btnh = self._place(self.q_norm, self._project(self.q, x_btd), angles)
+        q_btnh = self._place(self.q_norm, self.q(x_btd), angles)
         growth = self.config.query_growth
         return q_btnh if growth is None else q_btnh * angles[growth].astype(q_btnh.dtype)[:, :, None, None]
 
     def keys_values(self, x_btd: Array, angles: Angles) -> tuple[Array, Array]:
         """Keys and values [B, T, G, H]."""
-        projected = self._project(self.k, x_btd)
+        projected = self.k(x_btd)
         k_btgh = self._place(self.k_norm, projected, angles)
-        v_btgh = projected if self.v is None else self._project(self.v, x_btd)
+        v_btgh = projected if self.v is None else self._clip(self.v(x_btd))
         if self.config.value_norm:
             v_btgh = unit_rms(v_btgh, self.config.norm_eps).astype(v_btgh.dtype)
         return k_btgh, v_btgh
@@ -298,7 +331,7 @@ class Attention(nnx.Module):
             t = mask_bts.shape[-1]
             recent = np.arange(t)[None, :] > np.arange(t)[:, None] - self.window
             mask_bts = mask_bts & recent[None]
-        out = attend(self._queries(x_btd, angles), k, v, mask_bts, self.config, self.scale, bias_1nts)
+        out = attend(self._queries(x_btd, angles), k, v, mask_bts, self.config, self.scale, bias_1nts, self._sinks_n)
         return self.o(out), (k, v)
 
     def step(
@@ -354,7 +387,7 @@ class Attention(nnx.Module):
                 else:
                     behind = (behind >= 0) & (behind > first_seen[..., None])
                 among = among & (jnp.arange(w)[None, None] > places[..., None] - self.window)
-            return attend_behind(q, cache_r, new_r, behind, among, self.config, self.scale)
+            return attend_behind(q, cache_r, new_r, behind, among, self.config, self.scale, self._sinks_n)
 
         if packing is None:
             out = attend(q_btnh, None, jnp.broadcast_to(jnp.arange(w), (b, w)))
@@ -375,4 +408,5 @@ class Attention(nnx.Module):
         """One query per row against keys and values as they are, of which several rows may share one; see
         `attend_cached`. Returns [R, 1, D]."""
         q_bnh = self._queries(x_btd, angles)[:, 0]
-        return self.o(attend_cached(q_bnh, *cache, visible_bs, self.config, self.scale, bias_bns)[:, None])
+        out = attend_cached(q_bnh, *cache, visible_bs, self.config, self.scale, bias_bns, self._sinks_n)
+        return self.o(out[:, None])

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
@@ -32,7 +34,7 @@ from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import gguf_files, gguf_models, quantised_files
-from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.config import Experts, ModelConfig
 from rlae_jax.models.families import FAMILIES, REASONS, Family, made_family, nearest, wrappers
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.quantise import (
@@ -256,6 +258,8 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
     wrong = [f"{size} = {getattr(config, size)}" for size in sizes if not _is_size(getattr(config, size))]
     if wrong:
         raise InputError(f"{path}: every size must be a whole number and at least 1, not {', '.join(wrong)}")
+    if (experts := config.experts) is not None:
+        _check_experts(experts, path)
     if config.heads % config.kv_heads:
         raise InputError(
             f"{path}: num_key_value_heads ({config.kv_heads}) must divide num_attention_heads ({config.heads})"
@@ -273,6 +277,15 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
             raise InputError(f"{path}: rope_type {rope.kind} lacks {error}") from error
         except (TypeError, ValueError) as error:
             raise InputError(f"{path}: unusable numbers for rope_type {rope.kind} ({error})") from error
+
+
+def _check_experts(experts: Experts, path: Path) -> None:
+    sizes = {"experts": experts.number, "experts per token": experts.active, "an expert's width": experts.width}
+    wrong = [f"{what} = {size}" for what, size in sizes.items() if not _is_size(size)]
+    if wrong:
+        raise InputError(f"{path}: every size must be a whole number and at least 1, not {', '.join(wrong)}")
+    if experts.active > experts.number:
+        raise InputError(f"{path}: a token cannot take {experts.active} of {experts.number} experts")
 
 
 def _is_size(value: Any) -> bool:
@@ -356,6 +369,7 @@ def open_tensors(directory: Path, source: Source, config: ModelConfig) -> Tensor
 
 
 TABLE, HEAD = ("embedding",), ("head", "kernel")
+ROUTER = "router"  # of experts: whose scores decide, so that they are not quantised
 
 
 class _Leaf(NamedTuple):
@@ -375,15 +389,11 @@ def _check_quantisation(
         raise InputError(
             f"{where}: {packed[0]} and {len(packed) - 1} more are quantised already: load it without quantise"
         )
-    odd = [tensor for tensor in matched.values() if tensor.kind == "kernel" and _inputs(tensor) % GROUPS[0]]
+    odd = [tensor for tensor in matched.values() if tensor.kind == "kernel" and tensor.input_size % GROUPS[0]]
     odd = [tensor for tensor in odd if quantisation.kind == "int4" and tensor.paths[0] != HEAD]
     if odd:
-        findings = [("layers", f"{tensor.key} has {_inputs(tensor)} inputs") for tensor in odd]
+        findings = [("layers", f"{tensor.key} has {tensor.input_size} inputs") for tensor in odd]
         raise grouped_error(f"{where}: int4 needs inputs that groups of {', '.join(map(str, GROUPS))} divide", findings)
-
-
-def _inputs(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shapes[0][: tensor.inputs])
 
 
 def _quantised(part: np.ndarray, tensor: StoredTensor, path: tuple[Any, ...], wanted: Quantisation | None) -> Any:
@@ -397,22 +407,34 @@ def _quantised(part: np.ndarray, tensor: StoredTensor, path: tuple[Any, ...], wa
         return part
     if path == HEAD:
         return quantise_kernel(part, kind=per_token, inputs=tensor.inputs)
-    group = wanted.group_of(_inputs(tensor))
+    if path[-2] == ROUTER:
+        return part
+    group = wanted.group_of(tensor.input_size)
     assert group is not None
-    return quantise_kernel(part, kind=wanted.kind, inputs=tensor.inputs, group=group)
+    of_one = functools.partial(quantise_kernel, kind=wanted.kind, inputs=tensor.inputs, group=group)
+    return jax.vmap(of_one)(part) if tensor.stacked else of_one(part)
+
+
+def _start(kernel: Any, dtype: Any) -> Any:
+    """The first entries of every array of a leaf. What is quantised keeps its dtypes."""
+    if isinstance(kernel, Quantised):
+        return jax.tree.map(lambda part: np.asarray(part.reshape(-1)[:START]).tobytes(), kernel)
+    return np.asarray(kernel.flat[:START], dtype).tobytes()
+
+
+def _on_default(kernel: Any, dtype: Any) -> Any:
+    """A leaf on the default device."""
+    return jax.tree.map(jax.device_put, kernel) if isinstance(kernel, Quantised) else _on_device(kernel, dtype)
 
 
 def _placed(path: tuple[Any, ...], kernel: Any, names: tuple[str, ...], dtype: Any, mesh: Mesh | None) -> _Leaf:
-    """A leaf on its devices. What is quantised keeps its dtypes."""
-    whole = isinstance(kernel, Quantised)
-    start = jax.tree.map(lambda part: np.asarray(part.reshape(-1)[:START]).tobytes(), kernel) if whole else None
+    """A leaf on its devices."""
     if mesh is None:
-        placed = jax.tree.map(jax.device_put, kernel) if whole else _on_device(kernel, dtype)
-    else:
-        where = sharding.shardings(quantised_axes(names, kernel), kernel, mesh)
-        place = functools.partial(sharding.place, dtype=None if whole else dtype)
-        placed = jax.tree.map(lambda part, to: place(np.asarray(part), to), kernel, where)
-    return _Leaf(path, placed, start if whole else np.asarray(kernel.flat[:START], dtype).tobytes())
+        return _Leaf(path, _on_default(kernel, dtype), _start(kernel, dtype))
+    where = sharding.shardings(quantised_axes(names, kernel), kernel, mesh)
+    place = functools.partial(sharding.place, dtype=None if isinstance(kernel, Quantised) else dtype)
+    placed = jax.tree.map(lambda part, to: place(np.asarray(part), to), kernel, where)
+    return _Leaf(path, placed, _start(kernel, dtype))
 
 
 def read_params(
@@ -443,33 +465,49 @@ def read_params(
     if quantisation is not None:
         _check_quantisation(quantisation, matched, tensors, where)
 
-    def read(name: str) -> list[_Leaf]:
+    def kernels_of(name: str) -> list[Any]:
         tensor, stored = matched[name], tensors.read(name)
         if isinstance(stored, Packed):
-            kernels = [*zip(tensor.paths, tensor.split_packed(stored), strict=True)]
-        else:
+            return list(tensor.split_packed(stored))
+        with jax.default_device(None if mesh is None else jax.local_devices(backend="cpu")[0]):
             parts = zip(tensor.paths, tensor.split(stored), strict=True)
-            with jax.default_device(None if mesh is None else jax.local_devices(backend="cpu")[0]):
-                kernels = [(path, _quantised(part, tensor, path, quantisation)) for path, part in parts]
-        return [_placed(path, kernel, get_leaf(axes, path), dtype, mesh) for path, kernel in kernels]
+            return [_quantised(part, tensor, path, quantisation) for path, part in parts]
 
+    def read(names: list[str]) -> list[_Leaf]:
+        tensor, first = matched[names[0]], kernels_of(names[0])
+        if tensor.expert is None:
+            kernels = zip(tensor.paths, first, strict=True)
+            return [_placed(path, kernel, get_leaf(axes, path), dtype, mesh) for path, kernel in kernels]
+        slices = (first if name == names[0] else kernels_of(name) for name in names)
+        if mesh is not None:
+            stacked = [jax.tree.map(lambda *parts: np.stack(parts), *each) for each in zip(*slices, strict=True)]
+            kernels = zip(tensor.paths, stacked, strict=True)
+            return [_placed(path, kernel, get_leaf(axes, path), dtype, mesh) for path, kernel in kernels]
+        starts = [_start(kernel, dtype) for kernel in first]
+        values = _stacked(([_on_default(kernel, dtype) for kernel in kernels] for kernels in slices), len(names))
+        return [_Leaf(*leaf) for leaf in zip(tensor.paths, values, starts, strict=True)]
+
+    # The tensors of a layer's experts are read together, for one array.
+    together: dict[Any, list[str]] = {}
+    for name, tensor in matched.items():
+        together.setdefault(tensor.paths, []).append(name)
     params: Params = {}
     starts: Params = {}
-    for leaf in _ahead(read, matched):
+    for leaf in _ahead(read, together.values()):
         put_leaf(params, leaf.path, leaf.value)
         put_leaf(starts, leaf.path, leaf.start)
     return Tensors(params, b"".join(jax.tree.leaves(starts)))
 
 
-def _ahead(read: Callable[[str], list[_Leaf]], names: Iterable[str]) -> Iterator[_Leaf]:
-    """The leaves of all tensors in order, of which _READERS are read at a time."""
+def _ahead(read: Callable[[list[str]], list[_Leaf]], groups: Iterable[list[str]]) -> Iterator[_Leaf]:
+    """The leaves of all tensors in order, of which _READERS groups are read at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: deque[Future[list[_Leaf]]] = deque()
         try:
-            for name in names:
+            for names in groups:
                 if len(waiting) == _READERS:
                     yield from waiting.popleft().result()
-                waiting.append(pool.submit(read, name))
+                waiting.append(pool.submit(read, names))
             while waiting:
                 yield from waiting.popleft().result()
         finally:  # after an error nothing further is begun
@@ -491,6 +529,22 @@ def _on_device(part: np.ndarray, dtype: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
     return array.astype(dtype)
+
+
+def _stacked(slices: Iterable[list[Any]], n: int) -> list[Any]:
+    """Leaves of n slices, each of which is put into its place as it comes."""
+    leaves: list[Any] = []
+    for i, parts in enumerate(slices):
+        leaves = leaves or jax.tree.map(lambda part: jnp.zeros((n, *part.shape), part.dtype), parts)
+        leaves = jax.tree.map(lambda leaf, part, i=i: _put_slice(leaf, part, i), leaves, parts)
+        jax.block_until_ready(leaves)  # type: ignore[no-untyped-call,unused-ignore]
+    return leaves
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put_slice(array: jax.Array, part: jax.Array, i: int) -> jax.Array:
+    filled: jax.Array = lax.dynamic_update_index_in_dim(array, part, i, axis=0)
+    return filled
 
 
 def made_source(config: ModelConfig) -> Source:
@@ -580,7 +634,10 @@ def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: P
 
 
 def _host_arrays(tensor: StoredTensor, params: Params, dtype: Any) -> list[np.ndarray]:
+    """What a stored tensor has of its leaves."""
     leaves = [get_leaf(params, path) for path in tensor.paths]
+    if tensor.expert is not None:
+        leaves = jax.tree.map(lambda leaf: leaf[tensor.expert], leaves)
     shapes = tensor.shapes
     whole = [dequantised(k, s, dtype) if isinstance(k, Quantised) else k for k, s in zip(leaves, shapes, strict=True)]
     return [np.asarray(leaf) for leaf in whole]

@@ -85,6 +85,24 @@ class Convolution:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Feed-forward blocks of which a token takes a few (Shazeer et al., 2017). What they compute: `experts.py`."""
+
+    number: int  # E, of a layer
+    active: int  # of them, that a token takes
+    width: int  # of one expert's feed-forward block
+    layers: tuple[int, ...]  # that have experts; the others have one dense block
+    # The weights of a token's experts are probabilities among those that it takes (they sum to 1), or among all.
+    normalised: bool = True
+    router_bias: bool = False
+    bias: bool = False  # of the experts' own linear maps
+    shared_width: int = 0  # of a block beside them that every token takes
+    shared_gate: bool = False  # that block's output is multiplied by sigmoid(gate(x))
+    # gpt-oss: (alpha, limit) of (up + 1) * gate * sigmoid(alpha * gate), both clamped, instead of act(gate) * up.
+    clamped: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextHead:
     """An encoder's head, which scores a whole text: out(act(dense(h))) of its first token's state h."""
 
@@ -145,6 +163,7 @@ class ModelConfig:
     attention_out_bias: bool = False
     local_layers: tuple[int, ...] = ()  # these attend to the last `window` tokens only, their own included
     window: int = 0
+    attention_sinks: bool = False  # a learned score per head joins each softmax and takes its share to nowhere
     local_rope: Rope | None = None  # of the local layers; None: the same as everywhere
     wide: Wide | None = None  # of the layers without a window; None: as the local ones
     # The last so many layers have no keys and values, but read those of the last layer of their kind before them (with
@@ -159,6 +178,7 @@ class ModelConfig:
 
     layer_inputs: LayerInputs | None = None
     layer_scale: bool = False  # each layer's output is multiplied by a number of its own
+    experts: Experts | None = None
 
     # Embedding and head.
     embedding_width: int | None = None  # None: D; else projected to D, and back before the head

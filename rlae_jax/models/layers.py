@@ -131,10 +131,14 @@ def make_norm(width: int, config: ModelConfig, axis: str = "norm") -> RMSNorm | 
 
 
 class FeedForward(nnx.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer, 2020), or down(act(up(x))) where it is not gated."""
+    """down(act(gate(x)) * up(x)) (Shazeer, 2020), or down(act(up(x))) where it is not gated.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, f, bias = config.width, config.ffn_width, config.ffn_bias
+    Args:
+      width: of the block; `config.ffn_width` if None.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, width: int | None = None):
+        d, f, bias = config.width, width or config.ffn_width, config.ffn_bias
         self.act = ACTIVATIONS[config.activation]
         self.gate = Linear("btd,df->btf", (d, f), ("embed", "mlp"), config, rngs, bias=bias) if config.gated else None
         self.up = Linear("btd,df->btf", (d, f), ("embed", "mlp"), config, rngs, bias=bias)

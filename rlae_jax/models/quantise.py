@@ -160,6 +160,10 @@ def logical_axes(names: Any, params: Any) -> Any:
     def one(axes: tuple[str | None, ...], leaf: Any) -> Any:
         if not isinstance(leaf, Quantised):
             return axes
+        if axes[0] == "experts":  # each has such a kernel
+            slices = jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape[1:], part.dtype), leaf)
+            of_one = one(axes[1:], slices)
+            return Quantised(*(part and ("experts", *part) for part in (of_one.values, of_one.scale, of_one.zero)))
         if leaf.grouped:  # groups of inputs lie where their first axis did
             axes = (axes[0], None, *axes[len(axes) - len(leaf.values.shape) + 2 :])
         return Quantised(axes, axes, None if leaf.zero is None else axes)

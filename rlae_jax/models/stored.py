@@ -22,7 +22,7 @@ from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family
 from rlae_jax.models.families.wrappers import text_names
 from rlae_jax.models.quantise import KINDS, Quantised
-from rlae_jax.models.transformer import Params, abstract_params, linears
+from rlae_jax.models.transformer import Params, abstract_params, linears, mixture_linears
 
 EIGHT_BIT_FLOATS: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -104,15 +104,24 @@ class StoredTensor:
 
     key: str
     paths: tuple[tuple[Any, ...], ...]  # several: a fused tensor, split along its outputs
-    shapes: tuple[tuple[int, ...], ...]  # of the leaves
+    shapes: tuple[tuple[int, ...], ...]  # of the leaves; of an expert's tensor, of its slices of them
     kind: Literal["kernel", "bias", "plain"] = "plain"  # of a linear layer, or stored as it is
     inputs: int = 0  # leading axes of a kernel that are inputs
     inputs_first: bool = False  # a kernel stored as [inputs, outputs]
     by_head: bool = False  # a fused tensor that holds q, k and v of one key/value head after another
+    interleaved: bool = False  # a fused tensor whose outputs alternate between the parts
+    stacked: bool = False  # of all experts, which are the first axis of tensor and leaves
+    expert: int | None = None  # whose slice of the leaves this is
 
     def _parts(self) -> list[tuple[int, ...]]:
-        """The leaves' shapes as [inputs, outputs...]."""
-        return [(math.prod(shape[: self.inputs]), *shape[self.inputs :]) for shape in self.shapes]
+        """The leaves' shapes as [inputs, outputs...], without the axis of experts."""
+        shapes = [shape[1:] if self.stacked else shape for shape in self.shapes]
+        return [(math.prod(shape[: self.inputs]), *shape[self.inputs :]) for shape in shapes]
+
+    @property
+    def input_size(self) -> int:
+        """Of a kernel."""
+        return self._parts()[0][0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,24 +129,27 @@ class StoredTensor:
         if self.kind == "plain":
             return self.shapes[0]
         parts = self._parts()
+        lead = self.shapes[0][:1] if self.stacked else ()
         outputs = sum(math.prod(part[1:]) for part in parts)
         if self.kind == "bias":
-            return (outputs,)
-        return (parts[0][0], outputs) if self.inputs_first else (outputs, parts[0][0])
+            return (*lead, outputs)
+        return (*lead, parts[0][0], outputs) if self.inputs_first else (*lead, outputs, parts[0][0])
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
         """The leaves that the stored tensor holds."""
         if self.kind == "plain":
             return [tensor]
         parts = self._parts()
-        rows = tensor.reshape(1, -1) if self.kind == "bias" else tensor if self.inputs_first else tensor.T
+        rows = tensor[..., None, :] if self.kind == "bias" else tensor if self.inputs_first else tensor.swapaxes(-1, -2)
         if self.by_head:
             groups, width = parts[-1][1:]
             edges = np.cumsum([part[1] // groups for part in parts])[:-1]
             split = np.split(rows.reshape(rows.shape[0], groups, -1, width), edges, axis=2)
+        elif self.interleaved:
+            split = [rows[..., i :: len(parts)] for i in range(len(parts))]
         else:
             edges = np.cumsum([math.prod(part[1:]) for part in parts])[:-1]
-            split = np.split(rows, edges, axis=1)
+            split = np.split(rows, edges, axis=-1)
         return [part.reshape(shape) for part, shape in zip(split, self.shapes, strict=True)]
 
     def split_packed(self, packed: Packed) -> list[Quantised]:
@@ -162,17 +174,21 @@ class StoredTensor:
         """The stored tensor that holds the leaves."""
         if self.kind == "plain":
             return leaves[0]
-        parts = [leaf.reshape(shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
+        lead = self.shapes[0][:1] if self.stacked else ()
+        parts = [leaf.reshape(*lead, *shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
         tensor: np.ndarray
         if self.by_head:
             groups, width = parts[-1].shape[1:]
             grouped = [part.reshape(part.shape[0], groups, -1, width) for part in parts]
             tensor = np.concatenate(grouped, axis=2).reshape(parts[0].shape[0], -1)
+        elif self.interleaved:
+            tensor = np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
         else:
-            tensor = np.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
+            flat = [part.reshape(*lead, shape[0], -1) for part, shape in zip(parts, self._parts(), strict=True)]
+            tensor = np.concatenate(flat, axis=-1)
         if self.kind == "bias":
-            return tensor.reshape(-1)
-        return tensor if self.inputs_first else tensor.T
+            return tensor.reshape(*lead, -1)
+        return tensor if self.inputs_first else tensor.swapaxes(-1, -2)
 
 
 def _of_kind(values: np.ndarray, kind: str) -> np.ndarray:
@@ -201,7 +217,7 @@ def put_leaf(tree: Params, path: tuple[Any, ...], value: Any) -> None:
 
 def modules(family: Family, config: ModelConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(the family's name of a module, the same with its layer's number, our dotted paths) of every module that the
-    model has."""
+    model has; where each expert has one, its number is still {e}."""
     table = family.modules(config) if callable(family.modules) else family.modules
     tree = abstract_params(config)
     for name, ours in table.items():
@@ -210,33 +226,44 @@ def modules(family: Family, config: ModelConfig) -> Iterator[tuple[str, str, tup
         for i in range(stack.layers if "{i}" in name + ours[0] else 1):
             paths = tuple(path.format(i=i) for path in ours)
             if get_leaf(tree, split_path(paths[0])) is not None:
-                yield name, name.format(i=i), paths
+                yield name, name.replace("{i}", str(i)), paths
 
 
 def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, ...]:
-    """Every tensor of a model's checkpoint."""
-    tree, specs = abstract_params(config), linears(config)
+    """Every tensor of a model's checkpoint, one after another where experts have one each."""
+    tree, specs = abstract_params(config), linears(config) | mixture_linears(config)
     found = []
     for name, key, paths in modules(family, config):
         first = get_leaf(tree, split_path(paths[0]))
+        bare = name in family.unsuffixed
         if not isinstance(first, dict):
-            name = key if name in family.unsuffixed else f"{key}.weight"
-            found.append(StoredTensor(name, (split_path(paths[0]),), (first.shape,)))
+            found.append(StoredTensor(key if bare else f"{key}.weight", (split_path(paths[0]),), (first.shape,)))
             continue
         linear = specs.get(paths[0])
+        of_experts = linear is not None and len(first["kernel"].shape) > len(linear.shape)
         for leaf in first:
             leaf_paths = tuple((*split_path(path), leaf) for path in paths)
-            found.append(
-                StoredTensor(
-                    f"{key}.bias" if leaf == "bias" else f"{key}.weight",
-                    leaf_paths,
-                    tuple(get_leaf(tree, path).shape for path in leaf_paths),
-                    kind=leaf if linear and leaf in ("kernel", "bias") else "plain",
-                    inputs=linear.inputs if linear and leaf == "kernel" else 0,
-                    inputs_first=name in family.inputs_first,
-                    by_head=name in family.fused_by_head,
-                )
+            suffix = ("_bias" if bare else ".bias") if leaf == "bias" else "" if bare else ".weight"
+            shapes = tuple(get_leaf(tree, path).shape for path in leaf_paths)
+            tensor = StoredTensor(
+                f"{key}{suffix}",
+                leaf_paths,
+                shapes,
+                kind=leaf if linear and leaf in ("kernel", "bias") else "plain",
+                inputs=linear.inputs if linear and leaf == "kernel" else 0,
+                inputs_first=name in family.inputs_first,
+                by_head=name in family.fused_by_head,
+                interleaved=name in family.interleaved,
+                stacked=of_experts and "{e}" not in key,
             )
+            if not of_experts or tensor.stacked:
+                found.append(tensor)
+                continue
+            slices = tuple(shape[1:] for shape in shapes)
+            found += [
+                dataclasses.replace(tensor, key=tensor.key.replace("{e}", str(e)), shapes=slices, expert=e)
+                for e in range(shapes[0][0])
+            ]
     return tuple(found)
 
 

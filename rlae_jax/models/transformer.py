@@ -12,6 +12,7 @@ through `nnx.jit` walks its whole graph at every call, which costs more than dec
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from rlae_jax.models.attention import Angles, Attention, Packing, RelativeBiasTa
 from rlae_jax.models.cache import Cache, LayerCache, Visible, cache_layout
 from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
+from rlae_jax.models.experts import ExpertLinear, MixtureOfExperts, Router
 from rlae_jax.models.layer_inputs import InputGate, SecondEmbedding
 from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
 from rlae_jax.models.lora import Adapted, Adapters, for_rows, low_rank_delta
@@ -45,7 +47,8 @@ class Layer(nnx.Module):
             DisentangledAttention(config, rngs) if config.disentangled else Attention(config, rngs, layer)
         )
         self.cross = None if config.encoder is None else Attention(config, rngs, layer, cross=config.encoder.width)
-        self.ffn = FeedForward(config, rngs)
+        sparse = config.experts is not None and layer in config.experts.layers
+        self.ffn = MixtureOfExperts(config, rngs) if sparse else FeedForward(config, rngs)
         for branch in ("attention", "cross", "ffn"):
             for place in ("before", "branch", "sum"):
                 present = place in config.norm_places and getattr(self, branch) is not None
@@ -415,6 +418,7 @@ class _Declared(NamedTuple):
     params: Params  # of `jax.ShapeDtypeStruct`s
     axes: dict[Any, Any]  # of tuples of names
     linears: dict[str, Spec]
+    mixture_linears: dict[str, Spec]
 
 
 @functools.cache
@@ -427,7 +431,12 @@ def _declared(config: ModelConfig) -> _Declared:
         for path, module in nnx.iter_modules(abstract)
         if isinstance(module, Linear)
     }
-    return _Declared(graph, nnx.to_pure_dict(state), axes, linears)
+    mixture_linears = {
+        ".".join(map(str, path)): Spec("sd,df->sf", module.kernel.shape[-2:], module.kernel.get_metadata()["axes"][-2:])
+        for path, module in nnx.iter_modules(abstract)
+        if isinstance(module, Router | ExpertLinear)
+    }
+    return _Declared(graph, nnx.to_pure_dict(state), axes, linears, mixture_linears)
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -439,10 +448,11 @@ def logical_axes(config: ModelConfig) -> dict[Any, Any]:
     """The tree of `abstract_params` with, for every array, a tuple of its axes' names: what a table of sharding rules
     is written for.
 
-    vocab, embed (D, or a narrower embedding), heads, kv_heads, head (entries of one head), mlp, labels; norm and
-    head_norm (the scales of norms of activations, and of queries and keys); positions, types, buckets, window (rows
+    vocab, embed (D, or a narrower embedding), heads, kv_heads, head (entries of one head), mlp, experts, labels;
+    norm and head_norm (the scales of norms of activations, and of queries and keys); router and shared_gate
+    (scores of a mixture of experts); positions, types, buckets, window (rows
     of small tables) and layers (parts of a second embedding). A map from D to D is ("embed", "embed"): where both axes
-    of an array would go to one mesh axis, the first of them does.
+    of an array would go to one mesh axis, the first of them does, and so it is with ("experts", "embed", "mlp").
     """
     return _copied(_declared(config).axes)
 
@@ -455,6 +465,30 @@ def _copied(tree: dict[Any, Any]) -> dict[Any, Any]:
 def linears(config: ModelConfig) -> dict[str, Spec]:
     """Every linear layer by its dotted path, e.g. "layers.0.attention.q"."""
     return _declared(config).linears
+
+
+def mixture_linears(config: ModelConfig) -> dict[str, Spec]:
+    """The linear maps of mixtures of experts that adapters leave alone, by dotted path: "layers.0.ffn.router" and, for
+    one of the experts, "layers.0.ffn.experts.up", where the kernels of all are one array, [E, inputs, outputs]."""
+    return _declared(config).mixture_linears
+
+
+def active_bytes(config: ModelConfig, sizes: Mapping[str, int] | None = None, rows: int = 1) -> int:
+    """Bytes of the parameters that a decoding step reads: all but an encoder and tables of which it looks up a row,
+    and of experts as many as its rows take, in the mean if these choose at random.
+
+    Args:
+      sizes: of every parameter by its dotted path, where they are not those of the configuration's dtype: on a device
+        of a mesh, or quantised.
+    """
+    if sizes is None:
+        leaves = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+        sizes = {".".join(str(key.key) for key in path): leaf.size * leaf.dtype.itemsize for path, leaf in leaves}
+    looked_up = {"positions", "token_types", "second.table", "encoder"} | (set() if config.tied_head else {"embedding"})
+    experts = config.experts
+    share = 1.0 if experts is None else 1 - (1 - experts.active / experts.number) ** rows
+    read = {path: n for path, n in sizes.items() if not {path, path.split(".")[0]} & looked_up}
+    return round(sum(n * (share if ".ffn.experts." in path else 1) for path, n in read.items()))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -102,24 +102,19 @@ def _leaves(config: ModelConfig) -> list[tuple[str, tuple[str, ...], Any]]:
 
 def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, quantise: Quantised | None) -> dict[str, int]:
     """Of every parameter on one device, by path."""
-    linears = transformer.linears(config) if quantise else {}
+    linears = transformer.linears(config) | transformer.mixture_linears(config) if quantise else {}
     found = {}
     for path, axes, leaf in _leaves(config):
         n = _size(axes, leaf.shape, mesh)
         linear = linears.get(path.removesuffix(".kernel"))
-        if quantise is None or linear is None or not path.endswith(".kernel") or path == "head.kernel":
+        exact = path == "head.kernel" or path.endswith(".router.kernel")
+        if quantise is None or linear is None or not path.endswith(".kernel") or exact:
             found[path] = n * leaf.dtype.itemsize
             continue
-        inputs = math.prod(leaf.shape[: linear.inputs])
+        inputs = math.prod(linear.shape[: linear.inputs])
         scales = -(-inputs // _GROUP) if quantise == "int4" else 1
         found[path] = n * _BITS[quantise] // 8 + FLOAT * scales * -(-n // inputs)
     return found
-
-
-def _read_by_a_step(config: ModelConfig, sizes: dict[str, int]) -> int:
-    """Bytes of the parameters that a decoding step reads: all but tables of which it looks up a row, and an encoder."""
-    looked_up = {"positions", "token_types", "second.table"} | (set() if config.tied_head else {"embedding"})
-    return sum(n for path, n in sizes.items() if not {path, path.split(".")[0]} & (looked_up | {"encoder"}))
 
 
 class _Pass(NamedTuple):
@@ -337,12 +332,14 @@ def limits(workload: Workload, mesh: AbstractMesh, device: Device, quantise: Qua
         groups = run.rows // run.rows_at_once
         reading_bytes += groups * sum(stored[path] for path in of_reading) + run.prompt_cache
         tokens = run.rows * run.tokens
-        elements = sum(plain[path] for path in of_reading) / _itemsize(config)
+        taken = 1.0 if config.experts is None else config.experts.active / config.experts.number
+        in_use = sum(plain[path] * (taken if ".ffn.experts." in path else 1) for path in of_reading)
+        elements = in_use / _itemsize(config)
         attended = 2 * tokens * run.tokens * run.heads * reader.head_width * reader.layers
         reading_operations += factor * (tokens * elements + attended)
-        step_bytes += _read_by_a_step(config, stored) + run.cache
+        step_bytes += transformer.active_bytes(config, stored, run.rows) + run.cache
         attended = 2 * run.rows * cache.places(config, run.slots, run.ahead) * run.heads * config.head_width
-        step_operations += factor * (run.rows * _read_by_a_step(config, plain) / _itemsize(config) + attended)
+        step_operations += factor * (run.rows * transformer.active_bytes(config, plain) / _itemsize(config) + attended)
     learning = Limit(0.0, "memory")
     if workload.train is not None:
         held = memory(workload, mesh, quantise)

@@ -236,8 +236,9 @@ def check_tokens(problem: Problem, tokens: np.ndarray) -> None:
             assert gap < NEAR_TIE, f"row {b} differs from token {differing[0]} on, which led by {gap:.1e}"
 
 
-def error_at_bfloat16(problem: Problem, logits: np.ndarray, exact: np.ndarray) -> float:
-    """Root mean square of the difference at all tokens that are there."""
+def error_at_bfloat16(problem: Problem, logits: np.ndarray, exact: np.ndarray, *, routed: bool) -> float:
+    """Root mean square of the difference at all tokens that are there; of tokens that take experts at the better half:
+    where two experts are nearly as good, rounding takes the other one."""
     real = np.ones(logits.shape[:2], bool)
     if problem.kind == "decoder":
         # The rows padded right hold nothing behind their prompts.
@@ -245,7 +246,8 @@ def error_at_bfloat16(problem: Problem, logits: np.ndarray, exact: np.ndarray) -
         real[:b, :t] = problem.inputs["left_mask"]
         real[b:, :t] = problem.inputs["right_mask"]
         real[b:, t:] = False
-    return float(np.sqrt(np.mean((logits[real] - exact[real]) ** 2)))
+    squares = np.sort(np.mean((logits[real] - exact[real]) ** 2, axis=-1))
+    return float(np.sqrt(np.mean(squares[: len(squares) // 2] if routed else squares)))
 
 
 @pytest.mark.parametrize(("family", "index"), live_cases(DECODING))
@@ -262,9 +264,10 @@ def test_models_equal_transformers_live(torch, tmp_path, family, index):
         # Rounding by bfloat16 is not worse than transformers'.
         architecture = type(problem.model).__name__
         rounded = hf.from_pretrained(architecture, problem.directory, "bfloat16")
-        theirs = error_at_bfloat16(problem, hf.compute(rounded, *text)["logits"], exact)
+        routed = lm.config.experts is not None
+        theirs = error_at_bfloat16(problem, hf.compute(rounded, *text)["logits"], exact, routed=routed)
         half = rj.load(problem.directory, dtype="bfloat16", **problem.load)
-        ours = error_at_bfloat16(problem, np.asarray(half.logits(*text), np.float32), exact)
+        ours = error_at_bfloat16(problem, np.asarray(half.logits(*text), np.float32), exact, routed=routed)
         floor = 2.0**-8 * np.sqrt(np.mean(exact**2))
         # Two roundings of a tiny model differ by chance: over 48 models the ratio was 0.64 to 1.51, in the mean 0.98.
         assert ours <= 2.0 * max(theirs, floor), f"bfloat16 is off by {ours:.2e}, transformers' by {theirs:.2e}"
@@ -275,7 +278,8 @@ def test_models_equal_transformers_live(torch, tmp_path, family, index):
         import transformers
 
         auto = transformers.AutoModelForCausalLM if problem.kind == "decoder" else transformers.AutoModelForSeq2SeqLM
-        saved = auto.from_pretrained(tmp_path / "saved", attn_implementation="eager", dtype="float32").eval()
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        saved = auto.from_pretrained(tmp_path / "saved", **eager, dtype="float32").eval()
         assert type(saved) is type(problem.model)
         again = hf.refer(saved, problem.kind, problem.inputs)
         assert_close(

@@ -7,8 +7,9 @@ from rlae_jax.models import LoraConfig, checkpoint_files, lora, transformer
 from tests.data import hf
 
 # What a mesh may divide, and what it leaves whole.
-DIVIDED = {"vocab", "embed", "heads", "kv_heads", "mlp"}
+DIVIDED = {"vocab", "embed", "heads", "kv_heads", "mlp", "experts"}
 WHOLE = {"head", "norm", "head_norm", "labels", "positions", "types", "buckets", "window", "layers"}
+WHOLE |= {"router", "shared_gate"}
 
 
 def is_names(leaf):

@@ -15,9 +15,11 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.models import layers, load, rope, transformer
 from rlae_jax.models.cache import Cache, LayerCache, _write_at_once, extend_cache, visible, write_chunk
-from rlae_jax.models.config import LayerInputs, QueryGrowth, Rope, Wide
+from rlae_jax.models.config import Experts, LayerInputs, QueryGrowth, Rope, Wide
 from rlae_jax.models.pretrain import PretrainConfig, Source, next_token_loss, pretrain
 from tests.helpers.tolerance import on_device
+
+EXPERTS = {"experts": Experts(number=5, active=2, width=8, layers=(1,)), "layers": 2, "attention_sinks": True}
 
 
 def test_hidden_is_what_the_output_head_reads(make_lm):
@@ -56,8 +58,9 @@ def test_a_token_sees_neither_later_tokens_nor_padding(make_lm):
         (5, {"tied_head": True, "heads": 6, "kv_heads": 3, "head_width": 6, "layers": 1}),
         (3, {"local_layers": (1,), "window": 3, "layers": 3}),
         (2, {"local_layers": (0, 1), "window": 7}),
+        (4, EXPERTS),
     ],
-    ids=["grouped", "tied", "window", "long-window"],
+    ids=["grouped", "tied", "window", "long-window", "experts"],
 )
 @pytest.mark.device
 def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields):
@@ -103,8 +106,9 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
             **{"reading_layers": 2, "reading_ffn_width": 20, "query_key_norm": "head", "value_norm": True},
             **{"layer_inputs": LayerInputs(rows=23, width=4), "layer_scale": True},
         },
+        EXPERTS,
     ],
-    ids=["grouped", "tied", "window", "own-token-alone", "parallel", "unrotated", "reading"],
+    ids=["grouped", "tied", "window", "own-token-alone", "parallel", "unrotated", "reading", "experts"],
 )
 @pytest.mark.device
 def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):

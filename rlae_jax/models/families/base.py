@@ -13,7 +13,7 @@ from typing import Any
 
 from rlae_jax.errors import InputError
 from rlae_jax.models import rope
-from rlae_jax.models.config import HeadKind, ModelConfig, Rope
+from rlae_jax.models.config import Experts, HeadKind, ModelConfig, Rope
 from rlae_jax.models.layers import ACTIVATIONS
 
 Modules = Mapping[str, str | tuple[str, ...]]
@@ -25,9 +25,10 @@ LOCAL = "sliding_attention"  # the layer type whose attention has a window
 class Family:
     """One family of checkpoints.
 
-    `modules` maps a checkpoint's module names to ours, {i} standing for the layer's number. A module has the leaves
-    that our tree has there: `kernel` is its ".weight" [outputs, inputs] transposed, `bias` its ".bias", `scale` and
-    tables its ".weight". A tuple of ours is a fused checkpoint module, split along its outputs.
+    `modules` maps a checkpoint's module names to ours, {i} standing for the layer's number and {e} for an expert's,
+    whose tensors are each a slice of ours. A module has the leaves that our tree has there: `kernel` is its ".weight"
+    [outputs, inputs] transposed, `bias` its ".bias", `scale` and tables its ".weight". A tuple of ours is a fused
+    checkpoint module, split along its outputs.
     """
 
     model_type: str  # as config.json names it
@@ -39,7 +40,8 @@ class Family:
     prefix: str = "model."  # of the base model's tensors; checkpoints of the bare model lack it
     inputs_first: tuple[str, ...] = ()  # modules whose ".weight" is [inputs, outputs]
     fused_by_head: tuple[str, ...] = ()  # fused modules that hold q, k, v of one key/value head after another
-    unsuffixed: tuple[str, ...] = ()  # modules whose tensors are called as they are
+    interleaved: tuple[str, ...] = ()  # fused modules whose outputs alternate
+    unsuffixed: tuple[str, ...] = ()  # modules whose tensors are called as they are, and their biases with "_bias"
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that nothing here needs
     head_decides_tie: bool = False  # the head is tied if and only if the checkpoint has none
     # The fields of config.json of a model that was made here; None where none is written in this family's layout.
@@ -160,6 +162,21 @@ def windows(hf: Any, layer_types: Sequence[str] | None) -> dict[str, Any]:
     kinds = [LOCAL] * hf.num_hidden_layers if layer_types is None else layer_types
     local = tuple(i for i, name in enumerate(kinds) if name == LOCAL)
     return {"window": hf.sliding_window, "local_layers": local} if local and hf.sliding_window else {}
+
+
+def experts_of(hf: Any, **fields: Any) -> Experts:
+    """The experts of a configuration, whose number has two names; by default in every layer and as wide as the dense
+    block would be."""
+    number = getattr(hf, "num_local_experts", None)
+    return Experts(
+        **{
+            "number": hf.num_experts if number is None else number,
+            "active": hf.num_experts_per_tok,
+            "width": hf.intermediate_size,
+            "layers": tuple(range(hf.num_hidden_layers)),
+            **fields,
+        }
+    )
 
 
 def refuse(**unsupported: Any) -> None:

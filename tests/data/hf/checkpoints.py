@@ -49,9 +49,10 @@ def draw(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         # Smaller than what the layers add: a tied head would repeat the last token for ever.
         x *= 1.0 if any(part in name for part in _RELATIVE) else 0.25
     else:
-        # GPT-2's kernels are [inputs, outputs], all others [outputs, inputs...].
+        # GPT-2's kernels are [inputs, outputs], gpt-oss's [experts, inputs, outputs], all others [outputs, inputs...].
         transposed = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
-        x *= (shape[0] if transposed else math.prod(shape[1:])) ** -0.5
+        experts = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        x *= (shape[0] if transposed else shape[1] if experts else math.prod(shape[1:])) ** -0.5
     return x.astype(np.float32)
 
 

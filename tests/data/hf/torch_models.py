@@ -28,7 +28,9 @@ def from_pretrained(architecture: str, directory: Path, dtype: str = "float32") 
 
     _quiet()
     cls = getattr(transformers, architecture)
-    return cls.from_pretrained(directory, attn_implementation="eager", dtype=dtype).eval()
+    return cls.from_pretrained(
+        directory, attn_implementation="eager", experts_implementation="eager", dtype=dtype
+    ).eval()
 
 
 def build(family: str, case: Case, seed: int, directory: Path) -> tuple[Any, Stored]:
