@@ -342,8 +342,8 @@ def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: 
         header = headers.get(names.get(tensor.key, ""))
         if header is None:
             findings.append(("missing", tensor.key))
-        elif header.shape != tensor.shape:
-            findings.append(("mis-shaped", f"{tensor.key} is {list(header.shape)}, expected {list(tensor.shape)}"))
+        elif header.shape != (shape := tensor.packed_shape if header.dtype == PACKED else tensor.shape):
+            findings.append(("mis-shaped", f"{tensor.key} is {list(header.shape)}, expected {list(shape)}"))
         elif header.dtype not in (*_STORED_DTYPES, PACKED):
             findings.append(("quantised or of no known dtype", f"{tensor.key} is {header.dtype}"))
     if findings:
@@ -469,6 +469,8 @@ def read_params(
         tensor, stored = matched[name], tensors.read(name)
         if isinstance(stored, Packed):
             return list(tensor.split_packed(stored))
+        if tensor.inputs_first and tensors.headers[name].dtype == PACKED:  # what was packed and has no such form here
+            stored = stored.swapaxes(-1, -2)
         with jax.default_device(None if mesh is None else jax.local_devices(backend="cpu")[0]):
             parts = zip(tensor.paths, tensor.split(stored), strict=True)
             return [_quantised(part, tensor, path, quantisation) for path, part in parts]

@@ -152,20 +152,30 @@ class StoredTensor:
             split = np.split(rows, edges, axis=-1)
         return [part.reshape(shape) for part, shape in zip(split, self.shapes, strict=True)]
 
-    def split_packed(self, packed: Packed) -> list[Quantised]:
-        """The kernels that a quantised weight holds, or the table with a scale per row."""
-        groups = packed.scale.shape[1]
+    @property
+    def packed_shape(self) -> tuple[int, ...]:
+        """As it is packed, where it is: always [outputs, inputs]."""
+        return dataclasses.replace(self, inputs_first=False).shape
+
+    def split_packed(self, packed: Packed) -> list[Any]:
+        """The kernels that a quantised weight holds, or the table with a scale per row: a table in groups of its
+        columns is dequantised."""
+        groups = packed.scale.shape[-1]
         if self.kind == "plain":
+            if groups > 1:
+                return [packed.weights()]
             return [Quantised(_of_kind(packed.values, packed.kind), packed.scale, packed.zero)]
-        shapes = [shape[self.inputs :] for shape in self.shapes]  # of the outputs
-        lead = (groups, 1) if groups > 1 else (1,) * self.inputs
-        per_group = dataclasses.replace(self, shapes=tuple((groups, *shape) for shape in shapes), inputs=1)
+        own = dataclasses.replace(self, inputs_first=False)
+        experts = self.shapes[0][:1] if self.stacked else ()
+        shapes = [shape[len(experts) + self.inputs :] for shape in self.shapes]  # of the outputs
+        lead = (*experts, groups, 1) if groups > 1 else (*experts, *(1,) * self.inputs)
+        per_group = dataclasses.replace(own, shapes=tuple((*experts, groups, *shape) for shape in shapes), inputs=1)
         split = [
             [None] * len(shapes) if part is None else per_group.split(part) for part in (packed.scale, packed.zero)
         ]
         kernels = []
-        for values, scale, zero, shape in zip(self.split(packed.values), *split, shapes, strict=True):
-            values = values.reshape(groups, -1, *shape) if groups > 1 else values
+        for values, scale, zero, shape in zip(own.split(packed.values), *split, shapes, strict=True):
+            values = values.reshape(*experts, groups, -1, *shape) if groups > 1 else values
             scale, zero = (None if part is None else part.reshape(*lead, *shape) for part in (scale, zero))
             kernels.append(Quantised(_of_kind(values, packed.kind), scale, zero))
         return kernels

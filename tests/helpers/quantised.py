@@ -302,8 +302,9 @@ LAYERS = {
 }  # [outputs, inputs] of the linear layers of a small Llama
 
 
-def write_llama(directory, make, *, layers=1, file_of_settings=None, **options):
-    """A small Llama whose linear layers `make` has quantised, with norms, embedding and head as they are.
+def write_llama(directory, make, *, layers=1, experts=0, file_of_settings=None, **options):
+    """A small Llama, or Mixtral of some experts, whose linear layers `make` has quantised. Norms, embedding, head and
+    router are as they are.
 
     Args:
       file_of_settings: a file beside config.json for the quantisation's settings; None: in config.json.
@@ -313,7 +314,11 @@ def write_llama(directory, make, *, layers=1, file_of_settings=None, **options):
     """
     rng = np.random.default_rng(0)
     made, settings = {}, {}
-    for i, (name, shape) in itertools.product(range(layers), LAYERS.items()):
+    shapes = dict(LAYERS)
+    for name, theirs in {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}.items() if experts else ():
+        shape = shapes.pop(f"mlp.{name}")
+        shapes |= {f"block_sparse_moe.experts.{e}.{theirs}": shape for e in range(experts)}
+    for i, (name, shape) in itertools.product(range(layers), shapes.items()):
         made[f"model.layers.{i}.{name}"], settings = make(rng, *shape, **options)
     plain = {
         "model.embed_tokens.weight": rng.standard_normal((50, 64)) / 8,
@@ -322,6 +327,8 @@ def write_llama(directory, make, *, layers=1, file_of_settings=None, **options):
     plain["model.norm.weight"] = rng.uniform(0.5, 1.5, 64)
     for i, name in itertools.product(range(layers), ("input_layernorm", "post_attention_layernorm")):
         plain[f"model.layers.{i}.{name}.weight"] = rng.uniform(0.5, 1.5, 64)
+        if experts:
+            plain[f"model.layers.{i}.block_sparse_moe.gate.weight"] = rng.standard_normal((experts, 64))
     arrays = {name: array.astype(np.float32) for name, array in plain.items()}
     for name, parts in made.items():
         arrays |= named(name, parts)
@@ -340,6 +347,8 @@ def write_llama(directory, make, *, layers=1, file_of_settings=None, **options):
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
+    if experts:
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": experts}
     directory.mkdir()
     if file_of_settings is None:
         config["quantization_config"] = settings

@@ -1,8 +1,10 @@
 """Quantised checkpoints: each format against its own arithmetic written out slowly, and what is said of bad ones."""
 
+import dataclasses
 import json
 import re
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import rlae_jax as rj
 from rlae_jax.errors import InputError
 from rlae_jax.models import quantise
 from rlae_jax.models.quantised_files import QuantisedFiles, Settings, presented, read_settings, unpack
-from rlae_jax.models.stored import EIGHT_BIT_FLOATS, Packed, Safetensors
+from rlae_jax.models.stored import EIGHT_BIT_FLOATS, Packed, Safetensors, StoredTensor
 from tests.helpers import quantised as q
 
 MODULE = "model.layers.0.mlp.up_proj"
@@ -418,6 +420,64 @@ def test_a_model_computes_with_the_weights_that_are_meant(name, tmp_path):
     ids = np.random.default_rng(1).integers(0, 50, (2, 9))
     expected = plain.logits(ids)
     np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["gptq", pytest.param("fp8 in blocks", marks=pytest.mark.rare)])
+def test_experts_of_a_tensor_each(name, tmp_path):
+    make, options, kind = WHOLE[name]
+    settings, made = q.write_llama(tmp_path / "quantised", make, experts=3, **options)
+    write_plain(tmp_path / "plain", tmp_path / "quantised", settings, made)
+    lm, plain = rj.load(tmp_path / "quantised"), rj.load(tmp_path / "plain")
+    assert lm.params["layers"][0]["ffn"]["experts"]["down"]["kernel"].kind == kind
+    ids = np.random.default_rng(1).integers(0, 50, (2, 9))
+    expected = plain.logits(ids)
+    np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_gpt_oss_computes_with_its_experts(tmp_path):
+    q.write_gpt_oss(tmp_path / "quantised", tmp_path / "plain")
+    lm, plain = rj.load(tmp_path / "quantised"), rj.load(tmp_path / "plain")
+    leaves = jax.tree.leaves(lm.params, is_leaf=quantise.is_quantised)
+    assert [leaf.kind for leaf in leaves if quantise.is_quantised(leaf)] == ["int8"] * 3
+    ids = np.random.default_rng(1).integers(0, 50, (2, 9))
+    expected = plain.logits(ids)
+    np.testing.assert_allclose(lm.logits(ids), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        StoredTensor("one", ((),), ((96, 3, 5),), "kernel", inputs=1),
+        StoredTensor("two axes of inputs", ((),), ((3, 32, 7),), "kernel", inputs=2),
+        StoredTensor("fused", ((), ()), ((96, 5), (96, 7)), "kernel", inputs=1),
+        StoredTensor("by head", ((), (), ()), ((96, 4, 2), (96, 2, 2), (96, 2, 2)), "kernel", inputs=1, by_head=True),
+        StoredTensor("inputs first", ((),), ((96, 5),), "kernel", inputs=1, inputs_first=True),
+        StoredTensor("of experts", ((),), ((2, 96, 5),), "kernel", inputs=1, stacked=True),
+        StoredTensor(
+            "as in gpt-oss",
+            ((), ()),
+            ((2, 96, 5), (2, 96, 5)),
+            "kernel",
+            inputs=1,
+            inputs_first=True,
+            interleaved=True,
+            stacked=True,
+        ),
+        StoredTensor("table", ((),), ((11, 96),)),
+    ],
+    ids=lambda tensor: tensor.key,
+)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_packed_weights_are_split_as_others_are(tensor, groups):
+    rng = np.random.default_rng(groups)
+    shape = dataclasses.replace(tensor, inputs_first=False).shape
+    values = rng.integers(-8, 8, shape).astype(np.int8)
+    scale, zero = rng.uniform(1, 2, (2, *shape[:-1], groups)).astype(np.float32)
+    packed = Packed(values, scale, zero, "int8")
+    weights = packed.weights().swapaxes(-1, -2) if tensor.inputs_first else packed.weights()
+    for kernel, expected in zip(tensor.split_packed(packed), tensor.split(weights), strict=True):
+        whole = kernel.weights() if isinstance(kernel, quantise.Quantised) else kernel
+        np.testing.assert_allclose(np.asarray(whole).reshape(expected.shape), expected, rtol=1e-6)
 
 
 def test_inputs_out_of_order_load(tmp_path):
