@@ -16,7 +16,9 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.vocabulary import UnionVocabulary, load_or_build
 from rlae_jax.models import LM
 from rlae_jax.models.cache import cache_bytes
-from rlae_jax.models.quantise import weight_bytes
+from rlae_jax.models.checkpoint_files import disk_bytes
+from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.quantise import forms, weight_bytes
 
 FEW_PARTNERS = 0.2  # of a vocabulary's texts: with fewer, members seldom write in common tokens
 DIFFERENT_CONTEXTS = 4  # times as long
@@ -29,6 +31,10 @@ class MemberFigures:
     """One member. What depends on a union is None without one."""
 
     name: str
+    family: str  # model_type; "made here" without a checkpoint
+    weights: str  # the dtype, or the forms of quantised kernels
+    windows: str | None  # which layers see how much
+    not_read: str | None  # what else the checkpoint holds
     vocabulary: int  # ids that may be chosen
     partners: float | None  # share of its distinct texts that another member has as a token too
     mean_tokens: float | None  # per entry of text that can be chosen
@@ -39,6 +45,7 @@ class MemberFigures:
     chat_template: bool
     context: int
     parameter_bytes: int
+    disk_bytes: int | None  # of the files with weights
     cache_bytes: int  # of one row of so many tokens
 
 
@@ -67,6 +74,18 @@ def _bytes(n: float) -> str:
 
 def _weights(lm: LM) -> int:
     return sum(map(weight_bytes, jax.tree.leaves((lm.params, lm.stack))))
+
+
+def _held(lm: LM) -> str:
+    """The dtype of the parameters, and how many kernels are held in which other form."""
+    parts = [lm.config.dtype, *(f"{n} x {form}" for form, n in forms(lm.params).items())]
+    return ", ".join(parts)
+
+
+def _windows(config: ModelConfig) -> str | None:
+    if not config.local_layers or not config.window:
+        return None
+    return f"{len(config.local_layers)} of {config.layers} layers: {config.window:,}"
 
 
 def _end_tokens(lm: LM, ids: Sequence[int]) -> tuple[str, ...]:
@@ -160,11 +179,16 @@ def inspect_members(
     figures = tuple(
         MemberFigures(
             name=lm.name,
+            family="made here" if lm.source is None else lm.source.family.model_type,
+            weights=_held(lm),
+            windows=_windows(lm.config),
+            not_read="all but its language model" if lm.source is not None and lm.source.wrapped else None,
             vocabulary=lm.config.usable_vocab,
             end_tokens=_end_tokens(lm, ids),
             chat_template=bool(getattr(lm.tokenizer, "chat_template", None)),
             context=lm.config.context,
             parameter_bytes=_weights(lm),
+            disk_bytes=None if lm.path is None or not lm.path.exists() else disk_bytes(lm.path),
             cache_bytes=cache_bytes(lm.config, tokens),
             **(no_union if union is None else _union_figures(union, k)),
         )
@@ -233,6 +257,10 @@ def tables(inspection: Inspection) -> list[rich.console.RenderableType]:
     table.add_column("")
     for member in members:
         table.add_column(rich.markup.escape(member.name), justify="right", overflow="fold")
+    row("family", [member.family for member in members])
+    row("weights", [member.weights for member in members])
+    row("windows", [member.windows for member in members])
+    row("not read", [member.not_read for member in members])
     row("vocabulary", [f"{member.vocabulary:,}" for member in members])
     row("texts with an exact partner", [percent(member.partners) for member in members])
     per_entry = [
@@ -249,6 +277,7 @@ def tables(inspection: Inspection) -> list[rich.console.RenderableType]:
         row("private end tokens", [", ".join(member.end_tokens[1:]) or None for member in members])
     row("chat template", ["yes" if member.chat_template else "no" for member in members])
     row("context", [f"{member.context:,}" for member in members])
+    row("on disk", [None if member.disk_bytes is None else _bytes(member.disk_bytes) for member in members])
     row("parameters", [_bytes(member.parameter_bytes) for member in members])
     row(f"cache of {inspection.tokens:,} tokens", [_bytes(member.cache_bytes) for member in members])
 

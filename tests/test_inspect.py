@@ -13,7 +13,7 @@ import rich.console
 
 from rlae_jax import report
 from rlae_jax.inspect_members import Inspection, inspect_members, show
-from rlae_jax.models import LM, transformer
+from rlae_jax.models import LM, load, transformer
 from rlae_jax.models.cache import cache_bytes
 from rlae_jax.models.lm import read_tokenizer
 from tests.helpers.tokenizers import byte_level, sentencepiece
@@ -140,3 +140,23 @@ def test_bad_input(mixed: list[LM], raises_input_error: Callable[..., str]) -> N
     raises_input_error(lambda: inspect_members([]), "at least one")
     raises_input_error(lambda: inspect_members(mixed, batch=0), "batch (0)")
     raises_input_error(lambda: inspect_members(mixed, [[1]]), "1 lists for 2 members")
+
+
+def test_how_a_checkpoint_is_held(make_lm: Callable[..., LM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_lm(0, vocab=64, width=64, heads=4, head_width=16, ffn_width=96).save(tmp_path / "plain")
+    found = inspect_members([load(tmp_path / "plain", quantise=kind) for kind in (None, "int8", "int4")])
+    full, eight, four = found.members
+    assert {member.family for member in found.members} == {"llama"}
+    assert full.weights == "float32"
+    assert eight.weights == "float32, 14 x int8"
+    assert four.weights == "float32, 14 x int4 in groups of 32"
+    assert full.parameter_bytes > 2 * eight.parameter_bytes > 2 * four.parameter_bytes
+    size = (tmp_path / "plain" / "model.safetensors").stat().st_size
+    assert full.disk_bytes == eight.disk_bytes == size
+    assert full.parameter_bytes <= size < 1.2 * full.parameter_bytes
+    assert "int4 in groups of 32" in printed(found, monkeypatch)
+
+
+def test_windows_are_told(make_lm: Callable[..., LM]) -> None:
+    local = make_lm(0, window=8, local_layers=(0,))
+    assert [member.windows for member in inspect_members([local]).members] == ["1 of 2 layers: 8"]

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import tyro
 
 from rlae_jax import hosts
-from rlae_jax.commands import ablate, demo, evaluate, generate, inspect, plan, specialists, train, watch
+from rlae_jax.commands import ablate, demo, evaluate, families, generate, inspect, plan, specialists, train, watch
 from rlae_jax.commands.devices import on_devices
 from rlae_jax.commands.emorl import demo as emorl_demo
 from rlae_jax.commands.emorl import evaluate as emorl_evaluate
@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": on_devices(evaluate.evaluate, hosts_too=True),
     "ablate": on_devices(ablate.ablate),
     "inspect": on_devices(inspect.inspect),
+    "families": families.families,
     "plan": plan.plan,
     "emorl": emorl,
 }

@@ -58,6 +58,7 @@ from rlae_jax.models.stored import (
     get_leaf,
     put_leaf,
     stored_tensors,
+    tensor_files,
 )
 from rlae_jax.models.transformer import Params, logical_axes
 
@@ -81,6 +82,13 @@ class Source:
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def disk_bytes(directory: Path) -> int:
+    """The size of the files that hold a checkpoint's weights."""
+    path = gguf_files.find(directory)
+    files = set(tensor_files(directory).values()) if path is None else gguf_files.parts(path)
+    return sum(file.stat().st_size for file in files)
 
 
 def read_source(directory: Path) -> Source:

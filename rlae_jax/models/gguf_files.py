@@ -89,7 +89,7 @@ def part_names(name: str) -> list[str]:
     return [f"{base}-{i + 1:05d}-of-{count:05d}{SUFFIX}" for i in range(count)]
 
 
-def _parts(path: Path) -> list[Path]:
+def parts(path: Path) -> list[Path]:
     """All files of the model that one of them belongs to."""
     paths = [path.with_name(name) for name in part_names(path.name)]
     absent = [file.name for file in paths if not file.is_file()]
@@ -286,7 +286,7 @@ def open_gguf(path: Path) -> GgufFile:
     import_gguf()
     metadata: dict[str, Any] = {}
     extents: dict[str, Extent] = {}
-    paths = _parts(path)
+    paths = parts(path)
     for part in paths:
         pairs, tensors = _read_part(part)
         twice = sorted(extents.keys() & tensors.keys())

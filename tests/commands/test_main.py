@@ -14,6 +14,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.commands import main as commands
 from rlae_jax.evaluation import baselines
+from rlae_jax.models.families import FAMILIES
 from rlae_jax.specialists import make_pair_tokenizer
 from rlae_jax.tasks import skills
 from tests.helpers.tokenizers import byte_level, sentencepiece
@@ -100,11 +101,22 @@ def listing(directory):
     }
 
 
+def test_families_are_listed(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = call("families")
+    assert status == 0
+    for family in FAMILIES.values():
+        assert family.model_type in out
+        assert family.architectures[0] in out
+    assert "compressed-tensors" in out
+    assert "GGUF" in out
+
+
 class TestHelp:
     def test_of_the_program(self, call):
         status, out, _ = call("--help")
         assert status == 0
-        for command in ("demo", "specialists", "generate", "train", "evaluate", "ablate", "inspect"):
+        for command in ("demo", "specialists", "generate", "train", "evaluate", "ablate", "inspect", "families"):
             assert command in out
         assert commands.CACHE_VARIABLE in out
 
@@ -123,7 +135,7 @@ class TestHelp:
             ("train", "--seeds --max-minutes --span-lengths --encoder --log-to --reward --chat --shots --data-dir"),
             ("ablate", "--models --task --out --vary --set --seeds --split --resume"),
             ("evaluate", "--models --task --split --policy --methods --out --limit --end-ids"),
-            ("inspect", "--models --end-ids --bandwidth --batch --tokens --dtype"),
+            ("inspect", "--models --end-ids --bandwidth --batch --tokens --dtype --quantise --quantise-head"),
         ],
     )
     def test_of_a_command(self, call, command, options):

@@ -49,6 +49,11 @@ _QUANTISED = ("quantization_config", "compression_config")
 _OF_ALL = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", _TIED, *_QUANTISED)
 
 
+def family_of(model_type: str) -> str:
+    """The family of a language model, by its own model_type."""
+    return _SAME.get(model_type, model_type)
+
+
 def language_model(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """(model_type, config.json) of the language model in a wrapper, without `architectures`; None for what is none.
 
