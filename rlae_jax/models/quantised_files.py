@@ -84,12 +84,12 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
     method = fields.get("quant_method", method or ("compressed-tensors" if "config_groups" in fields else None))
     if method == "bitsandbytes":
         raise InputError(
-            f"{path}: weights quantised by bitsandbytes are not read; load the model that they were made of with "
+            f"{path}: weights quantised by bitsandbytes are not supported; load the model that they were made of with "
             "quantise='int8' or quantise='int4'"
         )
     if method not in METHODS:
         raise InputError(
-            f"{path}: weights quantised by {method or 'an unnamed method'} are not read; methods that are: "
+            f"{path}: weights quantised by {method or 'an unnamed method'} are not supported; supported: "
             f"{', '.join(METHODS)}"
         )
     return Settings(path, method, fields)
@@ -259,7 +259,9 @@ def _gptq(parts: _Parts, fields: Mapping[str, Any]) -> _Layer:
     """
     form = str(fields.get("checkpoint_format") or fields.get("format") or "gptq").lower()
     if form not in ("gptq", "gptq_v2") or fields.get("is_marlin_format"):
-        raise InputError(f"GPTQ's form {form if form != 'gptq' else 'marlin'} is not read; gptq and gptq_v2 are")
+        raise InputError(
+            f"GPTQ's form {form if form != 'gptq' else 'marlin'} is not supported; supported: gptq, gptq_v2"
+        )
     for pattern, changed in (fields.get("dynamic") or {}).items():  # settings of some layers, by GPTQModel
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), parts.module):
             fields = {**fields, **changed}
@@ -295,7 +297,7 @@ def _awq(parts: _Parts, fields: Mapping[str, Any]) -> _Layer:
     """AutoAWQ's GEMM layout: values and zeros are packed along the outputs, eight of them in an order of its own."""
     form = str(fields.get("version") or fields.get("format") or "gemm").lower()
     if form != "gemm":
-        raise InputError(f"AWQ's form {form} is not read; gemm is")
+        raise InputError(f"AWQ's form {form} is not supported; supported: gemm")
     bits = _whole(fields, "bits", "w_bit", default=4, among=(4,))
     inputs, words = parts.words(".qweight")
     outputs = parts.shape(".scales", 2)[1]
@@ -415,12 +417,16 @@ def _compressed(parts: _Parts, fields: Mapping[str, Any]) -> _Layer | None:
     bits."""
     sparse = (fields.get("sparsity_config") or {}).get("format")
     if sparse not in (None, "dense"):
-        raise InputError(f"compressed-tensors: sparse weights ({sparse}) are not read")
+        raise InputError(f"compressed-tensors: sparse weights ({sparse}) are not supported")
     if (fields.get("transform_config") or {}).get("config_groups"):
-        raise InputError("compressed-tensors: weights that need a rotation of activations (transform_config)")
+        raise InputError(
+            "compressed-tensors: weights that need a rotation of activations (transform_config) are not supported"
+        )
     form, weights = _scheme(fields, parts.module)
     if form not in COMPRESSED_FORMS:
-        raise InputError(f"compressed-tensors: the form {form} is not read; {', '.join(COMPRESSED_FORMS)} are")
+        raise InputError(
+            f"compressed-tensors: the form {form} is not supported; supported: {', '.join(COMPRESSED_FORMS)}"
+        )
     strategy = weights.get("strategy")
     block = None
     if strategy == "block":

@@ -241,8 +241,8 @@ def test_a_group_that_is_not_there(tmp_path):
         (q.make_gptq, {"bits": 5}, "bits must be one of 2, 3, 4, 8, not 5"),
         (q.make_gptq, {"bits": None}, "bits must be one of 2, 3, 4, 8, not None"),
         (q.make_gptq, {"group_size": "many"}, "group_size must be a whole number other than 0, not 'many'"),
-        (q.make_gptq, {"checkpoint_format": "marlin"}, "GPTQ's form marlin is not read; gptq and gptq_v2 are"),
-        (q.make_awq, {"version": "GEMV"}, "AWQ's form gemv is not read; gemm is"),
+        (q.make_gptq, {"checkpoint_format": "marlin"}, "GPTQ's form marlin is not supported; supported: gptq, gptq_v2"),
+        (q.make_awq, {"version": "GEMV"}, "AWQ's form gemv is not supported; supported: gemm"),
         (q.make_packed, {"config_groups": {}}, "config_groups has no settings for the weights of model.layers.0"),
         (q.make_packed, {"config_groups": {"W4A16": ["Linear"]}}, "config_groups: W4A16 must be a JSON object"),
         (q.make_packed, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights (sparse-24-bitmask)"),
@@ -276,10 +276,10 @@ def test_where_settings_are(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes are not read; load the model that"),
-        ({"load_in_8bit": True}, "bitsandbytes are not read; load the model that"),
-        ({"quant_method": "aqlm"}, "quantised by aqlm are not read; methods that are: gptq, awq, compressed-tensors"),
-        ({"bits": 4}, "quantised by an unnamed method are not read"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes are not supported; load the model that"),
+        ({"load_in_8bit": True}, "bitsandbytes are not supported; load the model that"),
+        ({"quant_method": "aqlm"}, "quantised by aqlm are not supported; supported: gptq, awq, compressed-tensors"),
+        ({"bits": 4}, "quantised by an unnamed method are not supported"),
         ([1], "quantization_config must be a JSON object, not [1]"),
     ],
 )
