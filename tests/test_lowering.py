@@ -137,3 +137,13 @@ def test_ppo_programs(ensemble):
     # The state that comes out fits the next iteration.
     before = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
     assert [(leaf.shape, leaf.dtype) for leaf in exported.out_avals][: len(before)] == before
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_quantised_members(make_lm, tmp_path, kind):
+    make_lm(0, width=64, heads=4, head_width=16, ffn_width=96).save(tmp_path / "m")
+    ensemble = rj.Ensemble([rj.load(tmp_path / "m", quantise=kind, quantise_head=True)], end_ids=(4,))
+    params, ids, mask, key = inputs(ensemble)
+    spec = ensemble.spec(max_new_tokens=6)
+    policy_params = jnp.ones((len(ids), 1))
+    assert_lowers(lambda *args: rj.decode(*args, spec).tokens, params, ids, mask, policy_params, key)

@@ -173,3 +173,29 @@ def test_a_host_holds_its_shards_and_little_more(tmp_path):
         if one["after"]["peak"] is None:
             pytest.skip("no VmHWM on this system")
         assert one["after"]["peak"] * 1e6 < one["held"] + 2 * one["largest"] + 400e6
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_quantised_kernels_lie_where_whole_ones_do(make_wide, tmp_path, kind):
+    make_wide(0, width=64, head_width=32, ffn_width=256).save(tmp_path / "m")
+    alone = rj.load(tmp_path / "m", quantise=kind, quantise_head=True)
+    for size in ((2, 4), (1, 8)):
+        mesh = rj.make_mesh(*size)
+        spread, moved = rj.load(tmp_path / "m", quantise=kind, quantise_head=True, mesh=mesh), alone.on_mesh(mesh)
+        layer = spread.params["layers"][0]
+        split = {name: layer["ffn"][name]["kernel"].values for name in ("up", "down")}
+        split |= {"q": layer["attention"]["q"]["kernel"].values, "o": layer["attention"]["o"]["kernel"].values}
+        split |= {"table": spread.params["embedding"].values, "scale": spread.params["embedding"].scale}
+        for name, values in split.items():
+            shard = values.sharding.shard_shape(values.shape)
+            assert np.prod(shard) * size[1] == values.size, (name, values.shape, shard)
+        for one, other, third in zip(*map(jax.tree.leaves, (alone.params, spread.params, moved.params)), strict=True):
+            np.testing.assert_array_equal(one, other)
+            assert other.sharding == third.sharding
+        assert spread.fingerprint() == alone.fingerprint()
+        ids = np.random.default_rng(0).integers(0, 24, (4, 6))
+        expected = alone.logits(ids)
+        with sharding.use(mesh):
+            np.testing.assert_allclose(spread.logits(ids), expected, atol=2e-5 * np.abs(expected).max())
+        options = {"prompt_ids": ids, "max_new_tokens": 8, "ignore_eos": True}
+        assert rj.Ensemble([spread]).generate(**options).tokens == rj.Ensemble([alone]).generate(**options).tokens
