@@ -19,6 +19,7 @@ from rlae_jax.models.cache import cache_bytes
 from rlae_jax.models.checkpoint_files import disk_bytes
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import forms, weight_bytes
+from rlae_jax.models.transformer import experts_share
 
 FEW_PARTNERS = 0.2  # of a vocabulary's texts: with fewer, members seldom write in common tokens
 DIFFERENT_CONTEXTS = 4  # times as long
@@ -34,6 +35,7 @@ class MemberFigures:
     family: str  # model_type; "made here" without a checkpoint
     weights: str  # the dtype, or the forms of quantised kernels
     windows: str | None  # which layers see how much
+    experts: str | None  # how many, and how much of them a token takes
     not_read: str | None  # what else the checkpoint holds
     vocabulary: int  # ids that may be chosen
     partners: float | None  # share of its distinct texts that another member has as a token too
@@ -86,6 +88,21 @@ def _windows(config: ModelConfig) -> str | None:
     if not config.local_layers or not config.window:
         return None
     return f"{len(config.local_layers)} of {config.layers} layers: {config.window:,}"
+
+
+def _of_experts(lm: LM) -> int:
+    """Their bytes."""
+    leaves = jax.tree_util.tree_leaves_with_path(lm.params)
+    return sum(weight_bytes(leaf) for path, leaf in leaves if "['experts']" in jax.tree_util.keystr(path))
+
+
+def _experts(lm: LM) -> str | None:
+    spec = lm.config.experts
+    if spec is None:
+        return None
+    per_token = _weights(lm) - (1 - experts_share(lm.config)) * _of_experts(lm)
+    where = f"in {len(spec.layers)} of {lm.config.layers} layers"
+    return f"{spec.active} of {spec.number} per token {where}: {_bytes(per_token)} of weights"
 
 
 def _end_tokens(lm: LM, ids: Sequence[int]) -> tuple[str, ...]:
@@ -182,6 +199,7 @@ def inspect_members(
             family="made here" if lm.source is None else lm.source.family.model_type,
             weights=_held(lm),
             windows=_windows(lm.config),
+            experts=_experts(lm),
             not_read="all but its language model" if lm.source is not None and lm.source.wrapped else None,
             vocabulary=lm.config.usable_vocab,
             end_tokens=_end_tokens(lm, ids),
@@ -195,6 +213,7 @@ def inspect_members(
         for k, (lm, ids) in enumerate(zip(members, ends, strict=True))
     )
     read = sum(member.parameter_bytes + batch * member.cache_bytes for member in figures)
+    read -= round(sum((1 - experts_share(lm.config, batch)) * _of_experts(lm) for lm in members))
     steps = bandwidth_gb_s * 1e9 / read
     return Inspection(
         members=figures,
@@ -260,6 +279,7 @@ def tables(inspection: Inspection) -> list[rich.console.RenderableType]:
     row("family", [member.family for member in members])
     row("weights", [member.weights for member in members])
     row("windows", [member.windows for member in members])
+    row("experts", [member.experts for member in members])
     row("not read", [member.not_read for member in members])
     row("vocabulary", [f"{member.vocabulary:,}" for member in members])
     row("texts with an exact partner", [percent(member.partners) for member in members])

@@ -15,6 +15,7 @@ from rlae_jax import report
 from rlae_jax.inspect_members import Inspection, inspect_members, show
 from rlae_jax.models import LM, load, transformer
 from rlae_jax.models.cache import cache_bytes
+from rlae_jax.models.config import Experts
 from rlae_jax.models.lm import read_tokenizer
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
@@ -155,6 +156,21 @@ def test_how_a_checkpoint_is_held(make_lm: Callable[..., LM], tmp_path: Path, mo
     assert full.disk_bytes == eight.disk_bytes == size
     assert full.parameter_bytes <= size < 1.2 * full.parameter_bytes
     assert "int4 in groups of 32" in printed(found, monkeypatch)
+
+
+def test_experts_are_told(make_lm: Callable[..., LM]) -> None:
+    """A step of one row reads two of eight experts."""
+    spec = Experts(number=8, active=2, width=400, layers=(1,))
+    lm, dense = make_lm(0, experts=spec), make_lm(0)
+    one = 4 * 3 * spec.width * lm.config.width
+    found, many = (inspect_members([lm], batch=batch, tokens=1) for batch in (1, 64))
+    (member,) = found.members
+    assert member.experts is not None
+    assert member.experts.startswith("2 of 8 per token in 1 of 2 layers: ")
+    assert member.parameter_bytes > 8 * one
+    assert found.read_bytes == member.parameter_bytes - 6 * one + member.cache_bytes
+    assert many.read_bytes == pytest.approx(member.parameter_bytes + 64 * member.cache_bytes, rel=1e-4)
+    assert inspect_members([dense]).members[0].experts is None
 
 
 def test_windows_are_told(make_lm: Callable[..., LM]) -> None:

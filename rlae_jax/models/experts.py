@@ -171,6 +171,19 @@ def rows_of_a_block(tokens: int, spec: Experts) -> int:
     return min(tokens, max(_FEW_ROWS, 1 << max(average - 1, 0).bit_length()), _MOST_ROWS)
 
 
+def _blocks(tokens: int, experts: int, active: int, size: int) -> int:
+    """The most blocks of a size that there can be."""
+    pairs = tokens * active
+    groups = min(experts, pairs)  # at most, that are not empty
+    return groups if size >= tokens else (pairs + groups * (size - 1)) // size
+
+
+def block_rows(tokens: int, spec: Experts) -> int:
+    """The rows of all blocks for so many tokens."""
+    size = rows_of_a_block(tokens, spec)
+    return size * _blocks(tokens, spec.number, spec.active, size)
+
+
 def _act(gate: Array, up: Array, spec: Experts, config: ModelConfig) -> Array:
     if spec.clamped is None:
         gated: Array = ACTIVATIONS[config.activation](gate) * up
@@ -186,8 +199,7 @@ def _in_blocks(
     """What each pair's expert gives, block by block."""
     (n, d), pairs, experts = x_nd.shape, len(ids_p), len(starts_e) - 1
     size = rows_of_a_block(n, spec)
-    groups = min(experts, pairs)  # at most, that are not empty
-    blocks = groups if size >= n else (pairs + groups * (size - 1)) // size
+    blocks = _blocks(n, experts, pairs // n, size)
     counts_e = starts_e[1:] - starts_e[:-1]
     blocks_e = -(-counts_e // size)
     ends_e = jnp.cumsum(blocks_e)

@@ -473,9 +473,15 @@ def mixture_linears(config: ModelConfig) -> dict[str, Spec]:
     return _declared(config).mixture_linears
 
 
+def experts_share(config: ModelConfig, rows: int = 1) -> float:
+    """How much of its experts a step of so many rows reads in the mean, if they choose at random."""
+    experts = config.experts
+    return 1.0 if experts is None else 1 - (1 - experts.active / experts.number) ** rows
+
+
 def active_bytes(config: ModelConfig, sizes: Mapping[str, int] | None = None, rows: int = 1) -> int:
-    """Bytes of the parameters that a decoding step reads: all but an encoder and tables of which it looks up a row,
-    and of experts as many as its rows take, in the mean if these choose at random.
+    """Bytes of the parameters that a decoding step reads: all but an encoder and tables of which it looks up a row, and
+    of experts those that its rows take (`experts_share`).
 
     Args:
       sizes: of every parameter by its dotted path, where they are not those of the configuration's dtype: on a device
@@ -485,8 +491,7 @@ def active_bytes(config: ModelConfig, sizes: Mapping[str, int] | None = None, ro
         leaves = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
         sizes = {".".join(str(key.key) for key in path): leaf.size * leaf.dtype.itemsize for path, leaf in leaves}
     looked_up = {"positions", "token_types", "second.table", "encoder"} | (set() if config.tied_head else {"embedding"})
-    experts = config.experts
-    share = 1.0 if experts is None else 1 - (1 - experts.active / experts.number) ** rows
+    share = experts_share(config, rows)
     read = {path: n for path, n in sizes.items() if not {path, path.split(".")[0]} & looked_up}
     return round(sum(n * (share if ".ffn.experts." in path else 1) for path, n in read.items()))
 

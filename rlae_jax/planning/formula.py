@@ -19,7 +19,7 @@ from rlae_jax import sharding
 from rlae_jax.fusion.members import _PREFILL_TOKENS
 from rlae_jax.fusion.policy import Dims
 from rlae_jax.fusion.ragged import WIDEST
-from rlae_jax.models import ModelConfig, cache, lora, transformer
+from rlae_jax.models import ModelConfig, cache, experts, lora, transformer
 from rlae_jax.planning.devices import Device
 from rlae_jax.planning.workload import Workload
 from rlae_jax.ppo import iteration as ppo
@@ -191,6 +191,9 @@ def _reading_one(run: _Pass, adapters: bool) -> Moment:
     group = run.rows_at_once * run.tokens
     width, wide = (group * n * _itemsize(reader) for n in (reader.width, run.ffn_width))
     branch = (3 if reader.gated else 2) * wide + (2 * wide + width if adapters else 0)
+    if reader.experts is not None:  # rows of blocks, and twice those of pairs of a token and an expert
+        rows = experts.block_rows(group, reader.experts) + 2 * group * reader.experts.active
+        branch = max(branch, rows * reader.width * _itemsize(reader))
     scores = 3 * run.rows_at_once * run.heads * run.tokens**2 * FLOAT
     if run.config.encoder is not None:  # whose states are turned into keys and values when they are all there
         return Moment(0, max(branch, scores) + width)
@@ -332,7 +335,7 @@ def limits(workload: Workload, mesh: AbstractMesh, device: Device, quantise: Qua
         groups = run.rows // run.rows_at_once
         reading_bytes += groups * sum(stored[path] for path in of_reading) + run.prompt_cache
         tokens = run.rows * run.tokens
-        taken = 1.0 if config.experts is None else config.experts.active / config.experts.number
+        taken = transformer.experts_share(config)
         in_use = sum(plain[path] * (taken if ".ffn.experts." in path else 1) for path in of_reading)
         elements = in_use / _itemsize(config)
         attended = 2 * tokens * run.tokens * run.heads * reader.head_width * reader.layers

@@ -52,7 +52,9 @@ def draw(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         # GPT-2's kernels are [inputs, outputs], gpt-oss's [experts, inputs, outputs], all others [outputs, inputs...].
         transposed = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
         experts = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-        x *= (shape[0] if transposed else shape[1] if experts else math.prod(shape[1:])) ** -0.5
+        of_granite = "block_sparse_moe" in name  # [experts, outputs, inputs]
+        inputs = shape[0] if transposed else shape[1] if experts else shape[-1] if of_granite else math.prod(shape[1:])
+        x *= inputs**-0.5
     return x.astype(np.float32)
 
 

@@ -70,6 +70,13 @@ def sample_gpt_oss(rng: np.random.Generator) -> Case:
     return Case("GptOssForCausalLM", fields, hub=chance(rng))
 
 
+def sample_granitemoe(rng: np.random.Generator) -> Case:
+    fields = llama_fields(rng) | rope_fields(rng, "default") | _local(_experts(rng)) | {"attention_bias": chance(rng)}
+    fields |= {"embedding_multiplier": pick(rng, 1.0, 3.0), "residual_multiplier": pick(rng, 1.0, 0.4)}
+    fields |= {"attention_multiplier": pick(rng, 0.1, 0.5), "logits_scaling": pick(rng, 1.0, 2.0)}
+    return Case("GraniteMoeForCausalLM", fields, hub=chance(rng))
+
+
 _mixtral = functools.partial(case, "MixtralForCausalLM", TINY | {"num_local_experts": 4})
 _MIXTRAL = {
     "window": _mixtral(hub=True, sliding_window=5, hidden_size=24, rope_theta=900.0),
@@ -130,10 +137,23 @@ _GPT_OSS = {
     ),
 }
 
+_GRANITEMOE = {
+    "multipliers": case(
+        "GraniteMoeForCausalLM",
+        TINY,
+        hub=True,
+        hidden_size=24,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **{"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+    )
+}
+
 FAMILIES = {
     "mixtral": Family("decoder", "mixtral", _MIXTRAL, sample_mixtral),
     "qwen2_moe": Family("decoder", "qwen2_moe", _QWEN2_MOE, sample_qwen2_moe),
     "qwen3_moe": Family("decoder", "qwen3_moe", _QWEN3_MOE, sample_qwen3_moe),
     "olmoe": Family("decoder", "olmoe", _OLMOE, sample_olmoe),
+    "granitemoe": Family("decoder", "granitemoe", _GRANITEMOE, sample_granitemoe),
     "gpt_oss": Family("decoder", "gpt_oss", _GPT_OSS, sample_gpt_oss),
 }
