@@ -33,7 +33,7 @@ WEIGHTS = np.linspace(0, 1, 21)  # of the first member
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {},
     "int8": {"quantise": "int8"},
-    "int4, groups of 32": {"quantise": "int4", "group": 32},
+    "int4, groups of 32": {"quantise": "int4", "quantise_group": 32},
 }
 REQUIRED = {"int8": ("int8_bpb", 0.005), "int4, groups of 32": ("int4_bpb", 0.04)}  # a share more than float32
 

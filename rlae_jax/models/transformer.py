@@ -13,7 +13,7 @@ through `nnx.jit` walks its whole graph at every call, which costs more than dec
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -421,9 +421,16 @@ class _Declared(NamedTuple):
     mixture_linears: dict[str, Spec]
 
 
+class _OneKey:
+    """Stands for `nnx.Rngs` where only shapes are wanted: counting draws is most of the time that declaring takes."""
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
 @functools.cache
 def _declared(config: ModelConfig) -> _Declared:
-    abstract = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Transformer(config, cast(nnx.Rngs, _OneKey())))
     graph, state = nnx.split(abstract)
     axes = nnx.to_pure_dict(state, extract_fn=lambda param: param.get_metadata()["axes"])
     linears = {
