@@ -316,3 +316,17 @@ def collective_bytes(instructions: Iterable[Instruction]) -> int:
     """The bytes of the largest array of any exchange between devices."""
     sizes = [shape.nbytes for i in instructions if i.opcode.removesuffix("-start") in COLLECTIVES for shape in i.shapes]
     return max(sizes, default=0)
+
+
+def largest_float(module: Module) -> int:
+    """How many elements the largest array of floating-point numbers has that a program writes to memory: what stays
+    inside a fusion, and arguments, do not count."""
+    bodies = [module.entry, *(loop.body for loop in module.loops() if loop.body is not None)]
+    written = [
+        i
+        for name in bodies
+        for i in module.computations[name]
+        if i.opcode not in ("parameter", "get-tuple-element", "tuple")
+    ]
+    floats = [shape for i in written for shape in i.shapes if re.match(r"b?f\d+$", shape.dtype)]
+    return max((math.prod(shape.dims) for shape in floats), default=0)

@@ -352,8 +352,11 @@ def _in_blocks(x_ri: Array, kernel: Quantised, over_a: bool, precision: str | No
 
 
 def _pack(kernel: Quantised) -> Quantised:
-    """An int4 matrix of an even number of columns as the bytes that hold it, with pairs of scales: compilers for CPUs
-    take one value of four bits after the other, but bytes many at a time."""
+    """An int4 matrix of an even number of columns as the bytes that hold it, with pairs of scales, and fp8 as bytes:
+    compilers for CPUs take one value of four bits after the other, but bytes many at a time, and convert an array of
+    fp8 as a whole before anything else."""
+    if kernel.kind == "fp8":
+        return dataclasses.replace(kernel, values=lax.bitcast_convert_type(kernel.values, jnp.uint8))
     c = kernel.values.shape[-1]
     if kernel.kind != "int4" or c % 2:
         return kernel
@@ -371,9 +374,22 @@ def _unpacked(kernel: Quantised) -> list[Array]:
     """The weights, or of packed ones those of the even and those of the odd columns."""
     if kernel.values.dtype != jnp.uint8:
         return [kernel.weights()]
+    if kernel.scale.ndim == kernel.values.ndim:
+        return [dataclasses.replace(kernel, values=_from_e4m3(kernel.values)).weights()]
     halves = (kernel.values << 4, kernel.values)  # arithmetic shifts to the right bring back the sign
     signed = [lax.bitcast_convert_type(half, jnp.int8) >> 4 for half in halves]
     return [
         Quantised(values, kernel.scale[..., i], None if kernel.zero is None else kernel.zero[..., i]).weights()
         for i, values in enumerate(signed)
     ]
+
+
+def _from_e4m3(bits: Array) -> Float[Array, "..."]:
+    """The numbers that bytes stand for (Micikevicius et al., 2022, table 1): a sign, four bits of exponent with bias 7,
+    three of mantissa. An exponent of 0 is that of 1 without the leading one. There are no infinities, and no NaN among
+    weights."""
+    magnitude = (bits & 127).astype(jnp.uint32)
+    # The same bits at the place where float32 has them, with its own bias.
+    normal = lax.bitcast_convert_type((magnitude << 20) + ((127 - 7) << 23), jnp.float32)
+    wide = jnp.where(magnitude < 8, 2 * normal - 2.0**-6, normal)
+    return jnp.where(bits > 127, -wide, wide)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
+from rlae_jax import hlo
 from rlae_jax.models import quantise
 from rlae_jax.models.quantise import Quantised, is_quantised
 from rlae_jax.models.stored import Packed, StoredTensor
@@ -152,3 +153,23 @@ def test_what_cannot_be_quantised_is_told(make_lm, checkpoint, tmp_path, raises_
     raises_input_error(lambda: rj.load(checkpoint, quantise="int4", quantise_group=48), "48", "32, 64, 128")
     make_lm(0, width=64, ffn_width=50).save(tmp_path / "odd")
     raises_input_error(lambda: rj.load(tmp_path / "odd", quantise="int4"), "down_proj", "50 inputs", "32, 64, 128")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 300])
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int8", 32), ("int4", 32), ("fp8", 0)])
+def test_no_converted_copy_of_a_kernel_is_made(kind, group, rows):
+    """Nothing that the compiled program computes has more numbers than a block, or than the rows."""
+    d, f = 1024, 2048
+    held = jax.eval_shape(
+        lambda kernel: quantise.quantise_kernel(kernel, kind=kind, inputs=1, group=group),
+        jax.ShapeDtypeStruct((d, f), jnp.float32),
+    )
+    x = jax.ShapeDtypeStruct((rows, 1, d), jnp.float32)
+    program = jax.jit(lambda x, kernel: quantise.product("btd,df->btf", x, kernel, "highest", (d, f)))
+    module = hlo.parse(program.lower(x, held).compile().as_text())
+    assert hlo.largest_float(module) <= max(quantise._CACHED["cpu"], rows * f)
+
+
+def test_every_number_of_fp8():
+    bits = np.array([b for b in range(256) if b & 127 != 127], np.uint8)  # but NaN
+    np.testing.assert_array_equal(quantise._from_e4m3(bits), bits.view(jnp.float8_e4m3fn).astype(np.float32))

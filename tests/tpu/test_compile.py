@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
 from rlae_jax import hlo, sharding
+from rlae_jax.models import quantise
 from rlae_jax.planning import tpu
-from rlae_jax.planning.workload import place_params
+from rlae_jax.planning.workload import place_params, place_whole
 from tests.tpu import programs
 from tests.tpu.programs import BATCH, LOCKSTEP, MODEL, PROMPT, SHARED, TEAM, TRAINED, TRAINING, UNION
 
@@ -207,3 +209,16 @@ def assert_donated(compiled: Compiled, nbytes: int) -> None:
     """So many bytes of arguments are written over by results."""
     assert compiled.module.aliases
     assert compiled.memory.alias_size_in_bytes >= nbytes
+
+
+@pytest.mark.parametrize("rows", [2, 8, 512])
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int4", 32), ("int4", 128), ("fp8", 0)])
+def test_quantised_kernels_are_converted_as_they_are_read(kind: quantise.Kind, group: int, rows: int) -> None:
+    d, f = 4096, 11_008
+    mesh = tpu.make_mesh("v5e", *ONE)
+    kernel: Any = jax.ShapeDtypeStruct((d, f), jnp.bfloat16)
+    held = jax.eval_shape(lambda kernel: quantise.quantise_kernel(kernel, kind=kind, inputs=1, group=group), kernel)
+    x, held = place_whole((jax.ShapeDtypeStruct((rows, 1, d), jnp.bfloat16), held), mesh)
+    product = jax.jit(lambda x, kernel: quantise.product("btd,df->btf", x, kernel, None, (d, f)))
+    module = hlo.parse(product.lower(x, held).compile().as_text() or "")
+    assert hlo.largest_float(module) <= max(quantise._CACHED["accelerator"], d // (group or d) * rows * f)
