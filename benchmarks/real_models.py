@@ -54,7 +54,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _counselling(directory: Path) -> Iterator[str]:
     with (directory / "counsel_chat" / "counsel_chat.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            yield f"{row['questionText']}\n\n{row['answerText']}"
+            yield row["answerText"]
 
 
 KINDS: dict[str, Callable[[Path], Iterator[str]]] = {
