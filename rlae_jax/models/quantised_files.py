@@ -201,11 +201,12 @@ class _Parts:
         return self.shape(suffix, 2)
 
     def expect(self, suffix: str, *shapes: tuple[int, ...], optional: bool = False) -> None:
-        """Notes a tensor that is missing or has none of the shapes."""
+        """Notes a tensor that is missing or has none of the shapes (of which one with a 0 follows from another tensor
+        that was noted)."""
         if optional and not self.has(suffix):
             return
         shape = self.shape(suffix)
-        if self.has(suffix) and shape not in shapes:
+        if self.has(suffix) and shape not in shapes and not any(0 in one for one in shapes):
             known = " or ".join(str(list(shape)) for shape in shapes)
             self._findings.append(("mis-shaped", f"{self.module}{suffix} is {list(shape)}, expected {known}"))
 
@@ -565,6 +566,7 @@ class QuantisedFiles:
             elif parts.has(".weight"):
                 taken.discard(parts.module + ".weight")
         if findings:
+            findings = list(dict.fromkeys(findings))  # a tensor may be asked for twice
             raise grouped_error(
                 f"{settings.path.parent}: the tensors do not fit the settings of {settings.method} in "
                 f"{settings.path.name}",

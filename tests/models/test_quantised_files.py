@@ -215,6 +215,7 @@ def spoil(parts, suffix, array=None):
         (q.make_gptq, ".qweight", np.ones((8, 24), np.float32), "qweight is F32, expected I32"),
         (q.make_gptq, ".qweight", np.ones((9, 24), np.int32), "qweight is [9, 24], expected [8, 24]"),
         (q.make_awq, ".scales", np.ones((5, 24), np.float16), "scales is [5, 24], expected [2, 24]"),
+        (q.make_awq, ".scales", None, "1 missing: model.layers.0.mlp.up_proj.scales"),
         (q.make_packed, ".weight_scale", np.ones((24, 3), np.float32), "weight_scale is [24, 3], expected [24, 2]"),
         (q.make_packed, ".weight_scale", None, "missing: model.layers.0.mlp.up_proj.weight_scale"),
         (q.make_int8, ".weight_scale", np.ones((7, 1), np.float32), "weight_scale is [7, 1], expected [24, 1] or [24]"),
@@ -226,6 +227,7 @@ def test_tensors_that_do_not_fit_the_settings(make, suffix, array, told, tmp_pat
     with pytest.raises(InputError, match=re.escape(told)) as raised:
         present(spoil(parts, suffix, array), settings, tmp_path)
     assert f"{tmp_path}: the tensors do not fit the settings of {settings['quant_method']}" in str(raised.value)
+    assert ", 0]" not in str(raised.value)
 
 
 def test_a_group_that_is_not_there(tmp_path):
