@@ -2,7 +2,8 @@
 
 transformers dequantises the tensors and builds the model by itself; what a text's tokens are is this project's reading,
 which is compared with transformers' where that is right. The files come from a package index and are large: these
-tests are rare, and skipped where there is no index.
+tests are rare, and skipped where there is no index. `XLA_FLAGS= pytest -m rare tests/models/test_gguf_real.py` runs
+programs that are slower to compile and faster than those of other tests, in half the time.
 """
 
 import gzip
