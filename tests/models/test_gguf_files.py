@@ -78,7 +78,7 @@ CASES = {
     ("qwen2_moe", "shared"): None,
     ("qwen3_moe", "wide_heads"): None,
     ("olmoe", "grouped"): None,
-    ("gpt_oss", "alternating"): None,
+    ("gpt_oss", "clamped"): lambda config: {"swiglu_limit": 7.0},
     ("smollm3", "windows"): layers(4, use_sliding_window=False, sliding_window=None, no_rope_layer_interval=4),
     ("granite", "multipliers"): None,
     ("arcee", "squares"): None,
