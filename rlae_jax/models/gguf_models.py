@@ -319,6 +319,15 @@ def _granite(keys: Keys) -> dict[str, Any]:
     )
 
 
+def _mistral3(keys: Keys) -> dict[str, Any]:
+    """Mistral Small 3 without a growth of its queries, Ministral 3 with one."""
+    growth = keys.get("attention.temperature_scale")
+    if growth is None:
+        return {"model_type": "mistral", "sliding_window": None}
+    whole = {"mscale": 1.0, "mscale_all_dim": keys.get("rope.scaling.yarn_log_multiplier", 1.0)}  # as published
+    return {"sliding_window": None, "rope_parameters": _rope(keys) | whole | {"llama_4_scaling_beta": growth}}
+
+
 def _nemotron(keys: Keys) -> dict[str, Any]:
     return _rotated_in_part(keys) | _biases(keys) | keys.some(norm_eps="attention.layer_norm_epsilon")
 
@@ -345,6 +354,7 @@ def _starcoder2(keys: Keys) -> dict[str, Any]:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", _llama, permuted=True),
+    "mistral3": Architecture("ministral3", _mistral3, permuted=True),
     "qwen2": Architecture("qwen2", _qwen2),
     "qwen3": Architecture("qwen3", _qwen3),
     "gemma": Architecture("gemma", norm_offset=1.0),

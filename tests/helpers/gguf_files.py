@@ -27,10 +27,17 @@ ARCHITECTURES = {
     },
     **{name: name for name in ("smollm3", "granite", "arcee", "seed_oss", "ernie4_5", "glm4", "exaone4", "cohere2")},
     **{name: name for name in ("stablelm", "nemotron", "starcoder2")},
-    **{"gemma3_text": "gemma3", "olmo3": "olmo2", "phi": "phi2", "cohere": "command-r", "gpt_neox": "gptneox"},
+    **{
+        "gemma3_text": "gemma3",
+        "olmo3": "olmo2",
+        "phi": "phi2",
+        "cohere": "command-r",
+        "gpt_neox": "gptneox",
+        "ministral3": "mistral3",
+    },
     **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"},
 }
-PERMUTED = ("llama", "smollm3", "granite", "arcee", "olmo")
+PERMUTED = ("llama", "mistral3", "smollm3", "granite", "arcee", "olmo")
 SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron")
 PARTLY_ROTATED = {
     "glm4": 0.5,
@@ -115,13 +122,24 @@ def _add_rope(writer: gguf.GGUFWriter, config: Config) -> None:
 
 
 def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
-    family = config["model_type"]
+    family, rope = config["model_type"], _rope_fields(config)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(config["num_attention_heads"])
     # What config.json left out is in every file.
-    short = family in ("phi3", "olmo2", "olmo3", "olmoe", "mixtral", "arcee", "exaone4", "gpt_oss", "ernie4_5")
+    short = family in (
+        "phi3",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "mixtral",
+        "arcee",
+        "exaone4",
+        "gpt_oss",
+        "ernie4_5",
+        "ministral3",
+    )
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5 if short else 1e-6))
     writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
     writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
@@ -133,6 +151,8 @@ def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
         ("final_logit_softcapping", writer.add_final_logit_softcapping),
         ("logit_scale", writer.add_logit_scale),
         ("logits_scaling", writer.add_logit_scale),
+        ("mscale_all_dim", writer.add_rope_scaling_yarn_log_mul),
+        ("llama_4_scaling_beta", writer.add_attn_temperature_scale),
         ("embedding_multiplier", writer.add_embedding_scale),
         ("attention_multiplier", writer.add_attention_scale),
         ("residual_multiplier", writer.add_residual_scale),
@@ -143,8 +163,8 @@ def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
         ("moe_intermediate_size", writer.add_expert_feed_forward_length),
         ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
     ):
-        if config.get(key) is not None:
-            add(config[key])
+        if (value := config.get(key, rope.get(key))) is not None:
+            add(value)
     if "num_experts" in config or "num_local_experts" in config:
         writer.add_expert_used_count(config.get("num_experts_per_tok", 2))
     if family == "gpt_oss":

@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
+from rlae_jax.errors import InputError
+from rlae_jax.models import checkpoint_files
 from rlae_jax.models.rope import frequencies
 from tests.data import hf
 from tests.helpers.tolerance import on_device
@@ -59,6 +61,7 @@ CASES = {
     ("llama", "yarn"): untruncated,
     ("llama", "biases"): None,
     ("mistral", "no_window"): None,
+    ("ministral3", "growing"): None,
     ("qwen2", "unused_window"): None,
     ("qwen3", "wide_heads"): None,
     ("qwen3", "yarn"): None,
@@ -184,6 +187,18 @@ def test_a_saved_file_is_a_directory_that_loads_again(tmp_path):
         np.testing.assert_allclose(saved[name], tensor, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize(("family", "case"), [("llama", "llama3"), ("phi3", "short"), ("gemma3_text", "pattern")])
+def test_transformers_reads_a_saved_file(family, case, tmp_path, torch):
+    stored = write_case(tmp_path / "made", family, case)
+    lm = rj.load(writing.write(tmp_path / "model.gguf", tmp_path / "made"), **stored.load)
+    lm.save(tmp_path / "saved")
+    ids = np.random.default_rng(7).integers(0, lm.config.vocab, (2, 9))
+    with torch.no_grad():
+        architecture = lm.source.config["architectures"][0]
+        expected = hf.from_pretrained(architecture, tmp_path / "saved")(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(lm.logits(ids), expected, atol=2e-5 * abs(expected).max())
+
+
 def fields_of_all(config):
     """A directory whose tensors have inputs that every kind of block divides."""
     return config | {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
@@ -284,6 +299,8 @@ def test_a_quantised_model_is_its_dequantised_directory(wide, tmp_path):
     ids = np.random.default_rng(3).integers(0, 41, (2, 9))
     expected, actual = rj.load(tmp_path / "full"), rj.load(path)
     np.testing.assert_allclose(actual.logits(ids), expected.logits(ids), atol=on_device(1e-5, 2e-4))
+    expected, actual = (rj.load(one, quantise="int8") for one in (tmp_path / "full", path))
+    chex.assert_trees_all_equal(actual.params, expected.params)
 
 
 def test_parts_of_a_split_file_are_one_model(tmp_path):
@@ -315,6 +332,24 @@ def test_a_file_that_was_cut(file, tmp_path, raises_input_error):
         message = raises_input_error(lambda: rj.load(tmp_path / "cut.gguf"), "cut.gguf")
         assert len(message.splitlines()) == 1
         assert size < 4 or "was cut" in message
+
+
+def test_wrong_bytes_in_a_header_are_told_in_a_few_lines(file):
+    whole, rng = file.read_bytes(), np.random.default_rng(5)
+    header = min(extent.offset for extent in gguf_files.open_gguf(file).extents.values())
+    told = []
+    for _ in range(100):
+        spoilt = bytearray(whole)
+        spoilt[rng.integers(4, header)] = rng.choice([0, 255, rng.integers(256)])
+        file.write_bytes(spoilt)
+        try:
+            source = checkpoint_files.read_source(file)
+            config = checkpoint_files.read_config(source, file, dtype="float32", precision=None)
+            assert checkpoint_files.open_tensors(file, source, config).headers
+        except InputError as error:
+            told.append(str(error))
+    assert len(told) > 30
+    assert max(len(message.splitlines()) for message in told) <= 10
 
 
 def test_no_gguf_file_another_version_and_big_endian(file, tmp_path, raises_input_error):

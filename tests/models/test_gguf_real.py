@@ -98,28 +98,32 @@ def test_a_real_file_writes_what_transformers_writes(name, reference, torch):
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
     out = rj.Ensemble([lm]).generate(prompt_ids=ids, prompt_mask=mask, max_new_tokens=TOKENS)
+    with torch.no_grad():
+        written = reference.generate(
+            torch.tensor(ids, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=list(lm.config.end_ids),
+            pad_token_id=lm.config.end_ids[0],
+        )
     stopped = 0
-    for prompt, ours, finished in zip(prompts, out.tokens, out.finish_reasons, strict=True):
-        with torch.no_grad():
-            written = reference.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                eos_token_id=list(lm.config.end_ids),
-                pad_token_id=0,
-            )
-        theirs = written[0, len(prompt) :].tolist()
+    for prompt, ours, finished, row in zip(prompts, out.tokens, out.finish_reasons, written.tolist(), strict=True):
+        theirs = row[longest:]
+        end = next((i for i, token in enumerate(theirs) if token in lm.config.end_ids), len(theirs))
         stopped += finished == "stop"
-        ours = [*ours, *([theirs[-1]] if finished == "stop" and theirs[-1] in lm.config.end_ids else [])]
+        theirs, ours = [*theirs[:end], -1], [*ours, -1]  # the end, or the limit
         if ours != theirs:
-            at = next(i for i, (a, b) in enumerate(zip([*ours, -1], [*theirs, -1], strict=False)) if a != b)
+            at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
             with torch.no_grad():
                 logits = reference(torch.tensor([prompt + theirs[:at]])).logits[0, -1].numpy()
-            assert near_tie(logits, ours[at], theirs[at]), f"{lm.tokenizer.decode(prompt)!r}: token {at} differs"
+            two = [token if token >= 0 else lm.config.end_ids[0] for token in (ours[at], theirs[at])]
+            assert near_tie(logits, *two), f"{lm.tokenizer.decode(prompt)!r}: token {at} differs"
     if name == "smollm2":
         assert lm.config.end_ids == (lm.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
         assert stopped >= 3
+        spoken = rj.Ensemble([lm]).generate(CHATS[:2], chat=True, max_new_tokens=TOKENS)
+        assert spoken.tokens == out.tokens[:2]
 
 
 def test_saving_a_real_file(tmp_path):
