@@ -15,6 +15,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -67,39 +68,76 @@ def exact_match(text: str, reference: str) -> float:
 _SAME = str.maketrans(
     {"\u2212": "-", "\u2013": "-", "\uff0d": "-", "\uff0c": ",", "\u066c": ",", "\uff0e": ".", "\u066b": "."}
 )
-# A minus after a word, a digit or a bracket is a hyphen or a subtraction. So is a point within a word.
+# How LaTeX sets groups of digits and fractions.
+_LATEX = (
+    (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"\\[dt]?frac\{\s*([^{}]{1,40}?)\s*\}\{\s*([^{}]{1,40}?)\s*\}"), r"\1/\2"),
+)
+# A minus after a word, a digit or a bracket is a hyphen or a subtraction. So is a point within a word. Groups of three
+# digits have commas between them, or spaces that do not break (U+00A0, U+202F, U+2009). Exponents have at most three
+# digits, so that no number fills the memory.
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w)\]}.,])-)?(?:[$€£¥]\s?(?P<inner>-)?)?"
-    r"(?P<value>(?:(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?P<value>(?:(?<!\d)\d{1,3}(?P<group>[,\u00a0\u202f\u2009])\d{3}(?:(?P=group)\d{3})*(?!\d)|\d+)(?:\.\d+)?"
+    r"|(?<![\w.])\.\d+)(?P<exponent>[eE][+-]?\d{1,3}(?!\w))?"
 )
+# A quotient, and no date, path or version.
+_OVER = re.compile(r"\s?/\s?")
+
+
+def _found(text: str) -> tuple[str, list[tuple[re.Match[str], Decimal]]]:
+    """The text as it is searched, and the numbers in it."""
+    text = text.translate(_SAME)
+    for pattern, plain in _LATEX:
+        text = pattern.sub(plain, text)
+    numbers = []
+    for match in _NUMBER.finditer(text):
+        digits = re.sub(r"[,\s]", "", match["value"])
+        value = Decimal(digits + (match["exponent"] or ""))
+        # Not unary minus, which rounds to the context's precision.
+        numbers.append((match, value.copy_negate() if match["minus"] or match["inner"] else value))
+    return text, numbers
 
 
 def numbers_in(text: str) -> list[Decimal]:
-    """The numbers written in a text, exactly: "1,234.50", "-$3", "$5.", ".5", "−٤٢"."""
-    numbers = []
-    for match in _NUMBER.finditer(text.translate(_SAME)):
-        value = Decimal(match["value"].replace(",", ""))
-        # Not unary minus, which rounds to the context's precision.
-        numbers.append(value.copy_negate() if match["minus"] or match["inner"] else value)
-    return numbers
+    """The numbers written in a text, exactly: "1,234.50", "-$3", "$5.", ".5", "8{,}000", "1e3", "−٤٢"."""
+    return [number for _, number in _found(text)[1]]
+
+
+def values_in(text: str) -> list[Fraction]:
+    """The values written in a text, exactly: `numbers_in`, with quotients such as "1/2" and "\\frac{1}{2}" as one."""
+    text, numbers = _found(text)
+    values: list[Fraction] = []
+    chain: list[Decimal] = []
+    for i, (match, number) in enumerate(numbers):
+        chain.append(number)
+        following = numbers[i + 1][0].start() if i + 1 < len(numbers) else None
+        if following is not None and _OVER.fullmatch(text, match.end(), following):
+            continue
+        if len(chain) == 2 and chain[1]:
+            values.append(Fraction(chain[0]) / Fraction(chain[1]))
+        else:
+            values += map(Fraction, chain)
+        chain = []
+    return values
 
 
 @any_of
 def last_number(text: str, reference: str) -> float:
-    """1.0 if the last number written equals the reference's last number (1,000 = 1000.0), as RLAE scores GSM8K."""
-    written, expected = numbers_in(text), numbers_in(reference)
+    """1.0 if the last value written equals the reference's last (1,000 = 1000.0, 1/2 = 0.5), as RLAE scores GSM8K."""
+    written, expected = values_in(text), values_in(reference)
     return float(bool(written and expected) and written[-1] == expected[-1])
 
 
 @any_of
 def gsm8k(text: str, reference: str) -> float:
-    """1.0 if the number after the first "####", or the last one written where there is none, is the reference's.
+    """1.0 if the value after the first "####", or the last one written where there is none, is the reference's.
 
     The first: a model that goes on with further questions writes further ones.
     """
     _, mark, rest = text.partition("####")
-    written = numbers_in(rest.strip().partition("\n")[0])[:1] if mark else numbers_in(text)[-1:]
-    return float(bool(written) and written == numbers_in(reference)[-1:])
+    written = values_in(rest.strip().partition("\n")[0])[:1] if mark else values_in(text)[-1:]
+    return float(bool(written) and written == values_in(reference)[-1:])
 
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
