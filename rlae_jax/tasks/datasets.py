@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS, Examples, Task
-from rlae_jax.tasks.jsonl import Findings, Row, content_hash, read_rows, split_of, template_fields
+from rlae_jax.tasks.jsonl import content_hash, deal, split_of, template_fields
 from rlae_jax.tasks.reward_worker import described
 from rlae_jax.tasks.rewards import LETTERS, Reference, get_reward
+from rlae_jax.tasks.rows import SUFFIXES, Findings, Row, read_rows
 
 LIKELIHOOD = "likelihood"
 _FIELDS = ("question", "options", "subject")
@@ -368,7 +369,7 @@ def _from_files(name: str, benchmark: Benchmark, directory: Path) -> dict[str, l
         paths = [
             path
             for stem in names
-            for suffix in (".jsonl", ".csv")
+            for suffix in (form + packed for form in SUFFIXES for packed in ("", ".gz"))
             for path in (directory / f"{stem}{suffix}", *sorted(directory.glob(f"*_{stem}{suffix}")))
             if path.is_file()
         ]
@@ -376,8 +377,7 @@ def _from_files(name: str, benchmark: Benchmark, directory: Path) -> dict[str, l
         for path in paths:
             rows, findings = read_rows(path)
             columns = list(dict.fromkeys(column for _, row in rows for column in row))
-            located = [(f"line {number}", row) for number, row in rows]
-            items += _items(str(path), benchmark, columns, located, findings)
+            items += _items(str(path), benchmark, columns, rows, findings)
         if items:
             by_role[role] = items
     if not by_role.keys() & {"train", "test"}:
@@ -449,11 +449,15 @@ def _deal(
             dev = [item for item in by_role["dev"] if content_hash(item.question) not in tested]
         else:
             dev = [item for item in train if split_of(item.question) == "dev"]
+            if not dev and len(_contents(train)) > 1:  # of few
+                least = min(map(content_hash, (item.question for item in train)))
+                dev = [item for item in train if content_hash(item.question) == least]
         splits = {"train": train, "dev": dev, "test": by_role["test"]}
     else:
         splits = {split: [] for split in SPLITS}
-        for item in by_role.get("test") or by_role["train"]:
-            splits[split_of(item.question)].append(item)
+        items = by_role.get("test") or by_role["train"]
+        for item, split in zip(items, deal([item.question for item in items]), strict=True):
+            splits[split].append(item)
     tested, choosing = _contents(splits["test"]), _contents(splits["dev"])
     splits["train"] = [item for item in splits["train"] if content_hash(item.question) not in choosing]
 

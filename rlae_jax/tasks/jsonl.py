@@ -1,25 +1,24 @@
-"""A task from a user's own file: JSON lines, or CSV with a header; a prompt and an answer per row."""
+"""A task from a user's own file, of any format that `rows` reads: a prompt and an answer per row."""
 
-import csv
 import hashlib
-import io
-import json
 import os
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS, Examples, Task
 from rlae_jax.tasks.rewards import Reference, get_reward
+from rlae_jax.tasks.rows import Row, kind_of, read_rows, stem_of, warn_left_out
 
 # Percent of the examples: train below the first bound, dev below the second.
 _BOUNDS = (80, 90)
-
-Row = Mapping[str, Any]
-# (kind, where), for `grouped_error`.
-Findings = list[tuple[str, str]]
+# So many different prompts hardly ever leave a split empty.
+_MANY = 30
+# Names that a row's chat messages go by, each message with a role and a text.
+_MESSAGES = ("messages", "conversations")
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
 def content_hash(text: str) -> int:
@@ -35,72 +34,17 @@ def split_of(prompt: str) -> str:
     return SPLITS[sum(place >= bound for bound in _BOUNDS)]
 
 
-def read_text(path: Path) -> str:
-    """A file's text, without the mark that some editors begin it with.
-
-    Raises:
-      InputError: it cannot be read.
-    """
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-
-
-def read_rows(path: Path) -> tuple[list[tuple[int, Row]], Findings]:
-    """The rows of a file with the number of the line that each ends on, and the lines that are no rows.
-
-    A name that ends in .csv is a table with a header, anything else JSON lines.
-
-    Raises:
-      InputError: the file cannot be read, or has no usable header.
-    """
-    text = read_text(path)
-    rows: list[tuple[int, Row]] = []
-    findings: Findings = []
-    for number, row in (_csv_rows if path.suffix.lower() == ".csv" else _json_rows)(path, text):
-        if isinstance(row, str):
-            findings.append((row, f"line {number}"))
-        elif isinstance(row, tuple):
-            kind, reason = row
-            findings.append((kind, f"line {number} ({reason})"))
-        else:
-            rows.append((number, row))
-    return rows, findings
-
-
-# A row, or the kind of what is wrong, perhaps with the reason.
-_Line = tuple[int, Row | str | tuple[str, str]]
-
-
-def _json_rows(path: Path, text: str) -> Iterator[_Line]:
-    # Not splitlines: within a JSON string other line separators, such as U+2028, end no line.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also an integer too long for Python, or too deep nesting
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
-            yield number, ("lines that are not JSON", reason)
-            continue
-        yield number, row if isinstance(row, dict) else "lines that are not JSON objects"
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[_Line]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        names = list(reader.fieldnames or ())
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(f"{path}: its header names {', '.join(map(repr, repeated))} more than once")
-        for row in reader:
-            if None in row:
-                yield reader.line_num, "lines with more fields than the header"
-            else:
-                # A line that ends early has no value for the last columns.
-                yield reader.line_num, {name: value for name, value in row.items() if value is not None}
-    except csv.Error as error:
-        yield reader.reader.line_num, ("lines that are not CSV", str(error))
+def deal(contents: Sequence[str]) -> list[str]:
+    """The split of each prompt by `split_of`; of a few that leave a split empty, by count in the order of their hashes,
+    so that three different ones have one split each."""
+    dealt = list(map(split_of, contents))
+    ordered = sorted(set(map(content_hash, contents)))
+    if len(set(dealt)) == len(SPLITS) or not len(SPLITS) <= len(ordered) < _MANY:
+        return dealt
+    held = max(1, round(len(ordered) / 10))
+    first_of_test, first_of_dev = ordered[-held], ordered[-2 * held]
+    hashes = map(content_hash, contents)
+    return [SPLITS[(place >= first_of_dev) + (place >= first_of_test)] for place in hashes]
 
 
 def template_fields(template: str) -> list[str]:
@@ -127,11 +71,50 @@ def _is_scalar(value: Any) -> bool:
 
 def _reference(value: Any) -> Reference | None:
     """One answer as text, several as a tuple of texts; None for anything else."""
+    if isinstance(value, dict) and "text" in value:  # as SQuAD has them: {"text": [...], "answer_start": [...]}
+        value = value["text"]
+    value = _alone(value)
     if _is_scalar(value):
         return str(value)
     if isinstance(value, list) and value and all(map(_is_scalar, value)):
         return tuple(map(str, value))
     return None
+
+
+def _alone(value: Any) -> Any:
+    """The text of a single chat message; anything else as it is."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return value[0].get("content", value)
+    return value
+
+
+_ABSENT = object()
+
+
+def _field(row: Row, name: str) -> Any:
+    """A field's value, also where its name is a path such as answers.text; `_ABSENT` where there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _exchange(row: Row, prompt_field: str, answer_field: str) -> Row | str:
+    """A row of chat messages, one of a user and its answer, as a row of two fields; else what the messages are."""
+    (name,) = (name for name in _MESSAGES if name in row)
+    messages = row[name] if isinstance(row[name], list) else []
+    said = [
+        (message.get("role", message.get("from")), message.get("content", message.get("value")))
+        for message in messages
+        if isinstance(message, dict)
+    ]
+    if [_ROLES.get(str(role)) for role, _ in said] != ["user", "assistant"]:
+        return ", ".join(str(role) for role, _ in said) or "none"
+    return {prompt_field: said[0][1], answer_field: said[1][1]}
 
 
 def jsonl(
@@ -146,12 +129,16 @@ def jsonl(
     stop: tuple[str, ...] = (),
     chat: bool = False,
 ) -> Task:
-    """A task from a JSON lines or CSV file, split by content into train, dev and test (80, 10 and 10 percent).
+    """A task from a file of rows, split by content into train, dev and test (80, 10 and 10 percent).
+
+    Rows with an empty prompt are left out, which a warning says.
 
     Args:
-      path: a name that ends in .csv is read as a table whose header names the fields, anything else as JSON lines.
-      prompt_field, answer_field: the names of the fields; values are strings or numbers. An answer may also be a list
-        of them, any of which counts.
+      path: a name that ends in .csv or .tsv is read as a table whose header names the fields, anything else as JSON
+        lines or one JSON list; see `rows`.
+      prompt_field, answer_field: the names of the fields, or paths of names such as answers.text; values are strings or
+        numbers. An answer may also be a list of them, any of which counts, or SQuAD's object with such a list. Rows
+        without these fields may have chat messages instead, one of the user and one of the assistant.
       template: the prompt with fields in braces, such as "Question: {question}\\nAnswer:", instead of prompt_field.
       reward: a name of `REWARDS`, "math_equivalence", or "module:function".
       stop, chat: as in `Task`.
@@ -164,37 +151,51 @@ def jsonl(
     fields = [prompt_field] if template is None else template_fields(template)
     if not fields:
         raise InputError(f"template {template!r} names no field; expected some, as in {{question}}")
-    make: Callable[[Row], str] = (lambda row: str(row[prompt_field])) if template is None else template.format_map
     rows, findings = read_rows(path)
-    examples: dict[str, tuple[list[str], list[Reference]]] = {split: ([], []) for split in SPLITS}
+    contents: list[str] = []
+    prompts: list[str] = []
+    references: list[Reference] = []
+    empty = []
     has = ""
-    for number, row in rows:
-        absent = [field for field in dict.fromkeys([*fields, answer_field]) if field not in row]
+    for where, row in rows:
+        if prompt_field not in row and any(name in row for name in _MESSAGES):
+            exchange = _exchange(row, prompt_field, answer_field)
+            if isinstance(exchange, str):
+                kind = "rows of chat messages that are not one of a user and one of an assistant"
+                findings.append((kind, f"{where} (roles: {exchange})"))
+                continue
+            row = exchange
+        values = {field: _alone(_field(row, field)) for field in fields}
+        answer = _field(row, answer_field)
+        absent = [name for name, value in {**values, answer_field: answer}.items() if value is _ABSENT]
         if absent:
-            findings.append(("lines that lack a field", f"line {number} has no {' and no '.join(map(repr, absent))}"))
+            findings.append(("lines that lack a field", f"{where} has no {' and no '.join(map(repr, absent))}"))
             has = has or f"; the first without has {', '.join(map(repr, row)) or 'none'}"
             continue
-        reference = _reference(row[answer_field])
-        if reference is None or not all(_is_scalar(row[field]) for field in fields):
-            findings.append(("lines whose fields are neither text nor numbers", f"line {number}"))
+        reference = _reference(answer)
+        if reference is None or not all(map(_is_scalar, values.values())):
+            findings.append(("lines whose fields are neither text nor numbers", where))
             continue
         # Without what a template adds, so that another wording deals the same questions to the same splits.
-        content = "\n".join(str(row[field]) for field in fields)
+        content = "\n".join(map(str, values.values()))
         if not content.strip():
-            findings.append(("lines with an empty prompt", f"line {number}"))
+            empty.append(where)
             continue
-        prompts, references = examples[split_of(content)]
-        prompts.append(make(row))
+        contents.append(content)
+        prompts.append(str(values[prompt_field]) if template is None else template.format_map(values))
         references.append(reference)
     if findings:
         shape = ", ".join(f'"{field}": "..."' for field in dict.fromkeys([*fields, answer_field]))
         raise grouped_error(f"{path}: unusable lines", findings, f"each line needs {_needed(path, shape)}{has}")
-    if not any(prompts for prompts, _ in examples.values()):
-        raise InputError(f"{path}: the file is empty; expected one row per line")
-    splits = {split: Examples(prompts, references) for split, (prompts, references) in examples.items()}
+    if not prompts:
+        raise InputError(f"{path}: the file is empty, or no row has a prompt; expected one row per line")
+    warn_left_out(path, "rows with an empty prompt", empty)
+    dealt = deal(contents)
+    all_examples = Examples(prompts, references)
+    rows_of = {split: [i for i, own in enumerate(dealt) if own == split] for split in SPLITS}
     return Task(
-        path.stem,
-        splits,
+        stem_of(path),
+        {split: all_examples.select(places) for split, places in rows_of.items()},
         reward_function,
         max_new_tokens=max_new_tokens,
         span_length=span_length,
@@ -204,6 +205,6 @@ def jsonl(
 
 
 def _needed(path: Path, shape: str) -> str:
-    if path.suffix.lower() == ".csv":
+    if kind_of(path) in (".csv", ".tsv"):
         return "the columns " + shape.replace(': "..."', "")
     return f"a JSON object such as {{{shape}}}"

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from rlae_jax import files
 from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS
-from rlae_jax.tasks.jsonl import Findings, content_hash, read_rows, read_text
+from rlae_jax.tasks.jsonl import content_hash
+from rlae_jax.tasks.rows import Findings, any_field_size, kind_of, read_rows, read_text, stem_of, whole_text
 
 LAYOUTS = ("auto", "pair", "psych8k", "rows")
 # The columns of PAIR's responses and what they are worth: high, medium and low quality.
@@ -109,7 +110,7 @@ def read_prompts(path: str | os.PathLike[str], layout: str = "auto", prompt_fiel
         raise InputError(f"{path}: no prompts in the column {prompt_field!r}; {has}")
     if len(kept) < len(SPLITS):
         raise InputError(f"{path}: {len(kept)} different prompts are too few: train, dev and test need one each")
-    return PromptSet(path.stem, _deal(kept), _told(findings))
+    return PromptSet(stem_of(path), _deal(kept), _told(findings))
 
 
 def graded_responses(path: str | os.PathLike[str]) -> dict[str, list[Graded]]:
@@ -168,9 +169,9 @@ def _layout(path: Path, layout: str, prompt_field: str) -> str:
         raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
     if layout != "auto":
         return layout
-    if path.suffix.lower() == ".json":
+    if kind_of(path) == ".json":
         return "psych8k"
-    return "pair" if path.suffix.lower() == ".csv" and _looks_like_pair(path, prompt_field) else "rows"
+    return "pair" if kind_of(path) == ".csv" and _looks_like_pair(path, prompt_field) else "rows"
 
 
 def _looks_like_pair(path: Path, prompt_field: str) -> bool:
@@ -191,15 +192,16 @@ def _read(path: Path, layout: str) -> list[_Row]:
     rows, findings = read_rows(path)
     if findings:
         raise grouped_error(f"{path}: unusable lines", findings, "each line needs to be a JSON object, or a row of CSV")
-    return [(f"line {number}", row) for number, row in rows]
+    return rows
 
 
 def _records(text: str) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file that are not blank, each with the number of the line that it ends on."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    for record in reader:
-        if record:
-            yield reader.line_num, record
+    with any_field_size():
+        for record in reader:
+            if record:
+                yield reader.line_num, record
 
 
 def _is_header(record: Sequence[str]) -> bool:
@@ -239,4 +241,4 @@ def _psych8k_rows(path: Path) -> list[_Row]:
     ]
     if wrong:
         raise grouped_error(f"{path}: unusable items", wrong, shape)
-    return [(f"item {i}", item) for i, item in enumerate(items, 1)]
+    return [(f"item {i}", whole_text(item)) for i, item in enumerate(items, 1)]

@@ -310,7 +310,7 @@ class TestBadFiles:
         raises_input_error(lambda: load("piqa", path), "goal, sol1, sol2, label or question, A, B, answer")
 
     def test_bad_rows(self, write, raises_input_error):
-        bad = [{"question": "x", "answer": "12"}, {"question": "y"}, {"question": " ", "answer": ""}]
+        bad = [{"question": "x", "answer": "12"}, {"question": "y"}, {"question": " ", "answer": "5"}]
         path = write("train", [*sums(3), *bad])
         raises_input_error(
             lambda: load("gsm8k", path),
