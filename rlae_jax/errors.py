@@ -12,6 +12,12 @@ class InputError(ValueError):
     """Unusable input. The commands print its message without a traceback and exit with status 2."""
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What an error of another library says, in one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 class Interrupted(Exception):
     """Training was stopped by Ctrl-C after its state was saved. The commands exit with status 130."""
 

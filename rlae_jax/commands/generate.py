@@ -106,7 +106,7 @@ def _hint_where_a_member_was_full(
         return
     room = sampling.member_tokens
     if room is None:
-        room = ensemble.spec(max_new_tokens=longest, member_tokens=None).member_tokens
+        room = ensemble.spec(max_new_tokens=longest, member_tokens=None, chat=sampling.chat).member_tokens
     allowed = ensemble.context - max(ensemble.lengths(ensemble.encode(prompts, chat=sampling.chat)))
     way_out = f"--member-tokens gives them more, up to {allowed}"
     if room >= allowed:

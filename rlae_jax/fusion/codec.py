@@ -1,18 +1,19 @@
 """Between texts and rows of ids, on the host: one codec for members with one tokenizer, one for a union vocabulary.
 
 `make_codec` chooses. Both have the same few functions, so that `Ensemble` does not know which it has. A row is a
-prompt's ids, or with different tokenizers a tuple of each member's; a chosen token is an id, or an entry of the union.
+prompt's ids, or a tuple of each member's, with different tokenizers and with chat templates that differ; a chosen token
+is an id, or an entry of the union.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 
-from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error
+from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error, one_line
 from rlae_jax.fusion import vocabulary as vocabularies
 from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.spec import Spelling, UnionTables
@@ -51,12 +52,21 @@ class Codec(Protocol):
         """What the compiled loop reads of the vocabulary, where members take in the text at their own pace."""
         ...
 
+    def own_prompts(self, chat: bool) -> bool:
+        """Whether each member reads prompts in ids of its own."""
+        ...
+
     def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
         """Each prompt's ids."""
         ...
 
-    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each row's tokens, as they continue its prompt."""
+    @property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The tokens that texts leave out, such as <|im_end|>, with what they are called."""
+        ...
+
+    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]], special: bool = False) -> list[str]:
+        """The text of each row's tokens, as they continue its prompt; `special` keeps special tokens in it."""
         ...
 
     def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -110,13 +120,30 @@ class TokenCodec:
         spelling = Spelling(ids, ids, ids, ids, jnp.arange(self.vocab + 1, dtype=jnp.int32))
         return UnionTables((spelling,) * len(self.members), jnp.zeros((8, self.vocab), jnp.int8))
 
+    def own_prompts(self, chat: bool) -> bool:
+        return chat and self._own_templates
+
+    @functools.cached_property
+    def _own_templates(self) -> bool:
+        """Whether the members' chat templates differ, or the special tokens that these write."""
+        templates = list(map(_template, self.members))
+        return any(template != templates[0] for template in templates)
+
     def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
+        if self.own_prompts(chat):
+            return list(zip(*(_encode(lm, prompts, chat) for lm in self.members), strict=True))
         return list(_encode(self.members[0], prompts, chat))
 
-    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        return _special_tokens(self.members[0].require_tokenizer())
+
+    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]], special: bool = False) -> list[str]:
         # An answer continues its prompt; an encoder-decoder's is a text of its own.
-        before = prompts if self.members[0].config.encoder is None else [()] * len(tokens)
-        return decode_texts(self.members[0].require_tokenizer(), before, tokens)
+        before: list[Sequence[int]] = [()] * len(tokens)
+        if self.members[0].config.encoder is None:
+            before = [_of_members(row, 1)[0] for row in prompts]
+        return decode_texts(self.members[0].require_tokenizer(), before, tokens, special)
 
     def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         return [list(row) for row in tokens]
@@ -125,11 +152,12 @@ class TokenCodec:
         return _continuation(self.members[0], prompt, text, joined)
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
-        return [len(row) for row in rows]
+        return [max(map(len, _of_members(row, 1))) for row in rows]
 
     def check_ids(self, rows: Sequence[Row]) -> None:
-        for lm in self.members:
-            _check_ids(lm, rows)
+        each = zip(*(_of_members(row, len(self.members)) for row in rows), strict=True)
+        for lm, own in zip(self.members, each, strict=True):
+            _check_ids(lm, own)
 
     def room(self, steps: int) -> int:
         return steps
@@ -169,13 +197,28 @@ class UnionCodec:
         )
         return UnionTables(spellings, jnp.asarray(np.where(union.choosable, union.utf8, -1).astype(np.int8)))
 
+    def own_prompts(self, chat: bool) -> bool:
+        del chat
+        return True
+
     def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
         return list(zip(*(_encode(lm, prompts, chat) for lm in self.members), strict=True))
 
-    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        return {
+            int(own[i]): text
+            for own, lm in zip(self.union.own, self.members, strict=True)
+            for i, text in _special_tokens(lm.tokenizer).items()
+            if i < len(own) and own[i] >= 0
+        }
+
+    def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]], special: bool = False) -> list[str]:
         del prompts
+        named = self.special_tokens if special else {}
+        rows = [[named[e].encode() if e in named else self.union.entry_bytes(e) for e in row] for row in tokens]
         # The last character may have been cut; all others are whole.
-        return [b"".join(map(self.union.entry_bytes, row)).decode("utf-8", errors="ignore") for row in tokens]
+        return [b"".join(row).decode("utf-8", errors="ignore") for row in rows]
 
     def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         ids, offsets = self.union.spell_ids[0], self.union.spell_offsets[0]
@@ -258,22 +301,48 @@ def same_tokenizer(members: Sequence[LM]) -> bool:
     return same
 
 
+def _of_members(row: Row, members: int) -> tuple[Sequence[int], ...]:
+    """Each member's ids of a prompt, which are one list where they are alike."""
+    return (row,) * members if isinstance(row[0], int | np.integer) else row
+
+
 def _encode(lm: LM, prompts: Sequence[str], chat: bool) -> list[list[int]]:
     """One member's ids of prompts; see `Ensemble.encode`."""
     tokenizer = lm.require_tokenizer()
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(f"{lm.name} has no chat template; use chat=False")
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        ids = [
-            tokenizer.apply_chat_template(m, add_generation_prompt=True, return_dict=True)["input_ids"]
-            for m in messages
-        ]
-    else:
-        ids = tokenizer(list(prompts))["input_ids"]
+    ids = [_chat_ids(lm, tokenizer, prompt) for prompt in prompts] if chat else tokenizer(list(prompts))["input_ids"]
     empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
     if empty:
         raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
+    return ids
+
+
+def _template(lm: LM) -> tuple[Any, dict[str, Any]]:
+    """A member's chat template, and the special tokens that it names."""
+    template = getattr(lm.tokenizer, "chat_template", None)
+    special = getattr(lm.tokenizer, "special_tokens_map", {})
+    return template, {name: token for name, token in special.items() if name in str(template)}
+
+
+def _chat_ids(lm: LM, tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a prompt as a user's message."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise InputError(f"{lm.name} has no chat template; use chat=False")
+    if isinstance(template, dict) and "default" not in template:
+        raise InputError(
+            f"{lm.name} has chat templates for {', '.join(template)} and none called default; set "
+            "tokenizer.chat_template, or use chat=False"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    except Exception as error:  # a template is a program, which may raise anything, and may be none
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(
+            f"{lm.name}: its chat template cannot take a user's message ({why}); use chat=False"
+        ) from error
     return ids
 
 
@@ -305,9 +374,17 @@ def _continuation(lm: LM, prompt: str, text: str, joined: bool) -> list[int]:
     return ids
 
 
-def decode_texts(tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[str]:
-    """What each row's tokens add to its prompt: decoding ids alone would lose a leading space."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The ids that decoding leaves out, with what they are called."""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def decode_texts(
+    tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], special: bool = False
+) -> list[str]:
+    """What each row's tokens add to its prompt: decoding ids alone would lose a leading space. `special` keeps special
+    tokens."""
+    options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
     before = tokenizer.batch_decode([list(prompt) for prompt in prompts], **options)
     whole = tokenizer.batch_decode([[*p, *t] for p, t in zip(prompts, tokens, strict=True)], **options)
     return [text[len(prefix) :] for prefix, text in zip(before, whole, strict=True)]

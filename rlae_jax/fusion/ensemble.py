@@ -8,6 +8,7 @@ codec's (`codec.py`), batches `prompts.py`'s, weights `weights.py`'s, programs `
 import dataclasses
 import functools
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
-from rlae_jax.fusion.generation import Continuation, Generation, read_answers, settled
+from rlae_jax.fusion.generation import Continuation, Generation, read_answers
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.programs import Job
@@ -204,7 +205,11 @@ class Ensemble:
         options = dataclasses.replace(options or SamplingOptions(), **fields)
         options.check()
         alone = self.shared is not None or any(lm.config.encoder is not None for lm in self.members)
-        ragged = self.union is not None or (getattr(policy, "draws_members", False) and not alone)
+        apart = self.codec.own_prompts(options.chat)
+        if apart and alone:
+            names = ", ".join(lm.name for lm in self.members)
+            raise InputError(f"{names} have different chat templates, which an encoder-decoder cannot take part in")
+        ragged = apart or (getattr(policy, "draws_members", False) and not alone)
         room = options.member_tokens
         if room is None:
             room = self.codec.room(options.max_new_tokens)
@@ -228,16 +233,19 @@ class Ensemble:
 
     def encode(self, prompts: Sequence[str], *, chat: bool = False) -> list[Row]:
         """Token ids of each prompt; `chat` puts each into the tokenizer's chat template as a user's message. With
-        different tokenizers each prompt's ids are a tuple, every member's own.
+        different tokenizers, or chat templates that differ, each prompt's ids are a tuple, every member's own.
 
         Raises:
-          InputError: no prompts, a single string, an empty prompt, no chat template, a token that some member has no
-            embedding of.
+          InputError: no prompts, a single string, an empty prompt, one that is no text, no chat template or one that
+            fails, a token that some member has no embedding of.
         """
         if isinstance(prompts, str):
             raise InputError("prompts must be a list of strings; put a single prompt in a list")
         if not len(prompts):
             raise InputError("no prompts: give at least one")
+        odd = [("prompts", f"prompt {b} is {prompt!r:.60}") for b, prompt in enumerate(prompts) if not _is_text(prompt)]
+        if odd:
+            raise grouped_error("prompts that are no text", odd, "strings without halves of characters (surrogates)")
         rows = self.codec.encode(prompts, chat)
         self.codec.check_ids(rows)
         return rows
@@ -339,6 +347,7 @@ class Ensemble:
         reader, text = self._read_text(weights, prompts, rows)
         options = dataclasses.replace(options, span_length=span_length)
         spec = self.spec(options, policy=policy, reader=reader, sample_weights=sample)
+        spec = dataclasses.replace(spec, end_ids=(*spec.end_ids, *self._stop_ids(stop, spec.end_ids)))
         if spec.union is not None:  # no member is led beyond what it was made for
             room = min(spec.member_tokens, self.context - max(lengths))
             spec = dataclasses.replace(spec, member_tokens=room)
@@ -353,6 +362,16 @@ class Ensemble:
         if stop and self.members[0].tokenizer is None:
             raise InputError(f"stop strings need a tokenizer, and {self.members[0].name} has none")
         return tuple(stop)
+
+    def _stop_ids(self, stop: Sequence[str], ends: Sequence[int]) -> list[int]:
+        """The special tokens that are stop strings: texts do not show them, so that they end an answer as end tokens
+        do, which a warning says."""
+        special = self.codec.special_tokens if stop else {}
+        found = {i: text for i, text in special.items() if text in stop and i not in ends}
+        if found:
+            told = ", ".join(f"{text} ({i})" for i, text in found.items())
+            warnings.warn(f"stop strings that are special tokens end answers as end tokens do: {told}", stacklevel=4)
+        return list(found)
 
     def _options(
         self, max_new_tokens: int | Sequence[int], batch: int, fields: dict[str, Any]
@@ -491,9 +510,7 @@ class Ensemble:
         def pieces() -> Iterator[list[str]]:
             given = [""] * job.answers
             for answers, _ in programs.run_in_chunks(job, job.spec.span_length, self._stopped(job)):
-                generation = read_answers(self.codec, job, answers)
-                ends = zip(generation.texts, answers.done, generation.finish_reasons, strict=True)
-                ready = [text if done or reason == "stop" else settled(text, job.stop) for text, done, reason in ends]
+                ready = read_answers(self.codec, job, answers, settled=True).texts
                 yield [text[len(before) :] for text, before in zip(ready, given, strict=True)]
                 given = ready
 
@@ -569,6 +586,17 @@ class Ensemble:
         prompts = self.prompts(rows, spec, seed=seed, limits=limits, text=text)
         params = self.params if params is None else params
         return programs.run(Job(list(rows), prompts, policy_params, spec, params, samples, (), self.mesh).fill())
+
+
+def _is_text(prompt: Any) -> bool:
+    """Whether it is a string that can be written as UTF-8: halves of UTF-16 characters cannot."""
+    if not isinstance(prompt, str):
+        return False
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _batch(prompts: Sequence[str] | None, prompt_ids: Any) -> int:

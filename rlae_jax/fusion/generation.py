@@ -50,8 +50,12 @@ class Generation:
         return self.decoded
 
 
-def read_answers(codec: Codec, job: Job, answers: Answers) -> Generation:
-    """Answers on the host as a user reads them."""
+def read_answers(codec: Codec, job: Job, answers: Answers, *, settled: bool = False) -> Generation:
+    """Answers on the host as a user reads them.
+
+    Args:
+      settled: of rows that go on, the part of the text alone that further tokens cannot change.
+    """
     rows = [row for row in job.rows for _ in range(job.samples)]
     lengths = answers.steps - answers.ended
     chosen = [tokens[:n].tolist() for tokens, n in zip(answers.tokens, lengths, strict=True)]
@@ -60,9 +64,14 @@ def read_answers(codec: Codec, job: Job, answers: Answers) -> Generation:
     if codec.members[0].tokenizer is not None:
         texts = codec.decode(rows, chosen)
         for b, text in enumerate(texts):
-            if cuts := [text.index(stop) for stop in job.stop if stop in text]:
-                texts[b], reasons[b] = text[: min(cuts)], "stop"
-                chosen[b] = _fewest_tokens(codec, rows[b], chosen[b], texts[b])
+            stopped = _stopped(codec, rows[b], chosen[b], text, job.stop)
+            if stopped is not None:
+                texts[b], reasons[b] = stopped, "stop"
+                chosen[b] = _fewest_tokens(codec, rows[b], chosen[b], stopped)
+            elif settled and not answers.done[b]:
+                texts[b] = _settled(codec, rows[b], chosen[b], text, job.stop)
+            elif reasons[b] == "length":  # which may have cut a character
+                texts[b] = text.rstrip("\ufffd")
     scores = member_scores = None
     if answers.scores is not None:
         written = np.arange(job.spec.max_new_tokens) < answers.steps[:, None]
@@ -87,9 +96,36 @@ def _fewest_tokens(codec: Codec, prompt: Row, tokens: list[int], text: str) -> l
     return tokens
 
 
-def settled(text: str, stop: Sequence[str]) -> str:
+def _stopped(codec: Codec, prompt: Row, tokens: list[int], text: str, stop: Sequence[str]) -> str | None:
+    """The text before the first stop string; None without one. A stop string may have special tokens in it, or be a
+    part of one, though the text shows none."""
+    whole = _with_special(codec, prompt, tokens, text) if stop else text
+    cuts = [whole.index(one) for one in stop if one in whole]
+    return _shown(codec, prompt, tokens, whole, text, min(cuts)) if cuts else None
+
+
+def _settled(codec: Codec, prompt: Row, tokens: list[int], text: str, stop: Sequence[str]) -> str:
     """The part of a text that further tokens cannot change: without the bytes of an unfinished character and without
     what may be the beginning of a stop string."""
-    text = text.rstrip("\ufffd")
-    held = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    return text[: len(text) - held]
+    whole = _with_special(codec, prompt, tokens, text) if stop else text
+    kept = whole.rstrip("\ufffd")
+    held = max((n for s in stop for n in range(1, len(s)) if kept.endswith(s[:n])), default=0)
+    return _shown(codec, prompt, tokens, whole, text, len(kept) - held)
+
+
+def _with_special(codec: Codec, prompt: Row, tokens: list[int], text: str) -> str:
+    """A text with its special tokens."""
+    return codec.decode([prompt], [tokens], special=True)[0] if codec.special_tokens.keys() & tokens else text
+
+
+def _shown(codec: Codec, prompt: Row, tokens: list[int], whole: str, text: str, length: int) -> str:
+    """What the text shows of the first `length` characters of the whole one, which has the special tokens, too."""
+    if whole is text:
+        return text[:length]
+    for n in range(len(tokens) + 1):
+        start = codec.decode([prompt], [tokens[:n]], special=True)[0]
+        if start.startswith(whole[:length]):
+            break
+    shown = codec.decode([prompt], [tokens[:n]])[0]
+    beyond = 0 if n and tokens[n - 1] in codec.special_tokens else len(start) - length
+    return shown[: len(shown) - beyond]

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, one_line
 from rlae_jax.models.gguf_files import SUFFIX, part_names
 
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
@@ -202,7 +202,7 @@ def _told(error: Exception, repo: str, revision: str | None, begun: Path | None)
     if local or isinstance(error, errors.OfflineModeIsEnabled):
         where = f"not, or not wholly, in the Hub's cache, {constants.HF_HUB_CACHE}"
         return InputError(f"{neither} is {where}, and {_no_network(error)}")
-    return InputError(f"{neither} cannot be fetched from the Hub ({type(error).__name__}: {_one_line(error)})")
+    return InputError(f"{neither} cannot be fetched from the Hub ({type(error).__name__}: {one_line(error)})")
 
 
 def _no_network(error: BaseException) -> str:
@@ -211,7 +211,7 @@ def _no_network(error: BaseException) -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE forbids to fetch it"
     cause = error.__cause__ or error
-    return f"the Hub cannot be reached ({type(cause).__name__}: {_one_line(cause)})"
+    return f"the Hub cannot be reached ({type(cause).__name__}: {one_line(cause)})"
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
@@ -221,11 +221,6 @@ def _disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _incomplete(named: str, detail: str) -> InputError:

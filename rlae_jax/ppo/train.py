@@ -242,6 +242,7 @@ def train_seeds(
         temperature=config.temperature,
         sample_weights=True,
         record=True,
+        chat=task.chat,
         reader=None if encoder is None else ensemble.reader(encoder),
     )
     dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
@@ -409,7 +410,7 @@ def _dev_scores(
 ) -> Float[np.ndarray, " B"]:
     """Rewards on dev of greedy answers under the policy's modes. Scoring goes on while the next rows are decoded."""
     options: dict[str, Any] = {"span_length": spec.span_length, "max_new_tokens": spec.max_new_tokens}
-    greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, **options)
+    greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, chat=task.chat, **options)
     pending = []
     for start in range(0, len(dev.rows), _EVALUATION_ROWS):
         part = slice(start, start + _EVALUATION_ROWS)
