@@ -237,18 +237,19 @@ def _config(source: Source, path: Path, dtype: str, precision: str | None, conte
         raise InputError(f"precision {precision!r} is not supported; use one of {known}")
     fields = _fields(source, path, context)
     of_text = {**source.config, **source.generation}
-    ends = of_text.get("eos_token_id")
+    ends: list[Any] = []  # of both files: what one of them leaves out, the model may write all the same
+    for said in (source.generation.get("eos_token_id"), source.config.get("eos_token_id")):
+        ends += said if isinstance(said, list) else [] if said is None else [said]
     if fields.get("encoder") is not None:
         fields["encoder"] = dataclasses.replace(fields["encoder"], dtype=dtype, precision=precision)
     try:
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         config = ModelConfig(
             **{
                 **fields,
                 "context": fields["context"] if context is None else context,
                 "bos_id": of_text.get("bos_token_id"),
                 "pad_id": of_text.get("pad_token_id", fields.get("pad_id")),
-                "end_ids": tuple(int(end) for end in ends),
+                "end_ids": tuple(dict.fromkeys(int(end) for end in ends)),
                 "dtype": dtype,
                 "precision": precision,
             }

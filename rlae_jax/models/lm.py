@@ -15,10 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+from tokenizers import Tokenizer
 
 from rlae_jax import sharding
 from rlae_jax.errors import InputError
-from rlae_jax.models import checkpoint_files, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
+from rlae_jax.files import read_json
+from rlae_jax.models import checkpoint_files, gguf_files, gguf_tokenizer, hub, lora, peft_files, stored, transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import Quantisation, logical_axes
 from rlae_jax.models.tokenizer import import_transformers
@@ -28,6 +30,15 @@ AdapterChoice = Sequence[Any] | ArrayLike | None
 TextIds = Sequence[Sequence[int]] | ArrayLike  # Int[B, T]; `check_text` tells what is none
 # Any of them makes a tokenizer; the first is what the fast ones are kept in.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "spm.model", "vocab.json", "vocab.txt")
+CHAT_TEMPLATE = "chat_template.json"
+# Texts that tokenizers split differently: digits, contractions, white space, accents, scripts, symbols.
+_PROBES = (
+    "In 2024 it's 1234567.89, they'LL say; don't.",
+    "  two spaces,\n\n\ttabs and\r\nlines  ",
+    "def f(x_1):\n    return {'a': x_1 ** 2}  # ok?!",
+    "Caf\u00e9 cafe\u0301 na\u00efve \u00dcber Stra\u00dfe",
+    "\u4f60\u597d\uff0c\u4e16\u754c \u043f\u0440\u0438\u0432\u0435\u0442 \u0e44\u0e17\u0e22 \U0001f600",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -429,7 +440,7 @@ def init_adapter(lm: LM, config: lora.LoraConfig, *, seed: int = 0, name: str = 
 
 
 def fit_tokenizer(config: ModelConfig, tokenizer: Any, directory: Path) -> ModelConfig:
-    """The configuration with what only the tokenizer knows: how many ids it has, and an end token if no file names one.
+    """The configuration with what only the tokenizer knows: how many ids it has, and its own end token.
 
     Tokens that were added to a tokenizer may lie beyond the embedding (Gemma 3's <image_soft_token>, a [PAD]): nobody
     writes them, and texts with them are refused when they are read.
@@ -447,10 +458,9 @@ def fit_tokenizer(config: ModelConfig, tokenizer: Any, directory: Path) -> Model
             f"{directory}: the tokenizer has ids up to {tokens - 1}, config.json says vocab_size = {config.vocab}; the "
             "tokenizer belongs to another model"
         )
-    ends = config.end_ids
-    if not ends and tokenizer.eos_token_id is not None:
-        ends = (tokenizer.eos_token_id,)
-    return dataclasses.replace(config, tokens=tokens, end_ids=ends)
+    own_end = tokenizer.eos_token_id
+    ends = config.end_ids if own_end is None or own_end >= config.vocab else (*config.end_ids, own_end)
+    return dataclasses.replace(config, tokens=tokens, end_ids=tuple(dict.fromkeys(ends)))
 
 
 def require_tokenizer(tokenizer: Any, where: Any) -> Any:
@@ -462,7 +472,12 @@ def require_tokenizer(tokenizer: Any, where: Any) -> Any:
 
 
 def read_tokenizer(directory: Path) -> Any:
-    """The transformers tokenizer of a directory or a GGUF file; None where there is none."""
+    """The transformers tokenizer of a directory, with the chat template that a file of its own may hold, or of a GGUF
+    file; None where there is none.
+
+    Raises:
+      InputError: files that cannot be read.
+    """
     path = gguf_files.find(directory)
     if path is not None:
         return gguf_tokenizer.read_tokenizer(gguf_files.open_gguf(path).metadata, path)
@@ -470,6 +485,36 @@ def read_tokenizer(directory: Path) -> Any:
         return None
     tokenizers = import_transformers().AutoTokenizer
     try:
-        return tokenizers.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = tokenizers.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        tokenizer = _as_its_file_says(tokenizer, directory)
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
         raise InputError(f"{directory}: no readable tokenizer ({error})") from error
+    # Of a processor; transformers reads it for those alone.
+    template = directory / CHAT_TEMPLATE
+    if not tokenizer.chat_template and template.is_file():
+        tokenizer.chat_template = read_json(template).get("chat_template")
+    return tokenizer
+
+
+def _as_its_file_says(tokenizer: Any, directory: Path) -> Any:
+    """The tokenizer, or where it writes other ids than its tokenizer.json the one of that file, which a warning says.
+
+    Classes such as GPT2Tokenizer and Qwen2Tokenizer take the vocabulary of the file and split texts in their own way,
+    whatever the file says; models are trained with what the file says.
+    """
+    path = directory / TOKENIZER_FILES[0]
+    generic = import_transformers().PreTrainedTokenizerFast
+    if type(tokenizer) is generic or not path.is_file():
+        return tokenizer
+    own = Tokenizer.from_file(str(path))
+    own.no_truncation()
+    own.no_padding()
+    read = [encoding.ids for encoding in own.encode_batch(list(_PROBES), add_special_tokens=False)]
+    if tokenizer(list(_PROBES), add_special_tokens=False)["input_ids"] == read:
+        return tokenizer
+    warnings.warn(
+        f"{directory}: tokenizer_config.json names {type(tokenizer).__name__}, which splits texts in another way than "
+        f"{path.name} does; {path.name} is used",
+        stacklevel=4,
+    )
+    return generic.from_pretrained(directory, local_files_only=True)

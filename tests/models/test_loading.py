@@ -91,12 +91,17 @@ def test_rope_base_is_looked_for_in_rope_parameters_first(checkpoint, fields, ex
     assert load(checkpoint).config.rope.base == expected
 
 
-def test_generation_config_names_the_end_tokens(checkpoint):
+def test_end_tokens_are_all_that_any_file_names(checkpoint, make_tokenizer):
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert load(checkpoint).config.end_ids == (3, 5)
-    (checkpoint / "generation_config.json").unlink()
     edit_config(checkpoint, eos_token_id=4)
-    assert load(checkpoint).config.end_ids == (4,)
+    assert load(checkpoint).config.end_ids == (3, 5, 4)
+    edit_config(checkpoint, eos_token_id=[5, 3])
+    assert load(checkpoint).config.end_ids == (3, 5)
+    make_tokenizer([chr(0x4E00 + i) for i in range(7)]).save_pretrained(checkpoint)
+    assert load(checkpoint).config.end_ids == (3, 5, 7)
+    (checkpoint / "generation_config.json").unlink()
+    edit_config(checkpoint, eos_token_id=7)
+    assert load(checkpoint).config.end_ids == (7,)
 
 
 def test_kernels_are_transposed_tensors(checkpoint):
