@@ -276,7 +276,9 @@ def ablate(
     n = len(examples if limit is None else examples.take(limit))
     span_length, max_new_tokens = base.span_length or task.span_length, base.max_new_tokens or task.max_new_tokens
     spec = ensemble.spec(span_length=span_length, max_new_tokens=max_new_tokens)
-    base = dataclasses.replace(base, span_length=span_length, max_new_tokens=max_new_tokens)
+    base = dataclasses.replace(
+        base, span_length=span_length, max_new_tokens=max_new_tokens, eval_prompts=base.dev_prompts
+    )
     shared = run_config(ensemble, task, base, spec)
     # A run may get more iterations on resuming; cells are compared, so all have the same.
     shared["base"] = shared.pop("settings")

@@ -60,6 +60,9 @@ class AgentConfig:
             )
 
 
+# Dev prompts that are scored unless their number is given: per answer of an iteration, since greedy answers cost about
+# what those of a rollout cost; the fewest and the most.
+DEV_SHARE, FEWEST_DEV, MOST_DEV = 4, 32, 512
 SCHEDULES = ("constant", "linear", "cosine")  # see rlae_jax.schedules
 _COUNTS = (
     "iterations",
@@ -93,7 +96,8 @@ class PPOConfig:
       clip, value_clip: of the probability ratio and of the value's change.
       span_length, max_new_tokens: None takes the task's.
       temperature: of the tokens; 0 writes greedily, and only the weights are drawn.
-      eval_every, eval_prompts: the dev split is scored, and a checkpoint written, every so many iterations.
+      eval_every, eval_prompts: the first so many prompts of dev are scored, and a checkpoint written, every so many
+        iterations. None is `dev_prompts`.
       seed, seeds: agents of the seeds seed, seed + 1, ... are trained side by side in one program.
     """
 
@@ -120,7 +124,7 @@ class PPOConfig:
     max_new_tokens: int | None = None
     temperature: float = 0.0
     eval_every: int = 10
-    eval_prompts: int = 512
+    eval_prompts: int | None = None
     seed: int = 0
     seeds: int = 1
     agent: AgentConfig = AgentConfig()
@@ -128,7 +132,8 @@ class PPOConfig:
     algorithm: ClassVar[str] = "ppo"
 
     def __post_init__(self) -> None:
-        low = [name for name in _COUNTS if getattr(self, name) < 1]
+        given = {name: getattr(self, name) for name in _COUNTS}
+        low = [name for name, value in given.items() if value is not None and value < 1]
         if low:
             raise InputError(f"{', '.join(low)} must be at least 1")
         if self.schedule not in SCHEDULES:
@@ -154,6 +159,13 @@ class PPOConfig:
             "agent": AgentConfig(concentration_floor=1e-4, initial_concentration=math.log(2.0)),
         }
         return cls(**(published | changes))
+
+    @property
+    def dev_prompts(self) -> int:
+        """The dev prompts that are scored, if there are as many: four for each answer of an iteration unless
+        `eval_prompts` says so, at least 32 and at most 512."""
+        bound = max(DEV_SHARE * self.prompts * self.samples, FEWEST_DEV)
+        return min(bound, MOST_DEV) if self.eval_prompts is None else self.eval_prompts
 
     @property
     def preset(self) -> str:

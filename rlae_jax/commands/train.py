@@ -60,6 +60,8 @@ class TrainOptions(AgentOptions):
     """taken off the reward of the longest answer, in proportion of shorter ones. Default: 0."""
     eval_every: int | None = None
     """score dev and write a checkpoint every so many iterations. Default: the preset's."""
+    eval_prompts: int | None = None
+    """score the first so many dev prompts. Default: four for each answer of a rollout, at least 32 and at most 512."""
     seeds: int | None = None
     """train this many agents side by side, of seeds SEED, SEED + 1, ... Default: 1."""
 
@@ -78,7 +80,7 @@ def train(
     """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
 
     Ctrl-C saves and says how to go on; SIGTERM saves, too (exit status 75: run again with --resume). At the end the
-    agent and equal weights are scored on the dev split.
+    agent and equal weights are scored on the dev split, or on its first prompts where an iteration has few.
 
     Args:
         model: which models, and how they are fused.
@@ -92,6 +94,7 @@ def train(
             or s3://... (s3fs). Where OUT is lost with its machine, the run goes on from there.
     """
     from rlae_jax import files, report
+    from rlae_jax.config import DEV_SHARE
     from rlae_jax.evaluation import Method, evaluate
     from rlae_jax.ppo.train import train_seeds
     from rlae_jax.runs.metrics import read_metrics
@@ -100,6 +103,11 @@ def train(
     config = training.config()
     ensemble = model.load()
     asked = task.select(asked, ensemble)
+    dev, used = len(asked.split("dev")), config.dev_prompts
+    if used < dev:
+        report.say(
+            f"{used} of {dev} dev prompts are scored every {config.eval_every} iterations; --eval-prompts sets how many"
+        )
     began = time.perf_counter()
     with resumable(resume), report.training_progress("training", config.iterations) as display:
         policies = train_seeds(
@@ -118,7 +126,8 @@ def train(
     name = f"rlae_{config.algorithm}"
     uniform = Method(ensemble, None, policies[0].span_length)
     agents = [Method(ensemble, policy) for policy in policies]
-    results = evaluate({"uniform": uniform, name: agents}, asked, "dev", out=out)
+    limit = max(used, DEV_SHARE * config.prompts * config.samples)
+    results = evaluate({"uniform": uniform, name: agents}, asked, "dev", limit=limit, out=out)
     results["seconds"]["total"] = time.perf_counter() - began
     files.write_json(out / "results.json", results)
     references = {"uniform (dev)": results["methods"]["uniform"]["score"]}

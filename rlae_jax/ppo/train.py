@@ -225,7 +225,9 @@ def train_seeds(
     config = PPOConfig() if config is None else config
     span_length = task.span_length if config.span_length is None else config.span_length
     max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
-    config = dataclasses.replace(config, span_length=span_length, max_new_tokens=max_new_tokens)
+    config = dataclasses.replace(
+        config, span_length=span_length, max_new_tokens=max_new_tokens, eval_prompts=config.dev_prompts
+    )
     out = Path(out)
     require_written(task)
     done = max((row["iteration"] for row in read_metrics(out)), default=0) if resume else 0
@@ -272,10 +274,13 @@ def train_seeds(
                 rows = np.concatenate(
                     [epoch_rows(len(train_split.rows), config.prompts, int(s), iteration) for s in seeds]
                 )
-                learner, metrics = _iterate(ensemble, task, pool, train_split, rows, state.learner, seeds, spec, static)
+                learner, metrics, phases = _iterate(
+                    ensemble, task, pool, train_split, rows, state.learner, seeds, spec, static
+                )
                 state = state._replace(learner=learner)
                 values = _values(jax.device_get(metrics))
-                values["seconds"] = time.perf_counter() - started
+                values["seconds"] = took = time.perf_counter() - started
+                values |= phases and phases | {"update_seconds": took - sum(phases.values())}
                 problems = hosts.gather([len(pool.problems), str(pool.problems)])
                 values["failed_rewards"] = sum(n for n, _ in problems)
                 done = iteration + 1
@@ -283,9 +288,11 @@ def train_seeds(
                 stop = stop_requested()
                 scored = stop is not None or late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
+                    started = time.perf_counter()
                     now = [_nth(state.learner.params, e) for e in range(config.seeds)]
                     scores = [np.mean(_dev_scores(ensemble, task, pool, dev_split, agent, spec)) for agent in now]
                     values |= _values({"dev": np.array(scores, np.float32)})
+                    values |= {"dev_prompts": len(dev_split.rows), "dev_seconds": time.perf_counter() - started}
                     state = _keep_best(state, np.array(scores, np.float32))
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
                 # forgotten on resuming, but one before it would never be written again.
@@ -345,13 +352,16 @@ def _iterate(
     seeds: Int[np.ndarray, " E"],
     spec: DecodeSpec,
     config: PPOConfig,
-) -> tuple[ppo.LearnerState, dict[str, Array]]:
+) -> tuple[ppo.LearnerState, dict[str, Array], dict[str, float]]:
+    """The learner after an iteration, its metrics, and the seconds of what came before the update, where that is not in
+    one program with it."""
+    began = time.perf_counter()
     batch = split.batch(ensemble, rows, spec)
     if rewards_tokens(ensemble, task):
         after: tuple[ppo.LearnerState, dict[str, Array]] = ppo.iterate(
             learner, ensemble.params, batch, seeds, spec, config
         )
-        return after
+        return *after, {}
     iteration = learner.iteration[0]
     experience = ppo.rollout_for_text(learner.params, ensemble.params, batch, seeds, iteration, spec, config)
     # Every process reads and rewards the answers that lie on its devices.
@@ -362,12 +372,14 @@ def _iterate(
     asked, references = (
         [column[i] for i in answered] for column in (split.examples.prompts, split.examples.references)
     )
+    written = time.perf_counter()
     rewards = hosts.join(pool.submit(asked, texts, references).result(), own, n)
     scores = sharding.place_rows(rewards, ensemble.mesh)
+    phases = {"rollout_seconds": written - began, "reward_seconds": time.perf_counter() - written}
     learnt: tuple[ppo.LearnerState, dict[str, Array]] = ppo.learn_from_text(
         learner, experience, scores, seeds, spec, config
     )
-    return learnt
+    return *learnt, phases
 
 
 def _nth(tree: Any, e: int) -> Any:

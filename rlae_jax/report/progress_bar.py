@@ -20,6 +20,8 @@ Clock = Callable[[], float]
 Timer = Callable[[float, Callable[[], None]], Callable[[], None]]
 
 COMPILING = "compiling"
+# What an iteration of training is made of, where its metrics say how long it took ("dev_seconds").
+_PHASES = ("rollout", "reward", "update", "dev")
 # Without a terminal: a line at most this often, and no word of compilation where work is over, or refused, before that.
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_OF_SILENCE = 5.0
@@ -164,11 +166,13 @@ class Iteration(Protocol):
 
 
 class TrainingDisplay:
-    """Shows the reward of each iteration and the newest score on dev: what a training loop calls as `on_progress`."""
+    """Shows the reward of each iteration, the newest score on dev and what each phase took last: what a training loop
+    calls as `on_progress`."""
 
     def __init__(self, update: Update):
         self._update = update
         self._dev: float | None = None
+        self._phases: dict[str, float] = {}
         self.last: Iteration | None = None  # of this call; None where all had been done before
 
     @property
@@ -180,7 +184,11 @@ class TrainingDisplay:
         self.last = iteration
         self._dev = iteration.metrics.get("dev", self._dev)
         dev = "" if self._dev is None else f", dev {self._dev:.3f}"
-        self._update(iteration.iteration, f"reward {iteration.metrics['reward']:.3f}{dev}")
+        phases = {name: iteration.metrics.get(f"{name}_seconds", self._phases.get(name)) for name in _PHASES}
+        self._phases = {name: seconds for name, seconds in phases.items() if seconds is not None}
+        costs = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in self._phases.items())
+        note = f"reward {iteration.metrics['reward']:.3f}{dev}" + (f" ({costs})" if costs else "")
+        self._update(iteration.iteration, note)
 
 
 @contextlib.contextmanager

@@ -119,6 +119,24 @@ class TestSettings:
     def test_counts_must_be_positive(self, name, raises_input_error):
         raises_input_error(lambda: PPOConfig(**{name: 0}), name, "at least 1")
 
+    @pytest.mark.parametrize(
+        ("fields", "expected"),
+        [
+            ({}, 512),
+            ({"prompts": 128}, 512),
+            ({"prompts": 60}, 240),
+            ({"prompts": 8}, 32),
+            ({"prompts": 8, "samples": 4}, 128),
+            ({"prompts": 1}, 32),
+            ({"prompts": 8, "eval_prompts": 700}, 700),
+            ({"eval_prompts": 5}, 5),
+        ],
+        ids=str,
+    )
+    def test_dev_prompts_go_by_what_an_iteration_decodes(self, fields, expected):
+        assert PPOConfig(**fields).dev_prompts == expected
+        assert PPOConfig.paper().dev_prompts == PPOConfig.demo().dev_prompts == 512
+
     def test_the_papers_figures(self):
         """arXiv 2506.00439, appendix."""
         paper = PPOConfig.paper()

@@ -118,6 +118,22 @@ class TestARun:
         assert iterations(tmp_path / "second") == list(range(13, toys.SETTINGS.iterations + 1))
         assert_same_params(rj.load_policy(tmp_path / "second"), returned)
 
+    def test_metrics_say_how_many_dev_prompts_there_were_and_what_phases_took(self, ensemble, tmp_path):
+        """By default they go by an iteration's answers: 8 x 4 of the 64."""
+        config = dataclasses.replace(toys.SETTINGS, iterations=2, eval_every=2, prompts=8, eval_prompts=None)
+        for kind in (True, False):
+            task = toys.task(token_reward=kind)
+            task.splits["dev"] = task.splits["test"]
+            rj.train(ensemble, task, config, tmp_path / str(kind))
+            first, last = read_metrics(tmp_path / str(kind))
+            assert {"dev", "dev_prompts", "dev_seconds"} & first.keys() == set()
+            assert last["dev_prompts"] == 32
+            assert last["dev_seconds"] > 0
+            # In one program the phases are not apart.
+            phases = [first.get(f"{phase}_seconds") for phase in ("rollout", "reward", "update")]
+            assert phases == [None] * 3 if kind else sum(phases) == pytest.approx(first["seconds"])
+        assert json.loads((tmp_path / "True" / "config.json").read_text())["settings"]["eval_prompts"] == 32
+
     @pytest.mark.slow
     def test_rewards_from_text_train_as_rewards_from_tokens(self, ensemble, tmp_path):
         config = dataclasses.replace(toys.SETTINGS, iterations=3, eval_every=3)

@@ -160,6 +160,13 @@ class TestTraining:
         assert display.last.iteration == 2
         assert display.problems == "1 reward failed"
 
+    def test_what_phases_took_last(self, capsys):
+        with report.training_progress("training", 2) as display:
+            display(self.iteration(1, reward=0.25, dev=0.5, rollout_seconds=4.0, update_seconds=0.5, dev_seconds=20.0))
+            display(self.iteration(2, reward=0.75, rollout_seconds=3.0, update_seconds=0.25))
+        line = capsys.readouterr().out.rstrip()
+        assert line.endswith("reward 0.750, dev 0.500 (rollout 3 s, update 0.25 s, dev 20 s)")
+
     def test_without_a_score_on_dev(self, capsys):
         with report.training_progress("training", 1) as display:
             display(self.iteration(1, reward=0.25))
