@@ -11,6 +11,8 @@ from typing import Any
 from rlae_jax import hosts
 from rlae_jax.errors import InputError
 
+_LFS_POINTER = b"version https://git-lfs"
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file's content at once."""
@@ -38,6 +40,13 @@ def read_json_lines(path: Path, **fields: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
+def check_fetched(path: Path) -> None:
+    """Raises an `InputError` for what git leaves in the place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(f"{path}: a git-LFS pointer, not the file itself; fetch it with: git lfs pull")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -45,6 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
       InputError: the file cannot be read, or is something else.
     """
     try:
+        check_fetched(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error

@@ -301,8 +301,10 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def _modern(key: str) -> str:
-    """Names of the first BERT checkpoints."""
+def _plain(key: str) -> str:
+    """A tensor's name without what torch.compile and data parallel training put into it, and for those of the first
+    BERT checkpoints what they are called now."""
+    key = re.sub(r"(^|\.)_orig_mod\.", r"\1", key).removeprefix("module.")
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", key))
 
 
@@ -315,7 +317,7 @@ class Tensors(NamedTuple):
 
 def _names(tensors: TensorSource, family: Family, expected: Collection[str]) -> dict[str, str]:
     """What the family's table calls each tensor -> what the source calls it."""
-    names = {_modern(key): key for key in tensors.headers}
+    names = {_plain(key): key for key in tensors.headers}
     if any(name.startswith(family.prefix) for name in names):
         return names
     # A checkpoint of the bare model.

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from rlae_jax import sharding
 from rlae_jax.errors import InputError
-from rlae_jax.files import read_json
-from rlae_jax.models import checkpoint_files, gguf_files, gguf_tokenizer, hub, lora, peft_files, stored, transformer
+from rlae_jax.files import check_fetched, read_json
+from rlae_jax.models import checkpoint_files, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import Quantisation, logical_axes
 from rlae_jax.models.tokenizer import import_transformers
@@ -481,8 +481,11 @@ def read_tokenizer(directory: Path) -> Any:
     path = gguf_files.find(directory)
     if path is not None:
         return gguf_tokenizer.read_tokenizer(gguf_files.open_gguf(path).metadata, path)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    present = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not present:
         return None
+    for file in present:
+        check_fetched(file)
     tokenizers = import_transformers().AutoTokenizer
     try:
         tokenizer = tokenizers.from_pretrained(directory, trust_remote_code=False, local_files_only=True)

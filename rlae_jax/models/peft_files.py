@@ -182,15 +182,19 @@ def _pairs(
             kept = _BASE.match(key)
             names = [kept["module"], prefix + kept["module"]] if kept else []
             tensor = next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
-            if tensor is None:
+            if ".lora_embedding_" in key:
+                findings.append(("on the embedding, where LoRA is not supported", key))
+            elif tensor is None:
                 findings.append(("unknown", key))
             elif shape != tensor.shape or not _same(read_tensor(path, key), tensor, base):
                 findings.append(("changed from the base, which is not supported", key))
             continue
-        name = _HEAD if match["module"] == _OLD_HEAD else match["module"]
+        name = match["module"].replace("_orig_mod.", "")
+        name = _HEAD if name == _OLD_HEAD else name
         whole = name if name in known else prefix + name  # trained on the bare model
         if whole not in known:
-            findings.append(("unknown", key))
+            # A head that is tied is the embedding's table.
+            findings.append(("on a tied head, where LoRA is not supported" if name == _HEAD else "unknown", key))
             continue
         module, side = known[whole], match["side"]
         size = math.prod(module.inputs) if side == "A" else sum(math.prod(shape) for shape in module.outputs)

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.files import read_json
+from rlae_jax.files import check_fetched, read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family
 from rlae_jax.models.families.wrappers import text_names
@@ -309,11 +309,12 @@ def open_tensors(path: Path) -> Any:
     """A safetensors file.
 
     Raises:
-      InputError: it is truncated or corrupt.
+      InputError: it is truncated or corrupt, or was not fetched by git.
     """
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
+        check_fetched(path)
         raise InputError(f"{path}: truncated or corrupt safetensors file ({error})") from error
 
 

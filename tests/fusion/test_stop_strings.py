@@ -95,7 +95,7 @@ class TestAPartOfASpecialToken:
             ("end|>cd", "b"),
             (f"b{IM_END}", ""),
             ("cd", "b"),
-            ("d", "bc"),
+            ("d", "b"),  # of the token's name
             ("<m", "bcd"),
         ],
     )

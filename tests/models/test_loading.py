@@ -145,6 +145,21 @@ def test_a_tied_checkpoint_may_carry_its_head_and_old_buffers(stored_checkpoint,
     assert_same_params(load(directory).params, load(stored_checkpoint("llama3")).params)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_what_torch_puts_before_names_is_left_out(checkpoint, prefix):
+    """By torch.compile and data parallel training; the former also at inner modules."""
+    expected = load(checkpoint).params
+    inner = "model.layers.1."
+
+    def change(tensors):
+        renamed = {prefix + key.replace(inner, f"{inner}_orig_mod."): tensor for key, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit_tensors(checkpoint, change)
+    assert_same_params(load(checkpoint).params, expected)
+
+
 def test_bfloat16_loads_round_float32_and_read_bfloat16_files(checkpoint):
     exact = load(checkpoint).params
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16), exact)
@@ -416,6 +431,15 @@ class TestBadDirectories:
         path = checkpoint / "model.safetensors"
         path.write_bytes(spoil(path.read_bytes()))
         raises_input_error(lambda: load(checkpoint), str(path), "truncated or corrupt")
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+    def test_files_that_git_did_not_fetch(self, checkpoint, make_tokenizer, raises_input_error, name):
+        make_tokenizer("abc").save_pretrained(checkpoint)
+        (checkpoint / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 99\n")
+        message = raises_input_error(
+            lambda: load(checkpoint), str(checkpoint / name), "git-LFS pointer", "git lfs pull"
+        )
+        assert "truncated" not in message
 
     def test_corrupt_shard(self, checkpoint, raises_input_error):
         path = checkpoint / sorted(shard(checkpoint).values())[-1]

@@ -799,6 +799,31 @@ class TestBadInput:
             raises_input_error(lambda directory=directory: rj.load_adapter(directory, llama), *parts)
             shutil.rmtree(directory)
 
+    def test_embeddings_and_tied_heads(self, llama, broken, stored_checkpoint, raises_input_error):
+        table = "base_model.model.model.embed_tokens.lora_embedding_"
+        factors = {f"{table}A": np.ones((3, 41), np.float32), f"{table}B": np.ones((12, 3), np.float32)}
+        directory = broken(change=lambda tensors: tensors | factors)
+        raises_input_error(
+            lambda: rj.load_adapter(directory, llama), "2 on the embedding, where LoRA is not supported", table
+        )
+        shutil.rmtree(directory)
+        head = "base_model.model.lm_head.lora_"
+        factors = {f"{head}A.weight": np.ones((3, 12), np.float32), f"{head}B.weight": np.ones((41, 3), np.float32)}
+        directory = broken(change=lambda tensors: tensors | factors)
+        tied = rj.load(stored_checkpoint("llama3"))
+        assert tied.config.tied_head
+        raises_input_error(
+            lambda: rj.load_adapter(directory, tied), "2 on a tied head, where LoRA is not supported", f"{head}A.weight"
+        )
+
+    def test_compiled_models(self, llama, broken):
+        plain = rj.load_adapter(ADAPTERS / "llama_qv", llama)
+        directory = broken(
+            change=lambda t: {key.replace("model.layers", "_orig_mod.model.layers"): x for key, x in t.items()}
+        )
+        compiled = rj.load_adapter(directory, llama)
+        assert compiled.params.keys() == plain.params.keys()
+
     def test_an_adapter_made_for_another_model(self, tiny, make_lm, trio, tmp_path, raises_input_error):
         wide = make_lm(1, width=20, layers=1, gated=False)
         for use in (
