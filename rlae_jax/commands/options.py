@@ -122,11 +122,12 @@ class TaskOptions:
     """An embedded task (skills, overlap, skills3, mixed, noisy, twins, dominant) or a benchmark (gsm8k, mmlu,
     arc_challenge, piqa, triviaqa, natural_questions)."""
     data: Path | None = None
-    """A file instead: one JSON object per line, or .csv; split 80/10/10 by the prompts' content."""
+    """A file instead: JSON lines, a JSON list, .csv or .tsv, or one of them gzipped; split 80/10/10 by the prompts'
+    content."""
     prompt_field: str = "prompt"
     """The prompt's field in the file."""
     answer_field: str = "answer"
-    """The answer's field in the file; in JSON it may be a list, of which any counts."""
+    """The answer's field in the file, or a path such as answers.text; in JSON it may be a list, of which any counts."""
     reward: str | None = None
     """exact_match, last_number, gsm8k, multiple_choice, token_f1, squad_match, triviaqa_match, math_equivalence, or
     your own module:function (or file.py:function) of a text and a reference; to evaluate multiple choice also

@@ -40,7 +40,8 @@ class Generation:
 
     @property
     def texts(self) -> list[str]:
-        """Each prompt's answer: prompt + text is what decoding the whole sequence gives.
+        """Each prompt's answer: prompt + text is what decoding the whole sequence gives, without a last character of
+        which the length left only the first bytes.
 
         Raises:
           InputError: the members have no tokenizer.

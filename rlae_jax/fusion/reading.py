@@ -82,7 +82,7 @@ def make_reader(encoder: Encoder, pieces: Sequence[bytes | None], vocab: int) ->
       InputError: an encoder whose tokens stand for no bytes (WordPiece).
     """
     tokenizer = require_tokenizer(encoder.tokenizer, encoder.path or encoder.name)
-    ids, offsets = vocabularies.spell_texts(pieces, tokenizer, encoder.name)
+    ids, offsets = vocabularies.spell_texts(pieces, tokenizer, encoder.name, encoder.config.usable_vocab)
     missing = max(vocab + 1 - len(offsets), 0)
     offsets = np.concatenate([offsets, np.full(missing, offsets[-1])])
     probe = tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -102,7 +102,7 @@ def read_prompts(prompts: Sequence[str], encoder: Encoder, reader: TextReader, t
     """Prompts in the encoder's ids: of each the last, at most `tokens` with those around them.
 
     Raises:
-      InputError: so few tokens that none of them is text.
+      InputError: so few tokens that none of them is text; a token that the encoder has no embedding of.
     """
     c = min(tokens, encoder.config.context) - len(reader.before) - len(reader.after)
     if c < 1:
@@ -110,6 +110,8 @@ def read_prompts(prompts: Sequence[str], encoder: Encoder, reader: TextReader, t
     rows = require_tokenizer(encoder.tokenizer, encoder.name)(list(prompts), add_special_tokens=False)["input_ids"]
     ids = np.zeros((len(rows), c), np.int32)
     for b, row in enumerate(rows):
+        if max(row, default=0) >= encoder.config.vocab:
+            raise InputError(f"{encoder.name} has no embedding of {max(row)}, a token of prompt {b}")
         if row:
             ids[b, -min(len(row), c) :] = row[-c:]
     return Text(ids, np.array([min(len(row), c) for row in rows], np.int32))  # type: ignore[arg-type]

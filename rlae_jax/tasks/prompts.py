@@ -80,9 +80,9 @@ def read_prompts(path: str | os.PathLike[str], layout: str = "auto", prompt_fiel
 
     Args:
       layout: "pair": CSV, with or without a header, of prompt, two responses of high, one of medium and five of low
-        quality, and topic. "psych8k": a JSON list of objects whose "input" is the prompt. "rows": JSON lines, or CSV
-        with a header. "auto": "psych8k" for a name that ends in .json, "pair" where the first row looks like it, "rows"
-        otherwise.
+        quality, and topic. "psych8k": a JSON list of objects whose "input" is the prompt. "rows": whatever
+        `rows.read_rows` reads. "auto": "psych8k" for a name that ends in .json unless its first object has no "input",
+        "pair" where the first row looks like it, "rows" otherwise.
       prompt_field: the name of the prompt's field in the layout "rows".
 
     Raises:
@@ -170,7 +170,7 @@ def _layout(path: Path, layout: str, prompt_field: str) -> str:
     if layout != "auto":
         return layout
     if kind_of(path) == ".json":
-        return "psych8k"
+        return "psych8k" if _may_be_psych8k(path) else "rows"
     return "pair" if kind_of(path) == ".csv" and _looks_like_pair(path, prompt_field) else "rows"
 
 
@@ -182,6 +182,15 @@ def _looks_like_pair(path: Path, prompt_field: str) -> bool:
     # Without a header the first row has a prompt of several words where a header would have a column's name.
     bare = len(first) == len(_COLUMNS) and prompt_field not in first and len(first[0].split()) > 2
     return bare or _is_header(first)
+
+
+def _may_be_psych8k(path: Path) -> bool:
+    text = read_text(path)
+    try:
+        first = next(iter(json.loads(text)), None)
+    except (ValueError, RecursionError, TypeError):
+        return True  # `_psych8k_rows` says what is wrong
+    return not isinstance(first, dict) or "input" in first
 
 
 def _read(path: Path, layout: str) -> list[_Row]:

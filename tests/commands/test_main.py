@@ -19,7 +19,7 @@ from rlae_jax.specialists import make_pair_tokenizer
 from rlae_jax.tasks import skills
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
-TRAIN = ["--iterations", "2", "--prompts", "8", "--eval-every", "1"]
+TRAIN = ["--iterations", "2", "--prompts", "8", "--eval-every", "1", "--eval-prompts", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -302,6 +302,9 @@ class TestTrainAndEvaluate:
         results = json.loads((trained / "results.json").read_text())
         assert list(results["methods"]) == ["uniform", "rlae_ppo"]
         assert (results["task"], results["split"]) == ("mine", "dev")
+        metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+        assert [row["dev_prompts"] for row in metrics] == [3, 3]
+        assert all(row["rollout_seconds"] + row["update_seconds"] <= row["seconds"] for row in metrics)
         assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
         assert not [name for name in listing(trained) if "partial" in name]
 

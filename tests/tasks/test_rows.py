@@ -72,6 +72,7 @@ def test_benchmarks_and_prompts_have_them_too(write, tmp_path):
     assert len(task.split("test")) == 1
     assert len(task.split("train")) + len(task.split("dev")) == 60
     assert len(read_prompts(write(table("\t"), "p.tsv")).splits["train"]) == 32
+    assert len(read_prompts(write(json.dumps(ROWS), "p.json")).splits["train"]) == 32
 
 
 class TestNamedInTheError:

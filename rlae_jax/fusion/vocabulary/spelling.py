@@ -165,15 +165,17 @@ def spell(
     return spelled, offsets.astype(np.int32)
 
 
-def spell_texts(pieces: Sequence[bytes | None], tokenizer: Any, name: str) -> tuple[Ids, Offsets]:
-    """A tokenizer's ids for each of many byte strings, as (ids, offsets). None where there are no bytes, or where it
-    cannot write them.
+def spell_texts(
+    pieces: Sequence[bytes | None], tokenizer: Any, name: str, size: int | None = None
+) -> tuple[Ids, Offsets]:
+    """A tokenizer's ids, below `size` if that is given, for each of many byte strings, as (ids, offsets). None where
+    there are no bytes, or where it cannot write them.
 
     Raises:
       InputError: a tokenizer whose tokens stand for no bytes.
     """
     entries = [piece or b"" for piece in pieces]
-    tokens = read_tokens(tokenizer, name)
+    tokens = read_tokens(tokenizer, name, size)
     speller = Speller(tokenizer, tokens)
     index = canonical_ids(tokens, speller.encode)
     data, offsets = join(entries)
