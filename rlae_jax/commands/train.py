@@ -103,11 +103,6 @@ def train(
     config = training.config()
     ensemble = model.load()
     asked = task.select(asked, ensemble)
-    dev, used = len(asked.split("dev")), config.dev_prompts
-    if used < dev:
-        report.say(
-            f"{used} of {dev} dev prompts are scored every {config.eval_every} iterations; --eval-prompts sets how many"
-        )
     began = time.perf_counter()
     with resumable(resume), report.training_progress("training", config.iterations) as display:
         policies = train_seeds(
@@ -123,6 +118,9 @@ def train(
     if display.last is not None and display.last.iteration < config.iterations:
         done = display.last.iteration
         report.say(f"time is up after iteration {done} of {config.iterations}; --resume goes on")
+    dev, used = len(asked.split("dev")), config.dev_prompts
+    if used < dev:
+        report.say(f"the first {used} of {dev} dev prompts were scored in training; --eval-prompts sets how many")
     name = f"rlae_{config.algorithm}"
     uniform = Method(ensemble, None, policies[0].span_length)
     agents = [Method(ensemble, policy) for policy in policies]

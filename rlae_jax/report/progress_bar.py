@@ -171,7 +171,7 @@ class TrainingDisplay:
 
     def __init__(self, update: Update):
         self._update = update
-        self._dev: float | None = None
+        self._dev = ""
         self._phases: dict[str, float] = {}
         self.last: Iteration | None = None  # of this call; None where all had been done before
 
@@ -182,13 +182,15 @@ class TrainingDisplay:
 
     def __call__(self, iteration: Iteration) -> None:
         self.last = iteration
-        self._dev = iteration.metrics.get("dev", self._dev)
-        dev = "" if self._dev is None else f", dev {self._dev:.3f}"
-        phases = {name: iteration.metrics.get(f"{name}_seconds", self._phases.get(name)) for name in _PHASES}
+        metrics = iteration.metrics
+        if "dev" in metrics:
+            of = f" of {metrics['dev_prompts']} prompts" if "dev_prompts" in metrics else ""
+            self._dev = f", dev {metrics['dev']:.3f}{of}"
+        phases = {name: metrics.get(f"{name}_seconds", self._phases.get(name)) for name in _PHASES}
         self._phases = {name: seconds for name, seconds in phases.items() if seconds is not None}
         costs = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in self._phases.items())
-        note = f"reward {iteration.metrics['reward']:.3f}{dev}" + (f" ({costs})" if costs else "")
-        self._update(iteration.iteration, note)
+        note = f"reward {metrics['reward']:.3f}{self._dev}"
+        self._update(iteration.iteration, f"{note} ({costs})" if costs else note)
 
 
 @contextlib.contextmanager

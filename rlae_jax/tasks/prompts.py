@@ -81,8 +81,8 @@ def read_prompts(path: str | os.PathLike[str], layout: str = "auto", prompt_fiel
     Args:
       layout: "pair": CSV, with or without a header, of prompt, two responses of high, one of medium and five of low
         quality, and topic. "psych8k": a JSON list of objects whose "input" is the prompt. "rows": whatever
-        `rows.read_rows` reads. "auto": "psych8k" for a name that ends in .json unless its first object has no "input",
-        "pair" where the first row looks like it, "rows" otherwise.
+        `rows.read_rows` reads. "auto": "psych8k" for a name that ends in .json whose first object has no
+        `prompt_field`, "pair" where the first row looks like it, "rows" otherwise.
       prompt_field: the name of the prompt's field in the layout "rows".
 
     Raises:
@@ -170,7 +170,7 @@ def _layout(path: Path, layout: str, prompt_field: str) -> str:
     if layout != "auto":
         return layout
     if kind_of(path) == ".json":
-        return "psych8k" if _may_be_psych8k(path) else "rows"
+        return "rows" if _has_prompts(path, prompt_field) else "psych8k"
     return "pair" if kind_of(path) == ".csv" and _looks_like_pair(path, prompt_field) else "rows"
 
 
@@ -184,13 +184,14 @@ def _looks_like_pair(path: Path, prompt_field: str) -> bool:
     return bare or _is_header(first)
 
 
-def _may_be_psych8k(path: Path) -> bool:
+def _has_prompts(path: Path, prompt_field: str) -> bool:
+    """Whether a JSON list's first object has a prompt of its own and is none of Psych8k's."""
     text = read_text(path)
     try:
         first = next(iter(json.loads(text)), None)
     except (ValueError, RecursionError, TypeError):
-        return True  # `_psych8k_rows` says what is wrong
-    return not isinstance(first, dict) or "input" in first
+        return False  # `_psych8k_rows` says what is wrong
+    return isinstance(first, dict) and prompt_field in first and "input" not in first
 
 
 def _read(path: Path, layout: str) -> list[_Row]:

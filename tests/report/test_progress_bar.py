@@ -162,10 +162,11 @@ class TestTraining:
 
     def test_what_phases_took_last(self, capsys):
         with report.training_progress("training", 2) as display:
-            display(self.iteration(1, reward=0.25, dev=0.5, rollout_seconds=4.0, update_seconds=0.5, dev_seconds=20.0))
+            phases = {"rollout_seconds": 4.0, "update_seconds": 0.5, "dev_seconds": 20.0}
+            display(self.iteration(1, reward=0.25, dev=0.5, dev_prompts=32, **phases))
             display(self.iteration(2, reward=0.75, rollout_seconds=3.0, update_seconds=0.25))
         line = capsys.readouterr().out.rstrip()
-        assert line.endswith("reward 0.750, dev 0.500 (rollout 3 s, update 0.25 s, dev 20 s)")
+        assert line.endswith("reward 0.750, dev 0.500 of 32 prompts (rollout 3 s, update 0.25 s, dev 20 s)")
 
     def test_without_a_score_on_dev(self, capsys):
         with report.training_progress("training", 1) as display:
