@@ -94,6 +94,10 @@ class Experts:
     layers: tuple[int, ...]  # that have experts; the others have one dense block
     # The weights of a token's experts are probabilities among those that it takes (they sum to 1), or among all.
     normalised: bool = True
+    # The weights come from sigmoids of the scores, and a learned correction joins these where experts are chosen, and
+    # nowhere else (DeepSeek-AI, 2024).
+    sigmoid: bool = False
+    scale: float = 1.0  # of the weights
     router_bias: bool = False
     bias: bool = False  # of the experts' own linear maps
     shared_width: int = 0  # of a block beside them that every token takes

@@ -99,16 +99,23 @@ class MixtureOfExperts(nnx.Module):
         self.router = Router(config, rngs)
         self.experts = ExpertKernels(config, rngs)
         self.shared = FeedForward(config, rngs, spec.shared_width) if spec.shared_width else None
+        self.correction = nnx.Param(jnp.zeros((spec.number,), config.dtype), axes=("router",)) if spec.sigmoid else None
         gate = ("embed", "shared_gate")
         self.shared_gate = Linear("btd,do->bto", (config.width, 1), gate, config, rngs) if spec.shared_gate else None
 
     def route(self, x_nd: Array) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
         """The experts of every token and their weights."""
-        scores_ne = self.router(x_nd)
-        best_nk, ids_nk = lax.top_k(scores_ne, self.spec.active)
-        if self.spec.normalised:
-            return ids_nk, jax.nn.softmax(best_nk, axis=-1)
-        return ids_nk, jnp.exp(best_nk - jax.nn.logsumexp(scores_ne, axis=-1, keepdims=True))
+        spec, scores_ne = self.spec, self.router(x_nd)
+        if self.correction is not None:
+            shares_ne = jax.nn.sigmoid(scores_ne)
+            ids_nk = lax.top_k(shares_ne + self.correction[...].astype(jnp.float32)[None], spec.active)[1]
+            weights_nk = jnp.take_along_axis(shares_ne, ids_nk, axis=1)
+            total_n1 = jnp.sum(weights_nk, axis=-1, keepdims=True) if spec.normalised else jnp.ones((), jnp.float32)
+            return ids_nk, weights_nk / total_n1 * spec.scale
+        best_nk, ids_nk = lax.top_k(scores_ne, spec.active)
+        if spec.normalised:
+            return ids_nk, jax.nn.softmax(best_nk, axis=-1) * spec.scale
+        return ids_nk, jnp.exp(best_nk - jax.nn.logsumexp(scores_ne, axis=-1, keepdims=True)) * spec.scale
 
     def __call__(self, x_btd: Array) -> Array:
         x_nd = x_btd.reshape(-1, x_btd.shape[-1])

@@ -19,6 +19,7 @@ from rlae_jax.models.families import (
     gemma4,
     glm,
     glm4,
+    glm4_moe,
     gpt2,
     gpt_bigcode,
     gpt_neo,
@@ -61,7 +62,7 @@ _MODULES = (
     *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, gemma4, phi, phi3, smollm3),
     *(olmo, olmo2, olmo3, granite, granitemoehybrid, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium),
     *(arcee, ernie4_5, hunyuan_v1_dense, vaultgemma, cwm, nemotron, stablelm, starcoder2, falcon),
-    *(mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, granitemoe),
+    *(mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, granitemoe, glm4_moe),
     *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )

@@ -165,12 +165,12 @@ def windows(hf: Any, layer_types: Sequence[str] | None) -> dict[str, Any]:
 
 
 def experts_of(hf: Any, **fields: Any) -> Experts:
-    """The experts of a configuration, whose number has two names; by default in every layer and as wide as the dense
-    block would be."""
-    number = getattr(hf, "num_local_experts", None)
+    """The experts of a configuration, whose number has several names; by default in every layer and as wide as the
+    dense block would be."""
+    names = [name for name in ("num_local_experts", "n_routed_experts") if hasattr(hf, name)]
     return Experts(
         **{
-            "number": hf.num_experts if number is None else number,
+            "number": getattr(hf, names[0]) if names else hf.num_experts,
             "active": hf.num_experts_per_tok,
             "width": hf.intermediate_size,
             "layers": tuple(range(hf.num_hidden_layers)),

@@ -77,6 +77,16 @@ def sample_granitemoe(rng: np.random.Generator) -> Case:
     return Case("GraniteMoeForCausalLM", fields, hub=chance(rng))
 
 
+def sample_glm4_moe(rng: np.random.Generator) -> Case:
+    fields = llama_fields(rng) | rope_fields(rng, "default")
+    number, layers = between(rng, 3, 6), fields["num_hidden_layers"]
+    fields |= {"n_routed_experts": number, "num_experts_per_tok": between(rng, 1, number - 1), "n_group": 1}
+    fields |= {"topk_group": 1, "moe_intermediate_size": between(rng, 5, 20), "n_shared_experts": between(rng, 1, 2)}
+    fields |= {"first_k_dense_replace": between(rng, 0, layers - 1), "routed_scaling_factor": pick(rng, 1.0, 2.5)}
+    fields |= {"head_dim": pick(rng, 4, 8), "use_qk_norm": chance(rng), "attention_bias": chance(rng)}
+    return Case("Glm4MoeForCausalLM", fields | {"norm_topk_prob": chance(rng, 0.7)}, hub=chance(rng))
+
+
 _mixtral = functools.partial(case, "MixtralForCausalLM", TINY | {"num_local_experts": 4})
 _MIXTRAL = {
     "window": _mixtral(hub=True, sliding_window=5, hidden_size=24, rope_theta=900.0),
@@ -149,11 +159,27 @@ _GRANITEMOE = {
     )
 }
 
+_GLM4_MOE = {
+    "shared": case(
+        "Glm4MoeForCausalLM",
+        TINY,
+        hub=True,
+        hidden_size=24,
+        head_dim=8,
+        n_routed_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=9,
+        routed_scaling_factor=2.0,
+        use_qk_norm=True,
+    )
+}
+
 FAMILIES = {
     "mixtral": Family("decoder", "mixtral", _MIXTRAL, sample_mixtral),
     "qwen2_moe": Family("decoder", "qwen2_moe", _QWEN2_MOE, sample_qwen2_moe),
     "qwen3_moe": Family("decoder", "qwen3_moe", _QWEN3_MOE, sample_qwen3_moe),
     "olmoe": Family("decoder", "olmoe", _OLMOE, sample_olmoe),
     "granitemoe": Family("decoder", "granitemoe", _GRANITEMOE, sample_granitemoe),
+    "glm4_moe": Family("decoder", "glm4_moe", _GLM4_MOE, sample_glm4_moe),
     "gpt_oss": Family("decoder", "gpt_oss", _GPT_OSS, sample_gpt_oss),
 }
