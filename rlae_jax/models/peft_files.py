@@ -194,7 +194,10 @@ def _pairs(
         whole = name if name in known else prefix + name  # trained on the bare model
         if whole not in known:
             # A head that is tied is the embedding's table.
-            findings.append(("on a tied head, where LoRA is not supported" if name == _HEAD else "unknown", key))
+            tensor = tensors.get(f"{name}.weight") or tensors.get(f"{whole}.weight")
+            of_experts = tensor is not None and (tensor.stacked or tensor.expert is not None)
+            kind = "on a tied head" if name == _HEAD else "on experts" if of_experts else None
+            findings.append((f"{kind}, where LoRA is not supported" if kind else "unknown", key))
             continue
         module, side = known[whole], match["side"]
         size = math.prod(module.inputs) if side == "A" else sum(math.prod(shape) for shape in module.outputs)

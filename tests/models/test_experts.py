@@ -260,6 +260,22 @@ def test_an_expert_that_is_missing_or_too_much_is_named(tmp_path):
             rj.load(cut)
 
 
+def test_adapters_of_experts_are_refused_by_name(tmp_path):
+    lm = rj.load(stored(tmp_path / "base", "qwen3_moe", "wide_heads"))
+    module = "model.layers.0.mlp.experts.2.down_proj"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    )
+    sizes = {"A": (2, 9), "B": (12, 2)}
+    factors = {
+        f"base_model.model.{module}.lora_{side}.weight": np.ones(size, np.float32) for side, size in sizes.items()
+    }
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"2 on experts, where LoRA is not supported: .*{module}"):
+        rj.Ensemble.from_adapters(lm, [str(tmp_path / "adapter")])
+
+
 @pytest.mark.parametrize(("family", "case"), [("qwen2_moe", "shared"), ("gpt_oss", "clamped")])
 def test_quantised_on_loading(tmp_path, family, case):
     """Tensors of one expert each, and of all: int8 is near, the router is exact, and what is saved is what is held."""
