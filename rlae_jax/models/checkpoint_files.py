@@ -39,12 +39,11 @@ from rlae_jax.models.families import FAMILIES, REASONS, Family, made_family, nea
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.quantise import (
     GROUPS,
-    Kind,
+    HEAD,
     Quantisation,
     Quantised,
     dequantised,
-    quantise_kernel,
-    quantise_table,
+    quantise_leaf,
 )
 from rlae_jax.models.quantise import logical_axes as quantised_axes
 from rlae_jax.models.rope import frequencies
@@ -379,10 +378,6 @@ def open_tensors(directory: Path, source: Source, config: ModelConfig) -> Tensor
     return gguf_models.GgufTensors(gguf_files.open_gguf(path), names)
 
 
-TABLE, HEAD = ("embedding",), ("head", "kernel")
-ROUTER = "router"  # of experts: whose scores decide, so that they are not quantised
-
-
 class _Leaf(NamedTuple):
     """One array of the parameter tree, or one quantised kernel, placed."""
 
@@ -409,21 +404,9 @@ def _check_quantisation(
 
 def _quantised(part: np.ndarray, tensor: StoredTensor, path: tuple[Any, ...], wanted: Quantisation | None) -> Any:
     """A leaf, in fewer bits where that is wanted."""
-    if wanted is None:
+    if wanted is None or tensor.kind == "bias":
         return part
-    per_token: Kind = "int8" if wanted.kind == "int4" else wanted.kind
-    if path == TABLE:
-        return quantise_table(part, kind=per_token) if wanted.head else part
-    if tensor.kind != "kernel" or (path == HEAD and not wanted.head):
-        return part
-    if path == HEAD:
-        return quantise_kernel(part, kind=per_token, inputs=tensor.inputs)
-    if path[-2] == ROUTER:
-        return part
-    group = wanted.group_of(tensor.input_size)
-    assert group is not None
-    of_one = functools.partial(quantise_kernel, kind=wanted.kind, inputs=tensor.inputs, group=group)
-    return jax.vmap(of_one)(part) if tensor.stacked else of_one(part)
+    return quantise_leaf(part, path, tensor.inputs, wanted, stacked=tensor.stacked)
 
 
 def _start(kernel: Any, dtype: Any) -> Any:

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -33,6 +34,8 @@ from rlae_jax.errors import InputError
 Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e4m3fn}
 GROUPS = (32, 64, 128)
+TABLE, HEAD = ("embedding",), ("head", "kernel")  # where they stand among the parameters
+ROUTER = "router"  # of experts: its scores decide, so that it is not quantised
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 # Weights that are converted at a time, so that the second-level cache holds them.
 _CACHED = {"cpu": 2**18, "accelerator": 2**22}
@@ -145,6 +148,43 @@ def _absmax(wide: Array, axes: tuple[int, ...], kind: Kind) -> Quantised:
     if kind != "fp8":
         scaled = jnp.clip(jnp.round(scaled), -_LARGEST[kind], _LARGEST[kind])
     return Quantised(scaled.astype(KINDS[kind]), scale)
+
+
+def quantise_leaf(leaf: Any, path: Sequence[Any], inputs: int, wanted: Quantisation, *, stacked: bool = False) -> Any:
+    """A leaf of the parameter tree in fewer bits, where that is wanted of what stands at its path.
+
+    Args:
+      inputs: how many leading axes of a kernel are inputs; 0: it is no kernel of a linear layer.
+      stacked: the kernels of several experts, whose axis is the first.
+    """
+    per_token: Kind = "int8" if wanted.kind == "int4" else wanted.kind
+    if tuple(path) == TABLE:
+        return quantise_table(leaf, kind=per_token) if wanted.head else leaf
+    if not inputs or path[-2] == ROUTER or (tuple(path) == HEAD and not wanted.head):
+        return leaf
+    if tuple(path) == HEAD:
+        return quantise_kernel(leaf, kind=per_token, inputs=inputs)
+    group = wanted.group_of(math.prod(leaf.shape[stacked : stacked + inputs]))
+    assert group is not None
+    of_one = functools.partial(quantise_kernel, kind=wanted.kind, inputs=inputs, group=group)
+    return jax.vmap(of_one)(leaf) if stacked else of_one(leaf)
+
+
+def quantise_params(params: Any, linears: Mapping[str, Any], wanted: Quantisation) -> Any:
+    """The parameters of a model in memory in fewer bits, as `load(quantise=)` gives those of a checkpoint.
+
+    Args:
+      linears: `transformer.linears(config)`, and of a mixture of experts its own.
+    """
+
+    def one(path: Any, leaf: Any) -> Any:
+        keys = [part.key for part in path]
+        spec = linears.get(".".join(map(str, keys[:-1]))) if keys[-1] == "kernel" else None
+        if spec is None:
+            return quantise_leaf(leaf, keys, 0, wanted)
+        return quantise_leaf(leaf, keys, spec.inputs, wanted, stacked=len(leaf.shape) > len(spec.shape))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def dequantised(leaf: Any, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax import hlo
-from rlae_jax.models import quantise
+from rlae_jax.models import quantise, transformer
 from rlae_jax.models.quantise import Quantised, is_quantised
 from rlae_jax.models.stored import Packed, StoredTensor
 from tests.helpers.adapters import random_adapter
@@ -173,3 +174,10 @@ def test_no_converted_copy_of_a_kernel_is_made(kind, group, rows):
 def test_every_number_of_fp8():
     bits = np.array([b for b in range(256) if b & 127 != 127], np.uint8)  # but NaN
     np.testing.assert_array_equal(quantise._from_e4m3(bits), bits.view(jnp.float8_e4m3fn).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_parameters_in_memory_become_what_is_loaded(checkpoint, kind):
+    plain, wanted = rj.load(checkpoint), quantise.Quantisation(kind, head=True)
+    made = quantise.quantise_params(plain.params, transformer.linears(plain.config), wanted)
+    chex.assert_trees_all_equal(made, rj.load(checkpoint, quantise=kind, quantise_head=True).params)
