@@ -136,7 +136,7 @@ def main() -> None:
         print(f"note: other programs used {busy:.0%} of the cores: repeat on a quiet machine before quoting this")
     ratios = {row["form"]: row["ratio"] for row in rows if row["batch"] == 1}
     checks = [common.check(name, ratios[form], ">=", bar) for form, (name, bar) in REQUIRED[place].items()]
-    common.finish(rows, checks, environment, options.json)
+    common.finish(rows, checks, environment, options.json_path)
 
 
 if __name__ == "__main__":
