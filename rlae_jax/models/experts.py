@@ -37,9 +37,10 @@ from rlae_jax.models.quantise import Quantised, product
 
 # Rows of a block: on a CPU one of 16 rows takes twice as long as one of a single row, which waits for the kernels.
 _FEW_ROWS, _MOST_ROWS = 16, 128
-# Bytes of a kernel that are read at a time on a CPU, where a slice is copied before it is multiplied: what stays in a
-# core's cache. At batch 1 an expert's kernels are read at 14 GB/s so, at 7 GB/s whole, and at 22 GB/s without slicing.
-_TILE_BYTES = 2**19
+# Bytes of a kernel that are read at a time on a CPU, where a slice is copied before it is multiplied: what stays in the
+# processor's cache. At batch 1 two experts of 35 MB take 4.6 ms so, 5.7 ms in parts of a quarter of that and 23 ms
+# whole; two dense blocks of their size take 3.9 ms.
+_TILE_BYTES = 2**21
 _UNROLLED_BLOCKS = 8  # on accelerators, whose loops cost more than their text
 # Beyond so many tokens a TPU takes ragged products.
 _RAGGED_TOKENS = 16

@@ -131,8 +131,8 @@ def test_experts_lower_for_every_platform():
 
 # Wide enough that nothing of the kernels stays in a cache by chance.
 WIDE = ModelConfig(
-    vocab=2048, width=512, layers=2, heads=4, kv_heads=4, head_width=128, ffn_width=1,
-    experts=Experts(number=8, active=2, width=2048, layers=(0, 1)),
+    vocab=2048, width=512, layers=2, heads=4, kv_heads=4, head_width=320, ffn_width=1,
+    experts=Experts(number=8, active=2, width=4096, layers=(0, 1)),
 )  # fmt: skip
 
 
@@ -160,8 +160,8 @@ def test_a_step_reads_the_experts_that_its_tokens_take(rows):
     else:  # three rows of two experts: what six experts would be is an upper bound
         assert read <= 1.05 * transformer.active_bytes(WIDE, rows=6)
     assert read < 0.9 * every
-    # No copy of an expert's kernel, of 4 MiB, is made.
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**22
+    # No copy of an expert's kernel, of 8 MiB, is made.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**23
     print(f"moe_bytes {read / active:.3f}, temporaries {compiled.memory_analysis().temp_size_in_bytes / active:.3f}")
 
 
