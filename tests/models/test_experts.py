@@ -162,7 +162,6 @@ def test_a_step_reads_the_experts_that_its_tokens_take(rows):
     assert read < 0.9 * every
     # No copy of an expert's kernel, of 8 MiB, is made.
     assert compiled.memory_analysis().temp_size_in_bytes < 2**23
-    print(f"moe_bytes {read / active:.3f}, temporaries {compiled.memory_analysis().temp_size_in_bytes / active:.3f}")
 
 
 def test_active_bytes_by_hand():
