@@ -3,8 +3,7 @@
 SmolLM2-135M-Instruct and Gemma 3 270M (`real_models_files`) read texts of word problems, code, counselling, exams and
 everyday advice, alone, each in its own tokens, and as an ensemble over the union of their tokens: at equal weights, and
 at the fixed weights that would have been best for all the texts. All of it with weights as the files have them, in
-float32, quantised on loading, and with a cache of fewer bits. A text's first words are given; of the rest the bits are
-counted.
+float32, and quantised on loading. A text's first words are given; of the rest the bits are counted.
 
 Over the union a text is read in the first member's tokens, of which the second lacks a few: an ensemble that is worse
 than a member is a finding.
@@ -178,8 +177,7 @@ def measure(form: str, paths: dict[str, Path], texts: list[Text], how: dict[str,
     members = {name: rj.load(path, context=512, **how) for name, path in paths.items()}
     bits = {}
     for name, lm in members.items():
-        cached = "kv_dtype" in how  # what only the loop has
-        bits[name] = -(read(rj.Ensemble([lm]), texts).fused if cached else read_alone(lm, texts)) / math.log(2)
+        bits[name] = -read_alone(lm, texts) / math.log(2)
         print(f"{form}: {name} {bits[name].sum() / sum(len(text.rest.encode()) for text in texts):.4f}", flush=True)
     both = read(rj.Ensemble(list(members.values())), texts)
     bits["both, equal weights"] = -both.fused / math.log(2)
