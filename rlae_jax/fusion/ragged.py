@@ -114,8 +114,11 @@ class RaggedMember(NamedTuple):
                 ids = state.text[row, jnp.minimum(at, state.text.shape[1] - 1)]
                 own = dataclasses.replace(model, adapters=adapters)
                 hidden, new = own.decode_chunk(ids, state.lengths[row] + at, count, state.cache, behind, slot, packing)
-                pad = ((0, 0), (0, 0), (0, 0), (0, WIDEST - width))
-                return count, hidden, jax.tree.map(lambda array: jnp.pad(array, pad), new)
+
+                def pad(array: Array) -> Array:
+                    return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, WIDEST - width)])
+
+                return count, hidden, jax.tree.map(pad, new)
 
             # The first size that holds everything, or else the last.
             wanted = jnp.sum(jnp.clip(pending - 1, 0, WIDEST - 1))

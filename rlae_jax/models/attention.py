@@ -6,6 +6,7 @@ is the layout in which the batched products of a decoding step are fastest on th
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from rlae_jax.models.cache import LayerCache, cache_layout, pin_cache
+from rlae_jax.models.cache import LayerCache, as_numbers, cache_layout, pin_cache
 from rlae_jax.models.config import ModelConfig, QueryGrowth, RelativeBias, Rope
 from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate, unit_rms
 from rlae_jax.models.rope import frequencies
@@ -23,6 +24,7 @@ from rlae_jax.models.rope import frequencies
 # What depends on the tokens' positions: angles [B, T, half] of each rope and head width, factors [B, T] of queries.
 Angles = dict[tuple[Rope, int] | QueryGrowth, Array]
 LOWEST = float(np.finfo(np.float32).min)
+_BLOCK = 2**18  # quantised keys or values that a CPU converts at a time: 1 MiB of float32
 _SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one
 
 
@@ -68,8 +70,7 @@ def attend(
 
 def attend_cached(
     q_rnh: Array,
-    k_bghs: Array,
-    v_bghs: Array,
+    cache: LayerCache,
     visible_bs: Bool[Array, "B S"],
     config: ModelConfig,
     scale: float,
@@ -82,29 +83,19 @@ def attend_cached(
     a bias P is 1.
     """
     r, n, h = q_rnh.shape
-    b, g = k_bghs.shape[:2]
-    p, precision = r // b, config.precision
+    b, g = cache.keys.shape[:2]
+    p = r // b
     # Queries of one key head lie together, M = P N / G.
     q_bgmh = (q_rnh * scale).reshape(b, p, g, n // g, h).swapaxes(1, 2).reshape(b, g, -1, h)
-    scores_bgms = jnp.einsum("bgmh,bghs->bgms", q_bgmh, k_bghs, precision=precision).astype(jnp.float32)
+    scores_bgms = _scores(q_bgmh, cache, config)
     if bias_bns is not None:
         scores_bgms = scores_bgms + bias_bns.reshape(-1, g, n // g, bias_bns.shape[-1])
     scores_bgms = _capped(scores_bgms, config.attention_cap)
     masked = jnp.where(visible_bs[:, None, None], scores_bgms, LOWEST)
     sinks = None if sinks_n is None else _repeat_sinks(sinks_n, b, g, p)
-    weights_bgms = _softmax(masked, sinks).astype(v_bghs.dtype)
-
-    def per_head(weights: Array, v: Array) -> Array:
-        # The CPU compiler vectorises a batched matrix-vector product over the innermost slots, but not a batched
-        # product of small matrices: one per query head of the group takes 5.5 instead of 13 ms at batch 256.
-        heads = [jnp.einsum("bgs,bghs->bgh", weights[:, :, m], v, precision=precision) for m in range(weights.shape[2])]
-        return jnp.stack(heads, axis=2)
-
-    def together(weights: Array, v: Array) -> Array:
-        return jnp.einsum("bgms,bghs->bgmh", weights, v, precision=precision)
-
-    on_cpu = per_head if p == 1 or q_bgmh.shape[2] <= _SINGLE_QUERIES else together
-    out_bgmh: Array = lax.platform_dependent(weights_bgms, v_bghs, cpu=on_cpu, default=together)
+    weights_bgms = _softmax(masked, sinks)
+    few = p == 1 or q_bgmh.shape[2] <= _SINGLE_QUERIES
+    out_bgmh = _weighted(weights_bgms, cache, config, few=few)
     return out_bgmh.reshape(b, g, p, n // g, h).swapaxes(1, 2).reshape(r, n, h)
 
 
@@ -129,16 +120,14 @@ def attend_behind(
     """
     b, w, n, h = q_bwnh.shape
     g = cache.keys.shape[1]
-    precision = config.precision
     # Queries of one key head lie together: [B, G, W * M, H], M = N / G.
     q_bgqh = jnp.einsum("bwgmh->bgwmh", (q_bwnh * scale).reshape(b, w, g, n // g, h)).reshape(b, g, -1, h)
 
-    def scores_of(k_bghs: Array, mask_bws: Array) -> Array:
-        scores = jnp.einsum("bgqh,bghs->bgqs", q_bgqh, k_bghs, precision=precision).astype(jnp.float32)
-        scores = _capped(scores, config.attention_cap).reshape(b, g, w, n // g, -1)
+    def scores_of(held: LayerCache, mask_bws: Array) -> Array:
+        scores = _capped(_scores(q_bgqh, held, config), config.attention_cap).reshape(b, g, w, n // g, -1)
         return jnp.where(mask_bws[:, None, :, None], scores, LOWEST).reshape(b, g, w * (n // g), -1)
 
-    old_scores, new_scores = scores_of(cache.keys, behind_bws), scores_of(new.keys, among_bww)
+    old_scores, new_scores = scores_of(cache, behind_bws), scores_of(new, among_bww)
     largest = jnp.maximum(jnp.max(old_scores, axis=-1), jnp.max(new_scores, axis=-1))[..., None]
     sinks = None if sinks_n is None else _repeat_sinks(sinks_n, b, g, w)[..., None]
     if sinks is not None:
@@ -147,21 +136,82 @@ def attend_behind(
     total = jnp.sum(old_weights, axis=-1) + jnp.sum(new_weights, axis=-1)
     if sinks is not None:
         total = total + jnp.exp(sinks - largest)[..., 0]
+    out = _weighted(old_weights, cache, config, few=w * (n // g) <= _SINGLE_QUERIES)
+    out = out + _weighted(new_weights, new, config, few=None)
+    out = (out / total[..., None].astype(out.dtype)).reshape(b, g, w, n // g, h)
+    return jnp.einsum("bgwmh->bwgmh", out).reshape(b, w, n, h)
+
+
+def _scores(q_bgqh: Array, held: LayerCache, config: ModelConfig) -> Float[Array, "B G Q S"]:
+    """Products of queries and keys, float32."""
+
+    def product(q: Array, k: Array) -> Array:
+        return jnp.einsum("bgqh,bghs->bgqs", q, as_numbers(k, q.dtype), precision=config.precision)
+
+    if held.key_scale is None:
+        return product(q_bgqh, held.keys).astype(jnp.float32)
+
+    def in_blocks(q: Array, k: Array) -> Array:
+        def write(scores: Array, start: Array | int, k: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(scores, product(q, k), start, axis=3)
+
+        return _over_blocks(write, jnp.zeros((*q.shape[:3], k.shape[3]), q.dtype), k)
+
+    scores: Array = lax.platform_dependent(q_bgqh, held.keys, cpu=in_blocks, default=product)
+    return scores.astype(jnp.float32) * held.key_scale[:, :, None]
+
+
+def _weighted(weights_bgqs: Array, held: LayerCache, config: ModelConfig, *, few: bool | None) -> Array:
+    """Sums of values by float32 weights, [B, G, Q, H]. `few`: whether there are few queries; None for few values,
+    where it makes no difference."""
 
     def per_query(weights: Array, v: Array) -> Array:
-        # As in `attend_cached`: the CPU compiler vectorises matrix-vector products only.
-        queries = [jnp.einsum("bgs,bghs->bgh", weights[:, :, q], v, precision=precision) for q in range(w * (n // g))]
+        # The CPU compiler vectorises a batched matrix-vector product over the innermost slots, but not a batched
+        # product of small matrices: one per query head of the group takes 5.5 instead of 13 ms at batch 256.
+        v = as_numbers(v, weights.dtype)
+        queries = [
+            jnp.einsum("bgs,bghs->bgh", weights[:, :, i], v, precision=config.precision)
+            for i in range(weights.shape[2])
+        ]
         return jnp.stack(queries, axis=2)
 
     def together(weights: Array, v: Array) -> Array:
-        return jnp.einsum("bgqs,bghs->bgqh", weights, v, precision=precision)
+        return jnp.einsum("bgqs,bghs->bgqh", weights, as_numbers(v, weights.dtype), precision=config.precision)
 
-    values = (old_weights.astype(cache.values.dtype), cache.values)
-    on_cpu = per_query if w * (n // g) <= _SINGLE_QUERIES else together
-    out = lax.platform_dependent(*values, cpu=on_cpu, default=together)
-    out = out + together(new_weights.astype(new.values.dtype), new.values)
-    out = (out / total[..., None].astype(out.dtype)).reshape(b, g, w, n // g, h)
-    return jnp.einsum("bgwmh->bwgmh", out).reshape(b, w, n, h)
+    if held.value_scale is not None:
+        weights_bgqs = weights_bgqs * held.value_scale[:, :, None]
+    weights_bgqs = weights_bgqs.astype(config.dtype)
+    on_cpu = per_query if few else together
+    if few is None:
+        return together(weights_bgqs, held.values)
+
+    def in_blocks(weights: Array, v: Array) -> Array:
+        def add(total: Array, start: Array | int, v: Array) -> Array:
+            part = lax.dynamic_slice_in_dim(weights, start, v.shape[3], axis=3)
+            return total + on_cpu(part, v).astype(jnp.float32)
+
+        none = jnp.zeros((*weights.shape[:3], v.shape[2]))
+        return _over_blocks(add, none, v).astype(weights.dtype)
+
+    cpu = on_cpu if held.value_scale is None else in_blocks
+    out: Array = lax.platform_dependent(weights_bgqs, held.values, cpu=cpu, default=together)
+    return out
+
+
+def _over_blocks(use: Callable[[Array, Array | int, Array], Array], carry: Array, cached_bghs: Array) -> Array:
+    """use(carry, first slot, those slots) over blocks of slots, one after another. The compiler for CPUs converts what
+    a product reads beforehand and in memory: of a block that stays in the processor's cache."""
+    slots = cached_bghs.shape[3]
+    size = max(_BLOCK // (cached_bghs.size // slots), 16)
+    blocks = slots // size
+    if blocks > 1:
+
+        def one(i: Array, carry: Array) -> Array:
+            return use(carry, i * size, lax.dynamic_slice_in_dim(cached_bghs, i * size, size, axis=3))
+
+        carry = lax.fori_loop(0, blocks, one, carry)
+    done = blocks * size if blocks > 1 else 0
+    return carry if done == slots else use(carry, done, cached_bghs[..., done:])
 
 
 def distance_buckets(length: int, bias: RelativeBias, *, bidirectional: bool) -> np.ndarray:
@@ -315,7 +365,7 @@ class Attention(nnx.Module):
         keys_values = self.keys_values(x_btd, angles)
         if packing is not None:
             keys_values = packing.unpack(keys_values[0]), packing.unpack(keys_values[1])
-        return cache_layout(*keys_values)
+        return cache_layout(keys_values[0], keys_values[1], self.config)
 
     def sequence(
         self,
@@ -345,13 +395,13 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerCache]:
         """One token per row, written to `slot` of the cache, if it is this layer's own, and attending to the visible
         slots."""
+
+        def write(cached: Array, new: Array) -> Array:
+            return pin_cache(lax.dynamic_update_slice_in_dim(cached, new, slot, axis=cached.ndim - 1))
+
         if not self.reads:
-            cache = LayerCache(
-                *(
-                    pin_cache(lax.dynamic_update_slice_in_dim(cached, new[:, 0, :, :, None], slot, axis=3))
-                    for cached, new in zip(cache, self.keys_values(x_btd, angles), strict=True)
-                )
-            )
+            k_bghs, v_bghs = (x[:, 0, :, :, None] for x in self.keys_values(x_btd, angles))
+            cache = jax.tree.map(write, cache, LayerCache.hold(k_bghs, v_bghs, self.config))
         if 0 < self.window < cache.slots:
             visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1])[None] > slot - self.window)
         return self.read(x_btd, angles, cache, visible_bs, bias_bns), cache
@@ -372,7 +422,7 @@ class Attention(nnx.Module):
         layer's."""
         q_btnh = self._queries(x_btd, angles)
         new = self._new(x_btd, angles, packing) if new is None else new
-        b, w = new[0].shape[0], new[0].shape[3]
+        b, w = len(new.keys), new.slots
 
         def attend(q: Array, rows: Array | None, places: Array) -> Array:
             """Queries [., W', N, H] of some rows (None: all), which stand at `places` [., W'] of their W tokens."""
@@ -408,5 +458,5 @@ class Attention(nnx.Module):
         """One query per row against keys and values as they are, of which several rows may share one; see
         `attend_cached`. Returns [R, 1, D]."""
         q_bnh = self._queries(x_btd, angles)[:, 0]
-        out = attend_cached(q_bnh, *cache, visible_bs, self.config, self.scale, bias_bns, self._sinks_n)
+        out = attend_cached(q_bnh, cache, visible_bs, self.config, self.scale, bias_bns, self._sinks_n)
         return self.o(out[:, None])

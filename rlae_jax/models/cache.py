@@ -33,18 +33,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from rlae_jax.models import quantise
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.sharding import constrain
+
+SCALE_BYTES = 4  # float32
 
 
 class LayerCache(NamedTuple):
     """Of one layer. Rows and slots differ between what is cached and what is new, so that they are not checked by
-    name."""
+    name.
 
-    keys: Float[Array, "_B G H _S"]
-    values: Float[Array, "_B G H _S"]
+    With `ModelConfig.kv_dtype` they are held in 8 bits with a scale per row, head and slot: a key is keys * key_scale.
+    The bits of fp8 are uint8, since the compiler for CPUs would widen a whole array of fp8 to write into it.
+    """
+
+    keys: Shaped[Array, "_B G H _S"]
+    values: Shaped[Array, "_B G H _S"]
+    key_scale: Float[Array, "_B G _S"] | None = None
+    value_scale: Float[Array, "_B G _S"] | None = None
+
+    @classmethod
+    def hold(cls, k_bghs: Array, v_bghs: Array, config: ModelConfig) -> "LayerCache":
+        """Keys and values in the form in which a cache of this model has them."""
+        if config.kv_dtype is None:
+            return cls(k_bghs, v_bghs)
+        keys, values = (quantise.absmax(x.astype(jnp.float32), (2,), config.kv_dtype) for x in (k_bghs, v_bghs))
+        k, v = keys.values, values.values
+        if config.kv_dtype == "fp8":
+            k, v = (lax.bitcast_convert_type(x, jnp.uint8) for x in (k, v))
+        return cls(k, v, keys.scale[:, :, 0], values.scale[:, :, 0])
 
     @property
     def slots(self) -> int:
@@ -76,14 +96,21 @@ class Visible(NamedTuple):
     ring: Int[Array, "B places"] | None = None
 
 
+def as_numbers(held: Array, dtype: Any) -> Array:
+    """Keys or values as a cache holds them, without their scale."""
+    if held.dtype == jnp.uint8:
+        held = lax.bitcast_convert_type(held, jnp.float8_e4m3fn)
+    return held.astype(dtype)
+
+
 def pin_cache(cached_bghs: Array) -> Array:
     """Keys or values as they lie on a mesh."""
     return constrain(cached_bghs, "batch", "kv_heads")
 
 
-def cache_layout(k_btgh: Array, v_btgh: Array) -> LayerCache:
+def cache_layout(k_btgh: Array, v_btgh: Array, config: ModelConfig) -> LayerCache:
     """Keys and values [B, T, G, H] as the cache holds them, [B, G, H, T]."""
-    return LayerCache(jnp.einsum("btgh->bght", k_btgh), jnp.einsum("btgh->bght", v_btgh))
+    return LayerCache.hold(jnp.einsum("btgh->bght", k_btgh), jnp.einsum("btgh->bght", v_btgh), config)
 
 
 def layer_slots(config: ModelConfig, layer: int, slots: int, ahead: int = 0) -> int:
@@ -105,6 +132,8 @@ def places(config: ModelConfig, slots: int, ahead: int = 0) -> int:
 
 def place_bytes(config: ModelConfig) -> int:
     """Keys and values of one token in one layer."""
+    if config.kv_dtype is not None:
+        return 2 * config.kv_heads * (config.head_width + SCALE_BYTES)
     return 2 * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
@@ -150,7 +179,7 @@ def extend_cache(cache: Cache, config: ModelConfig, slots: int, ahead: int = 0) 
             if cache.slots > length:
                 cached = jnp.roll(cached, cache.slots % length, axis=-1)
             after = places - before - cached.shape[-1]
-        return pin_cache(jnp.pad(cached, ((0, 0), (0, 0), (0, 0), (before, after))))
+        return pin_cache(jnp.pad(cached, [*[(0, 0)] * (cached.ndim - 1), (before, after)]))
 
     layers = tuple(jax.tree.map(functools.partial(extend, i), layer) for i, layer in enumerate(cache.layers))
     return dataclasses.replace(cache, layers=layers, slots=slots)
@@ -177,7 +206,7 @@ def _write_row_by_row(slots: int, layers: Layers, new: Layers, slot_b: Array) ->
         def one(cached: Array, values: Array) -> Array:
             row = lax.dynamic_slice_in_dim(values, b, 1, axis=0)
             for place in _places(cached, values, slots, slot_b[b]):
-                cached = lax.dynamic_update_slice(cached, row, (b, 0, 0, place))
+                cached = lax.dynamic_update_slice(cached, row, (b, *[0] * (cached.ndim - 2), place))
             return cached
 
         written: Layers = jax.tree.map(one, layers, new)
@@ -194,7 +223,7 @@ def _write_row_by_row(slots: int, layers: Layers, new: Layers, slot_b: Array) ->
 
 def _write_at_once(slots: int, layers: Layers, new: Layers, slot_b: Array) -> Layers:
     def one(cached: Array, values: Array, place: Array) -> Array:
-        return lax.dynamic_update_slice(cached, values, (0, 0, place))
+        return lax.dynamic_update_slice(cached, values, (*[0] * (cached.ndim - 1), place))
 
     def all_rows(cached: Array, values: Array) -> Array:
         for place_b in _places(cached, values, slots, slot_b):

@@ -17,7 +17,7 @@ class Rope:
 
     base: float = 10_000.0
     fraction: float = 1.0  # of a head's entries that turn, from the first on
-    # "linear", "llama3", "yarn", "longrope" or "proportional" with its numbers, as (name, value) pairs.
+    # "linear", "dynamic", "llama3", "yarn", "longrope" or "proportional" with its numbers, as (name, value) pairs.
     kind: str = "default"
     numbers: tuple[tuple[str, Any], ...] = ()
     interleaved: bool = False  # pairs are neighbours (x_2i, x_2i+1), not (x_i, x_i+half)
@@ -209,6 +209,7 @@ class ModelConfig:
     end_ids: tuple[int, ...] = ()  # any of these ends a text
 
     dtype: str = "float32"  # of parameters and activations; norms, rotary angles and softmax are float32 always
+    kv_dtype: Literal["int8", "fp8"] | None = None  # of keys and values in the cache; None: `dtype`
     # TPUs (and TF32 GPUs) round float32 operands of a product unless told otherwise. Without effect on bfloat16.
     precision: str | None = "highest"
 

@@ -304,6 +304,7 @@ def load(
     quantise: str | None = None,
     quantise_head: bool = False,
     quantise_group: int = 32,
+    kv_dtype: str | None = None,
 ) -> LM:
     """Loads a checkpoint: a Hugging Face directory, a GGUF file, or a Hub id through huggingface_hub's cache.
 
@@ -326,6 +327,8 @@ def load(
       quantise_head: the output head and the embedding table, too, with a scale per token (int8 with int4).
       quantise_group: inputs that share a scale of int4: 32, 64 or 128. A layer whose inputs it does not divide takes
         the next smaller.
+      kv_dtype: "int8" or "fp8" (e4m3): how keys and values are kept while a text is written, with a scale per head and
+        token. None: in `dtype`. Prompts are read with their keys and values as they are.
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; heads that the
@@ -338,11 +341,27 @@ def load(
             "beside it (with_adapters)"
         )
     opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
+    opened = opened._replace(config=hold_cache_in(opened.config, kv_dtype))
     if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
     (params, starts), mesh = opened.read_params(mesh, quantisation)
     lm = LM(params=params, starts=starts, mesh=mesh, quantisation=quantisation, **opened._asdict())
     return lm if adapter is None else lm.with_adapter(adapter)
+
+
+def hold_cache_in(config: ModelConfig, kv_dtype: str | None) -> ModelConfig:
+    """The model with a cache of another dtype.
+
+    Raises:
+      InputError: an unknown one; an encoder-decoder, whose cache holds what its encoder read.
+    """
+    if kv_dtype is None:
+        return config
+    if kv_dtype not in ("int8", "fp8"):
+        raise InputError(f"kv_dtype {kv_dtype!r} is not supported; use int8 or fp8")
+    if config.encoder is not None:
+        raise InputError(f"kv_dtype {kv_dtype} is for decoders; an encoder-decoder keeps its cache in {config.dtype}")
+    return dataclasses.replace(config, kv_dtype=kv_dtype)  # type: ignore[arg-type]
 
 
 class Opened(NamedTuple):

@@ -133,16 +133,17 @@ def quantise_kernel(kernel: Array, *, kind: Kind, inputs: int, group: int = 0) -
     wide = kernel.astype(jnp.float32)
     if group:
         wide = wide.reshape(-1, group, *kernel.shape[inputs:])
-    return _absmax(wide, (1,) if group else tuple(range(inputs)), kind)
+    return absmax(wide, (1,) if group else tuple(range(inputs)), kind)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def quantise_table(table: Float[Array, "V D"], *, kind: Kind) -> Quantised:
     """An embedding table with a scale per row."""
-    return _absmax(table.astype(jnp.float32), (1,), kind)
+    return absmax(table.astype(jnp.float32), (1,), kind)
 
 
-def _absmax(wide: Array, axes: tuple[int, ...], kind: Kind) -> Quantised:
+def absmax(wide: Float[Array, "..."], axes: tuple[int, ...], kind: Kind) -> Quantised:
+    """Float32 numbers in fewer bits, with a scale for all that lie along some axes."""
     scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=True) / _LARGEST[kind]
     scaled = wide / jnp.where(scale == 0, 1.0, scale)
     if kind != "fp8":

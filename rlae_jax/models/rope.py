@@ -76,7 +76,28 @@ def _proportional(periods: np.ndarray, numbers: Mapping[str, Any], base: float) 
     return frequencies / np.float32(numbers.get("factor", 1.0)), 1.0
 
 
-SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope, "proportional": _proportional}
+def _dynamic(periods: np.ndarray, numbers: Mapping[str, Any], base: float) -> tuple[np.ndarray, float]:
+    """A larger base for texts beyond the original context (bloc97, 2023, "dynamic NTK"; as in transformers):
+
+        base * (factor * length / original - (factor - 1))^(W / (W - 2))
+
+    `length` is that of the longest text that the model is loaded for, at least the original context, within which
+    nothing changes. (transformers takes a text's own length so far, and keeps keys that it turned by a former one.)
+    """
+    width = 2 * len(periods)
+    factor, stretch = float(numbers["factor"]), float(numbers["length"]) / float(numbers["original"])
+    base *= (factor * stretch - (factor - 1)) ** (width / max(width - 2, 1))
+    return 1 / np.float32(base) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)), 1.0
+
+
+SCALINGS = {
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "proportional": _proportional,
+}
 
 
 @functools.cache
@@ -120,4 +141,6 @@ def from_fields(fields: Mapping[str, Any], *, context: int, used_context: int | 
     if kind == "longrope":
         used = context if used_context is None else used_context
         numbers["factors"] = tuple(fields["long_factor" if used > old else "short_factor"])
+    if kind == "dynamic":
+        numbers |= {"original": context, "length": max(used_context or 0, context)}
     return Rope(base, fraction, kind, tuple(sorted(numbers.items())))

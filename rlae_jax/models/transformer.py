@@ -300,9 +300,9 @@ class Transformer(nnx.Module):
                 x = self.convolution_norm(x + self.convolution(embedded, real))
             if owner == i:
                 kept.append(keys_values)
-                cached.append(cache_layout(*keys_values))
+                cached.append(cache_layout(keys_values[0], keys_values[1], self.config))
             if source_kv is not None:
-                kept_source.append(cache_layout(*source_kv))
+                kept_source.append(cache_layout(source_kv[0], source_kv[1], self.config))
         if source is None:
             return self._finish(x), Cache(tuple(cached), t)
         return self._finish(x), Cache(tuple(cached), t, tuple(kept_source), source[1])
@@ -310,8 +310,8 @@ class Transformer(nnx.Module):
     def read_source(self, ids_bt: Array, mask_bt: Array) -> Cache:
         """Runs the encoder. The cache that a decoder without any token yet starts from: S is 0."""
         states = self.encode(ids_bt, mask_bt)
-        source = tuple(cache_layout(*layer.cross.keys_values(states, {})) for layer in self.layers if layer.cross)
         c = self.config
+        source = tuple(cache_layout(*layer.cross.keys_values(states, {}), c) for layer in self.layers if layer.cross)
         empty = jnp.zeros((len(ids_bt), c.kv_heads, c.head_width, 0), states.dtype)
         return Cache((LayerCache(empty, empty),) * c.layers, 0, source, mask_bt.astype(bool))
 

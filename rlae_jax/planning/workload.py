@@ -141,7 +141,7 @@ class Workload:
 
     def cache_shapes(self, mesh: Mesh) -> tuple[hlo.Shape, ...]:
         """The caches as one device holds them."""
-        names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+        names = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "s8", "uint8": "u8"}
         leaves = [leaf for cache in self.state(mesh).caches for leaf in jax.tree.leaves(cache.layers)]
         return tuple(hlo.Shape(names[leaf.dtype.name], leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
 from rlae_jax.emorl import embedded
-from rlae_jax.models import checkpoint_files, load, stored, transformer
+from rlae_jax.models import checkpoint_files, load, rope, stored, transformer
 from rlae_jax.models.config import Rope
 from rlae_jax.models.families import FAMILIES
 from tests.data import hf
@@ -357,6 +357,25 @@ class TestContext:
         rows = load(directory).config.learned_positions
         raises_input_error(lambda: load(directory, context=rows + 1), f"{rows + 1}", f"{rows} positions")
 
+    def test_dynamic_rope_turns_by_the_length_that_it_is_loaded_for(self, tmp_path, stored_checkpoint):
+        """Within the original context as without scaling; beyond it as transformers at that length."""
+        directory = shutil.copytree(stored_checkpoint("grouped"), tmp_path / "dynamic")
+        plain = load(directory).config
+        original, width = plain.context, plain.head_width
+        edit_config(directory, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
+        within = rope.frequencies(load(directory).config.rope, width)[0]
+        np.testing.assert_array_equal(within, rope.frequencies(Rope(1e4), width)[0])
+        shorter = load(directory, context=original - 1).config.rope
+        np.testing.assert_array_equal(rope.frequencies(shorter, width)[0], within)
+        longer = rope.frequencies(load(directory, context=3 * original).config.rope, width)[0]
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        settings = transformers.AutoConfig.from_pretrained(directory)
+        compute = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["dynamic"]
+        for length, ours in ((original, within), (3 * original, longer)):
+            expected = compute(settings, torch.device("cpu"), seq_len=length)[0].numpy()
+            np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
     def test_longrope_is_loaded_for_its_original_length_unless_told(self, stored_checkpoint):
         cases = [hf.read_stored("phi3", case) for case in hf.FAMILIES["phi3"].cases]
         long = next(c for c in cases if "context" in c.load)
@@ -521,7 +540,7 @@ class TestBadDirectories:
     @pytest.mark.parametrize(
         ("fields", "part"),
         [
-            ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+            ({"rope_parameters": {"rope_type": "spiral", "factor": 8.0, "rope_theta": 1e4}}, "rope_type spiral"),
             ({"hidden_act": "mish"}, "activation mish"),
             ({"quantization_config": {"bits": 4, "quant_method": "aqlm"}}, "aqlm"),
         ],

@@ -155,7 +155,7 @@ def test_chunks_are_written_at_each_rows_own_slot(make_lm, rows):
         expected[b, ..., slot : slot + 3] = 1
     here = write_chunk(cache, new, jnp.asarray(slots)).layers
     elsewhere = _write_at_once(9, cache.layers, new, jnp.asarray(slots))
-    for ((keys, values),) in (here, elsewhere):
+    for ((keys, values, *_),) in (here, elsewhere):
         np.testing.assert_array_equal(keys, expected)
         np.testing.assert_array_equal(values, 2 * expected)
 

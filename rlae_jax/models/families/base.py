@@ -152,6 +152,8 @@ def make_rope(
     fields = {_OLD: hf.max_position_embeddings, "rope_theta": 10_000.0, **fields, "rope_type": kind(fields)}
     if not partial:
         fields.pop(_PARTIAL, None)
+    if fields["rope_type"] == "dynamic":
+        used_context = hf.used_context
     made = rope.from_fields(fields, context=hf.max_position_embeddings, used_context=used_context)
     return dataclasses.replace(made, interleaved=interleaved)
 
