@@ -59,9 +59,11 @@ def write(ensemble, **options):
 
 
 def assert_same(one, other):
+    """Later steps differ by what a number that lies between two of 8 bits makes, where its last bit decides."""
     assert one.tokens == other.tokens
     for ours, theirs in zip(one.scores, other.scores, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)
+        np.testing.assert_allclose(ours[:1], theirs[:1], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
