@@ -29,7 +29,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class HeldOptions:
-    """How weights are held."""
+    """How weights, keys and values are held."""
 
     quantise: Literal["int8", "int4", "fp8"] | None = None
     """kernels of linear layers in fewer bits: int8 or fp8 with a scale per output, int4 with a scale per group of
@@ -38,6 +38,8 @@ class HeldOptions:
     """the output head and the embedding table, too (int8 with int4)."""
     quantise_group: Literal[32, 64, 128] = 32
     """inputs that share a scale of int4."""
+    kv_dtype: Literal["int8", "fp8"] | None = None
+    """keys and values in 8 bits, with a scale per token and head. Default: as --dtype."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ def plan(
     new: int = 256,
     dtype: Dtype = "bfloat16",
     quantise: Literal["int8", "int4", "fp8"] | None = None,
+    kv_dtype: Literal["int8", "fp8"] | None = None,
     union: int | None = None,
     adapters: int = 0,
     train: bool = False,
@@ -52,6 +53,7 @@ def plan(
         new: tokens of an answer.
         dtype: of parameters, keys and values.
         quantise: kernels of linear layers in fewer bits (int4 in groups of 32), heads and embeddings as they are.
+        kv_dtype: keys and values in 8 bits. Default: as dtype.
         union: entries of the union vocabulary of models with different tokenizers, as inspect tells; 0 for one
             tokenizer. Default: 0 where all vocabularies are of one size, else the sum of their sizes.
         adapters: so many LoRA adapters of rank 8 of the one model are the members.
@@ -68,6 +70,7 @@ def plan(
     """
     from rlae_jax import report, sharding
     from rlae_jax.config import ALGORITHMS
+    from rlae_jax.models.lm import hold_cache_in
     from rlae_jax.planning import plan as planning
     from rlae_jax.planning.workload import Workload
 
@@ -86,7 +89,7 @@ def plan(
         raise InputError(f"--compile asks the compiler of TPUs; {chosen.name} is none")
     sizes = dict(zip((sharding.DATA, sharding.MODEL), sharding.read_mesh(mesh), strict=True))
     read = [_read(model, dtype) for model in models]
-    members = tuple(config for _, config in read)
+    members = tuple(hold_cache_in(config, kv_dtype) for _, config in read)
     vocabs = [config.vocab for config in members]
     config = ALGORITHMS[algo](prompts=batch) if train else None
     workload = Workload(

@@ -13,7 +13,7 @@ from typing import Any
 from rlae_jax import files, hosts
 from rlae_jax.emorl import embedded
 from rlae_jax.emorl.scorers import Objective, get_objectives
-from rlae_jax.emorl.train import ADAPTER, OBJECTIVES, WEIGHTINGS, Target, check_targets
+from rlae_jax.emorl.train import ADAPTER, HELD, OBJECTIVES, WEIGHTINGS, Target, check_targets
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Adapter, load, load_adapter
 from rlae_jax.runs.directory import CONFIG_FILE
@@ -105,7 +105,7 @@ class Run:
           InputError: it is not where it was, or is another one now.
         """
         known = self.config["base"]
-        held = {name: value for name, value in known.items() if name.startswith("quantise")}
+        held = {name: known[name] for name in HELD if name in known}
         lm = load(known["path"] or known["name"], **held)
         if lm.fingerprint() != known["sha256"]:
             raise InputError(f"{known['path']} is not the base model that {self.directory} was trained from")

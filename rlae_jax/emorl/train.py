@@ -166,12 +166,15 @@ def _tokenise(ensemble: Ensemble, texts: Sequence[str], max_new_tokens: int) -> 
     return _Split(tuple(texts), rows, ensemble.prompts(rows, spec, batch=len(rows)))
 
 
+# The arguments of `load` by which a base is held in fewer bits.
+HELD = ("quantise", "quantise_head", "quantise_group", "kv_dtype")
+
+
 def _held(base: LM) -> dict[str, Any]:
-    """How the base's weights are held, in `load`'s words, where it was asked to hold them in fewer bits."""
-    asked = base.quantisation
-    if asked is None:
-        return {}
-    return {"quantise": asked.kind, "quantise_head": asked.head, "quantise_group": asked.group}
+    """How the base is held, in `load`'s words, where it was asked to hold it in fewer bits."""
+    asked, kv_dtype = base.quantisation, base.config.kv_dtype
+    weights = {} if asked is None else dict(zip(HELD, (asked.kind, asked.head, asked.group), strict=False))
+    return weights | ({} if kv_dtype is None else {HELD[-1]: kv_dtype})
 
 
 def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,8 +9,10 @@ by broadcasting: a scale has the axes of its values, of size 1 where weights sha
     embedding table, whose rows are the outputs     values [V, D]                     scale [V, 1]
     of a tied head
 
-The scale is such that the largest of each channel or group becomes the largest value (absmax, symmetric: Dettmers et
-al., 2022, section 2). Only weights are quantised: activations keep their dtype, and sums are float32.
+int8 and fp8 are symmetric: the largest weight of a channel becomes the largest value (absmax: Dettmers et al., 2022,
+section 2). int4 is affine (Jacob et al., 2018, section 2.1, with a zero point that is no whole number): its sixteen
+values lie evenly between about the least and the largest weight of a group, so that the squared error is small. Only
+weights are quantised: activations keep their dtype, and sums are float32.
 
 No converted copy of a kernel is made in memory. Compilers for GPUs and TPUs convert while a product reads its operand;
 where they cannot, and on a CPU, a block of the kernel is converted at a time, which stays in the processor's cache. On
@@ -36,7 +38,7 @@ KINDS: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e
 GROUPS = (32, 64, 128)
 TABLE, HEAD = ("embedding",), ("head", "kernel")  # where they stand among the parameters
 ROUTER = "router"  # of experts: its scores decide, so that it is not quantised
-_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+_LARGEST = {"int8": 127.0, "fp8": 448.0}
 # Weights that are converted at a time, so that the second-level cache holds them.
 _CACHED = {"cpu": 2**18, "accelerator": 2**22}
 
@@ -133,7 +135,8 @@ def quantise_kernel(kernel: Array, *, kind: Kind, inputs: int, group: int = 0) -
     wide = kernel.astype(jnp.float32)
     if group:
         wide = wide.reshape(-1, group, *kernel.shape[inputs:])
-    return absmax(wide, (1,) if group else tuple(range(inputs)), kind)
+    axes = (1,) if group else tuple(range(inputs))
+    return _affine(wide, axes) if kind == "int4" else absmax(wide, axes, kind)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
@@ -146,9 +149,42 @@ def absmax(wide: Float[Array, "..."], axes: tuple[int, ...], kind: Kind) -> Quan
     """Float32 numbers in fewer bits, with a scale for all that lie along some axes."""
     scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=True) / _LARGEST[kind]
     scaled = wide / jnp.where(scale == 0, 1.0, scale)
-    if kind != "fp8":
+    if kind == "int8":
         scaled = jnp.clip(jnp.round(scaled), -_LARGEST[kind], _LARGEST[kind])
     return Quantised(scaled.astype(KINDS[kind]), scale)
+
+
+_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the way between the extremes that the sixteen values span
+
+
+def _affine(wide: Float[Array, "..."], axes: tuple[int, ...]) -> Quantised:
+    """The least squared error among several spans: an outlier that is cut off may cost less than a coarser step for
+    all. The line through what a span gives is then fitted to the weights."""
+    mean = functools.partial(jnp.mean, axis=axes, keepdims=True)
+    least, most = (extreme(wide, axis=axes, keepdims=True) for extreme in (jnp.min, jnp.max))
+    centre, reach = (least + most) / 2, jnp.where(most == least, 15.0, most - least)
+
+    def rounded(scale: Array, zero: Array) -> Array:
+        return jnp.clip(jnp.round(wide / scale + zero), -8, 7)
+
+    best: tuple[Array, ...] | None = None
+    for shrunk in _SHRUNK:
+        scale = shrunk * reach / 15
+        values = rounded(scale, -0.5 - centre / scale)
+        apart = values - mean(values)
+        fitted = mean(apart * wide) / jnp.maximum(mean(apart * apart), 1e-12)
+        scale = jnp.where(fitted > 0, fitted, scale)
+        zero = mean(values) - mean(wide) / scale
+        values = rounded(scale, zero)
+        error = mean(((values - zero) * scale - wide) ** 2)
+        found = (error, values, scale, zero)
+        if best is None:
+            best = found
+        else:
+            best = tuple(jnp.where(error < best[0], new, old) for new, old in zip(found, best, strict=True))
+    assert best is not None
+    _, values, scale, zero = best
+    return Quantised(values.astype(jnp.int4), scale, zero)
 
 
 def quantise_leaf(leaf: Any, path: Sequence[Any], inputs: int, wanted: Quantisation, *, stacked: bool = False) -> Any:

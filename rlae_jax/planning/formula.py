@@ -26,7 +26,7 @@ from rlae_jax.ppo import iteration as ppo
 
 Quantised = Literal["int8", "int4", "fp8"]
 _BITS: dict[str, int] = {"int8": 8, "int4": 4, "fp8": 8}
-_GROUP = 32  # inputs that share a scale of an int4 kernel; an output channel has one of the others
+_GROUP = 32  # inputs that share a scale and a zero point of an int4 kernel; an output channel has one of the others
 FLOAT = 4  # bytes of what is computed in float32 whatever the dtype
 
 
@@ -112,7 +112,7 @@ def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, quantise: Quantise
             found[path] = n * leaf.dtype.itemsize
             continue
         inputs = math.prod(linear.shape[: linear.inputs])
-        scales = -(-inputs // _GROUP) if quantise == "int4" else 1
+        scales = 2 * -(-inputs // _GROUP) if quantise == "int4" else 1  # and zero points
         found[path] = n * _BITS[quantise] // 8 + FLOAT * scales * -(-n // inputs)
     return found
 

@@ -81,7 +81,7 @@ def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, ze
             np.testing.assert_allclose(out, wanted, atol=2e-6 * np.max(np.abs(wanted)))
 
 
-@pytest.mark.parametrize("kind", quantise.KINDS)
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_table_is_looked_up_and_is_a_head(kind, rows, rng, monkeypatch):
     monkeypatch.setattr(quantise, "_CACHED", dict.fromkeys(quantise._CACHED, 300))

@@ -90,8 +90,8 @@ def test_quantised_kernels(kind: Any, bits: int) -> None:
     stay = config.width * (2 * config.vocab + 2 * config.layers + 1)
     kernels = by_hand(config) - stay
     n, g, h, d, f = config.heads, config.kv_heads, config.head_width, config.width, config.ffn_width
-    # Outputs times the scales of each: one, or one for 32 inputs.
-    per = (lambda inputs: -(-inputs // 32)) if kind == "int4" else (lambda inputs: 1)
+    # Outputs times the scales of each: one, or one and a zero point for 32 inputs.
+    per = (lambda inputs: 2 * -(-inputs // 32)) if kind == "int4" else (lambda inputs: 1)
     layer = (n + 2 * g) * h * per(d) + d * per(n * h) + 2 * f * per(d) + d * per(f)
     scales = config.layers * layer
     assert stored == 2 * stay + kernels * bits // 8 + 4 * scales
