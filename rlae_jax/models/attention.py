@@ -148,17 +148,22 @@ def _scores(q_bgqh: Array, held: LayerCache, config: ModelConfig) -> Float[Array
     def product(q: Array, k: Array) -> Array:
         return jnp.einsum("bgqh,bghs->bgqs", q, as_numbers(k, q.dtype), precision=config.precision)
 
-    if held.key_scale is None:
-        return product(q_bgqh, held.keys).astype(jnp.float32)
-
     def in_blocks(q: Array, k: Array) -> Array:
         def write(scores: Array, start: Array | int, k: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(scores, product(q, k), start, axis=3)
 
         return _over_blocks(write, jnp.zeros((*q.shape[:3], k.shape[3]), q.dtype), k)
 
-    scores: Array = lax.platform_dependent(q_bgqh, held.keys, cpu=in_blocks, default=product)
-    return scores.astype(jnp.float32) * held.key_scale[:, :, None]
+    cpu = in_blocks if held.key_scale is not None or _degenerate(held) else product
+    scores: Array = lax.platform_dependent(q_bgqh, held.keys, cpu=cpu, default=product)
+    scores = scores.astype(jnp.float32)
+    return scores if held.key_scale is None else scores * held.key_scale[:, :, None]
+
+
+def _degenerate(held: LayerCache) -> bool:
+    """Whether the CPU compiler would copy the cache: it drops axes of size 1 before a product, and where they are those
+    of what was just written, it writes the slot a second time, into a copy. A loop over blocks reads what is there."""
+    return min(held.keys.shape[:2]) == 1 and held.keys.size >= 2 * _BLOCK
 
 
 def _weighted(weights_bgqs: Array, held: LayerCache, config: ModelConfig, *, few: bool | None) -> Array:
@@ -193,7 +198,7 @@ def _weighted(weights_bgqs: Array, held: LayerCache, config: ModelConfig, *, few
         none = jnp.zeros((*weights.shape[:3], v.shape[2]))
         return _over_blocks(add, none, v).astype(weights.dtype)
 
-    cpu = on_cpu if held.value_scale is None else in_blocks
+    cpu = in_blocks if held.value_scale is not None or _degenerate(held) else on_cpu
     out: Array = lax.platform_dependent(weights_bgqs, held.values, cpu=cpu, default=together)
     return out
 

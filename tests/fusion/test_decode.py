@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
+from rlae_jax import hlo
 from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.members import left_align_padding
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays, row_keys
+from rlae_jax.models import ModelConfig
+from rlae_jax.planning.workload import Workload
 from tests.helpers import reference
 from tests.helpers.policies import Reader
 
@@ -347,3 +350,14 @@ def test_the_loop_copies_no_cache(make_lm, policy):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes <= 0.5 * cache_bytes
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_loop_copies_no_long_cache_of_one_key_head(rows):
+    """Axes of size 1, which the CPU compiler drops before a product."""
+    config = ModelConfig(vocab=24, width=16, layers=2, heads=2, kv_heads=1, head_width=16, ffn_width=16)
+    workload = Workload(members=(config,), batch=rows, prompt=40_000, new=64)
+    module = hlo.parse(workload.lower_loop(None).compile().as_text())
+    caches = workload.cache_shapes(rj.make_mesh(1, 1))
+    inside = module.inside(module.loop_carrying(*caches))
+    assert module.copies(inside, min(shape.nbytes for shape in caches)) == []
