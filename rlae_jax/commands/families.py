@@ -17,8 +17,12 @@ def families() -> None:
     for wrapper, text in wrappers.WRAPPERS.items():
         wrapped.setdefault(wrappers.family_of(text), []).append(wrapper)
     table = rich.table.Table(title=f"{len(FAMILIES)} families")
-    for title in ("model_type", "classes", "text part of", "as GGUF"):
-        table.add_column(title, overflow="fold")
+    table.add_column("model_type", no_wrap=True)
+    table.add_column(
+        "classes", min_width=max(len(name) for family in FAMILIES.values() for name in family.architectures)
+    )
+    table.add_column("text part of")
+    table.add_column("as GGUF")
     for model_type, family in FAMILIES.items():
         of_type = (", ".join(of.get(model_type, ())) for of in (wrapped, in_gguf))
         table.add_row(model_type, ", ".join(family.architectures), *of_type)
