@@ -27,7 +27,7 @@ from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec, Spelling, UnionTables
 from rlae_jax.models import transformer
 from rlae_jax.models.attention import Packing
-from rlae_jax.models.cache import Cache, extend_cache, visible, write_chunk
+from rlae_jax.models.cache import Cache, LayerCache, extend_cache, visible, write_chunk
 from rlae_jax.sharding import constrain
 
 WIDEST = 8  # tokens of a row in one pass
@@ -118,7 +118,8 @@ class RaggedMember(NamedTuple):
                 def pad(array: Array) -> Array:
                     return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, WIDEST - width)])
 
-                return count, hidden, jax.tree.map(pad, new)
+                padded = tuple(jax.tree.map(pad, layer) if isinstance(layer, LayerCache) else layer for layer in new)
+                return count, hidden, padded
 
             # The first size that holds everything, or else the last.
             wanted = jnp.sum(jnp.clip(pending - 1, 0, WIDEST - 1))

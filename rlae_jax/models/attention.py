@@ -286,6 +286,10 @@ class Packing(NamedTuple):
         """By row."""
         return x_r1[:, 0][self.source_bw]
 
+    def pack(self, x_bw: Float[Array, "B W *X"]) -> Float[Array, "R 1 *X"]:
+        """What `unpack` had."""
+        return jnp.concatenate([x_bw[:, :1], x_bw[self.row_e, self.place_e][:, None]])
+
 
 def _head_norm(config: ModelConfig, heads: int, axis: str) -> RMSNorm | LayerNorm | None:
     """The norm of queries or keys, if the model has one."""
@@ -309,6 +313,8 @@ class Attention(nnx.Module):
         self.q, k, v, self.o = projections(config, rngs, cross)
         self.k: Any = None if self.reads else k
         self.v = None if self.reads or one else v
+        gate = ("btd,dnh->btnh", self.q.shape, ("embed", "heads", "head"))
+        self.gate = Linear(*gate, config, rngs, bias=config.qkv_bias) if config.attention_gate else None
         self.q_norm = _head_norm(config, config.heads, "heads")
         self.k_norm = None if self.reads else _head_norm(config, config.kv_heads, "kv_heads")
         sinks = jnp.zeros((config.heads,), config.dtype)
@@ -356,6 +362,10 @@ class Attention(nnx.Module):
         growth = self.config.query_growth
         return q_btnh if growth is None else q_btnh * angles[growth].astype(q_btnh.dtype)[:, :, None, None]
 
+    def _out(self, x_btd: Array, out_btnh: Array) -> Array:
+        """The output map, of what attention gave for the activations."""
+        return self.o(out_btnh if self.gate is None else out_btnh * jax.nn.sigmoid(self.gate(x_btd)))
+
     def keys_values(self, x_btd: Array, angles: Angles) -> tuple[Array, Array]:
         """Keys and values [B, T, G, H]."""
         projected = self.k(x_btd)
@@ -387,7 +397,7 @@ class Attention(nnx.Module):
             recent = np.arange(t)[None, :] > np.arange(t)[:, None] - self.window
             mask_bts = mask_bts & recent[None]
         out = attend(self._queries(x_btd, angles), k, v, mask_bts, self.config, self.scale, bias_1nts, self._sinks_n)
-        return self.o(out), (k, v)
+        return self._out(x_btd, out), (k, v)
 
     def step(
         self,
@@ -450,7 +460,7 @@ class Attention(nnx.Module):
             next_token = attend(q_btnh[:b], None, jnp.zeros((b, 1), jnp.int32))
             further = attend(q_btnh[b:], packing.row_e, packing.place_e[:, None])
             out = jnp.concatenate([next_token, further])
-        return self.o(out), new
+        return self._out(x_btd, out), new
 
     def read(
         self,
@@ -464,4 +474,4 @@ class Attention(nnx.Module):
         `attend_cached`. Returns [R, 1, D]."""
         q_bnh = self._queries(x_btd, angles)[:, 0]
         out = attend_cached(q_bnh, cache, visible_bs, self.config, self.scale, bias_bns, self._sinks_n)
-        return self.o(out[:, None])
+        return self._out(x_btd, out[:, None])

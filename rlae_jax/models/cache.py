@@ -1,6 +1,7 @@
-"""The key/value cache: what a decoding step reads of the tokens before it.
+"""The cache: what a decoding step reads of the tokens before it.
 
-One pair of arrays per layer, [B, G, H, S]. Rows are padded on the left, so that all rows write the same slot:
+One pair of arrays per layer, keys and values [B, G, H, S]. Rows are padded on the left, so that all rows write the same
+slot:
 
     slot      0 1 2 3 4 5 6 7 ...
     row 0     . . a b c|d e        start = 2      . never attended to
@@ -23,10 +24,14 @@ slice update of A tokens would write beyond the ring's ends: it is made twice, R
     . . . .   | s ... s + 3 |   . . . .
                        ^^^^^^^^^^^          tokens at the ring's end, of which the last two lie behind it
     ^^^^^^^^^^^                             the same again, of which the last two lie at its beginning
+
+A recurrent layer keeps a state instead, of one size however long the text is: that after the last token that a row
+took. It is replaced, not added to, and what is no token of a row leaves it as it was.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +41,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlae_jax.models import quantise
-from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.config import GatedDelta, ModelConfig
 from rlae_jax.sharding import constrain
 
 SCALE_BYTES = 4  # float32
@@ -72,12 +77,35 @@ class LayerCache(NamedTuple):
         return self.keys.shape[3]
 
 
+class LayerState(NamedTuple):
+    """Of one recurrent layer (`recurrent.py`)."""
+
+    inputs: tuple[Shaped[Array, "_B J *_C"], ...]  # the last inputs of its convolution, part by part
+    memory: Float[Array, "_B N K V"] | None = None  # float32, of linear attention
+
+
+def zero_state(config: ModelConfig, rows: int) -> LayerState:
+    """The state before a text."""
+    spec = config.recurrent
+    if isinstance(spec, GatedDelta):
+        keys, values = (spec.key_heads, spec.key_width), (spec.heads, spec.value_width)
+        parts: tuple[tuple[int, ...], ...] = (keys, keys, values)
+        memory = jnp.zeros((rows, spec.heads, spec.key_width, spec.value_width))
+    else:
+        parts, memory = ((config.width,),), None
+    taps = 1 if spec is None else spec.taps
+    return LayerState(tuple(jnp.zeros((rows, taps - 1, *part), config.dtype) for part in parts), memory)
+
+
+Layers = tuple[LayerCache | LayerState, ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cache:
-    """What decoding reads again: keys and values of every layer."""
+    """What decoding reads again: keys and values of every layer, or its state."""
 
-    layers: tuple[LayerCache, ...]  # of R rows, written at one slot per step
+    layers: Layers  # of R rows, written at one slot per step
     slots: int = dataclasses.field(metadata={"static": True})  # S
     # Of an encoder's states, [B, G, H, T]; constant. R / B rows, one after another, continue what one row of it holds.
     source: tuple[LayerCache, ...] = ()
@@ -85,7 +113,8 @@ class Cache:
 
     def is_ring(self, layer: int) -> bool:
         """Whether a layer keeps its window only."""
-        return self.layers[layer].slots < self.slots
+        held = self.layers[layer]
+        return isinstance(held, LayerCache) and held.slots < self.slots
 
 
 class Visible(NamedTuple):
@@ -125,7 +154,8 @@ def layer_slots(config: ModelConfig, layer: int, slots: int, ahead: int = 0) -> 
 
 def places(config: ModelConfig, slots: int, ahead: int = 0) -> int:
     """Of all layers that have keys and values together, those of layers with wider heads counted as so many more."""
-    own = [(i, config.of_layer(i)) for i in range(config.layers - config.reading_layers)]
+    cached = (i for i in range(config.layers - config.reading_layers) if i not in config.recurrent_layers)
+    own = [(i, config.of_layer(i)) for i in cached]
     entries = sum(layer_slots(config, i, slots, ahead) * layer.kv_heads * layer.head_width for i, layer in own)
     return -(-entries // (config.kv_heads * config.head_width))
 
@@ -137,9 +167,15 @@ def place_bytes(config: ModelConfig) -> int:
     return 2 * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
+def state_bytes(config: ModelConfig) -> int:
+    """The states of all recurrent layers for one row."""
+    state: list[jax.ShapeDtypeStruct] = jax.tree.leaves(jax.eval_shape(lambda: zero_state(config, 1)))
+    return len(config.recurrent_layers) * sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in state)
+
+
 def cache_bytes(config: ModelConfig, slots: int, ahead: int = 0) -> int:
     """What a cache of `slots` slots takes for one row; see `layer_slots`."""
-    return places(config, slots, ahead) * place_bytes(config)
+    return places(config, slots, ahead) * place_bytes(config) + state_bytes(config)
 
 
 def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest: Int[Array, " *B"]) -> Visible:
@@ -151,7 +187,9 @@ def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest
     rings = [layer for layer in config.local_layers if layer < len(cache.layers) and cache.is_ring(layer)]
     if not rings:
         return Visible(whole)
-    places, ahead, length = _ring(cache.layers[rings[0]].slots, config.window)
+    of_ring = cache.layers[rings[0]]
+    assert isinstance(of_ring, LayerCache)
+    places, ahead, length = _ring(of_ring.slots, config.window)
     place = np.arange(places)[None] - ahead
     held = newest - (newest - place) % length  # the latest slot up to the newest that belongs there
     used = (held >= start_b[:, None]) & ((place >= 0) & (place < length))
@@ -181,14 +219,15 @@ def extend_cache(cache: Cache, config: ModelConfig, slots: int, ahead: int = 0) 
             after = places - before - cached.shape[-1]
         return pin_cache(jnp.pad(cached, [*[(0, 0)] * (cached.ndim - 1), (before, after)]))
 
-    layers = tuple(jax.tree.map(functools.partial(extend, i), layer) for i, layer in enumerate(cache.layers))
+    layers = tuple(
+        jax.tree.map(functools.partial(extend, i), layer) if isinstance(layer, LayerCache) else layer
+        for i, layer in enumerate(cache.layers)
+    )
     return dataclasses.replace(cache, layers=layers, slots=slots)
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
 _UNROLLED_ROWS = 16
-
-Layers = tuple[LayerCache, ...]
 
 
 def _places(cached: Array, new: Array, slots: int, slot: Array) -> tuple[Array, ...]:
@@ -236,10 +275,14 @@ def _write_at_once(slots: int, layers: Layers, new: Layers, slot_b: Array) -> La
 
 def write_chunk(cache: Cache, new: Layers, slot_b: Int[Array, " B"]) -> Cache:
     """Puts W keys and values per row into the slots from `slot_b` on, all of which must exist: a slice update beyond
-    the end would move back and overwrite others. Rings must have been made for W tokens at a time."""
+    the end would move back and overwrite others. Rings must have been made for W tokens at a time. New states take the
+    place of the old ones."""
     # A scatter is one kernel per array on an accelerator; the CPU compiler makes a slow loop of it.
     ways = {
         "cpu": functools.partial(_write_row_by_row, cache.slots),
         "default": functools.partial(_write_at_once, cache.slots),
     }
-    return dataclasses.replace(cache, layers=lax.platform_dependent(cache.layers, new, slot_b, **ways))
+    kept = [i for i, layer in enumerate(cache.layers) if isinstance(layer, LayerCache)]
+    held, added = (tuple(layers[i] for i in kept) for layers in (cache.layers, new))
+    written = dict(zip(kept, lax.platform_dependent(held, added, slot_b, **ways), strict=True))
+    return dataclasses.replace(cache, layers=tuple(written.get(i, layer) for i, layer in enumerate(new)))

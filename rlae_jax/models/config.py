@@ -107,6 +107,28 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvolution:
+    """Layers that mix every token with the few before it, in the place of attention. What they compute:
+    `recurrent.GatedShortConvolution`."""
+
+    layers: tuple[int, ...]
+    taps: int  # J: tokens, its own included
+    bias: bool = False  # of its linear maps and of the convolution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedDelta:
+    """Layers of linear attention, in the place of attention. What they compute: `recurrent.GatedDeltaNet`."""
+
+    layers: tuple[int, ...]
+    taps: int  # J: tokens of the convolution over queries, keys and values
+    key_heads: int
+    heads: int  # of values, a multiple
+    key_width: int
+    value_width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextHead:
     """An encoder's head, which scores a whole text: out(act(dense(h))) of its first token's state h."""
 
@@ -165,11 +187,13 @@ class ModelConfig:
     qkv_clip: float | None = None  # queries, keys and values are cut to -clip..clip
     qkv_bias: bool = False
     attention_out_bias: bool = False
+    attention_gate: bool = False  # what attention gives is multiplied, entry by entry, by sigmoid(gate(x))
     local_layers: tuple[int, ...] = ()  # these attend to the last `window` tokens only, their own included
     window: int = 0
     attention_sinks: bool = False  # a learned score per head joins each softmax and takes its share to nowhere
     local_rope: Rope | None = None  # of the local layers; None: the same as everywhere
     wide: Wide | None = None  # of the layers without a window; None: as the local ones
+    recurrent: ShortConvolution | GatedDelta | None = None  # layers without attention, which have a state
     # The last so many layers have no keys and values, but read those of the last layer of their kind before them (with
     # a window or without).
     reading_layers: int = 0
@@ -234,6 +258,11 @@ class ModelConfig:
             return i
         local = set(self.local_layers)
         return max(j for j in own if (j in local) == (i in local))
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """Those that have a state instead of keys and values."""
+        return () if self.recurrent is None else self.recurrent.layers
 
     @property
     def usable_vocab(self) -> int:

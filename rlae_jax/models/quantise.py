@@ -15,8 +15,7 @@ values lie evenly between about the least and the largest weight of a group, so 
 weights are quantised: activations keep their dtype, and sums are float32.
 
 No converted copy of a kernel is made in memory. Compilers for GPUs and TPUs convert while a product reads its operand;
-where they cannot, and on a CPU, a block of the kernel is converted at a time, which stays in the processor's cache. On
-a CPU an int8 kernel meets a single row in a sum of products, which the compiler does fuse.
+where they cannot, and on a CPU, a block of the kernel is converted at a time, which stays in the processor's cache.
 """
 
 import dataclasses
@@ -39,8 +38,9 @@ GROUPS = (32, 64, 128)
 TABLE, HEAD = ("embedding",), ("head", "kernel")  # where they stand among the parameters
 ROUTER = "router"  # of experts: its scores decide, so that it is not quantised
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-# Weights that are converted at a time, so that the second-level cache holds them.
-_CACHED = {"cpu": 2**18, "accelerator": 2**22}
+# Weights converted at a time: on a CPU what its caches hold. Larger blocks cost fewer turns of a loop, but what
+# takes more work to convert is better kept near.
+_BLOCK = {"int8": 2**20, "int4": 2**18, "fp8": 2**18, "accelerator": 2**22}
 
 
 class Quantisation(NamedTuple):
@@ -357,18 +357,13 @@ def _fused(
         weights = kernel.weights().reshape(layout.shape).astype(x.dtype)
         return einsum(layout.transposed if transposed else layout.einsum, x, weights)
     else:
-        out = _in_blocks(x_ri, matrix, over_a, precision, "accelerator")
+        out = _in_blocks(x_ri, matrix, over_a, precision, _BLOCK["accelerator"])
     return out.reshape(layout.of_product(batch, transposed))
 
 
 def _on_cpu(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
     batch, x_ri, over_a = _rows(layout, transposed, x.astype(jnp.float32))
-    matrix = _matrix(kernel, layout)
-    simple = matrix.values.shape[1] == 1 and kernel.kind == "int8" and kernel.zero is None and not transposed
-    if simple and len(x_ri) == 1:
-        out = _of_one_row(x_ri[0], matrix.values[:, 0], matrix.scale[:, 0], over_a)
-    else:
-        out = _in_blocks(x_ri, matrix, over_a, precision, "cpu")
+    out = _in_blocks(x_ri, _matrix(kernel, layout), over_a, precision, _BLOCK[kernel.kind], packed=True)
     return out.reshape(layout.of_product(batch, transposed))
 
 
@@ -392,21 +387,15 @@ def _matrix(kernel: Quantised, layout: _Layout) -> Quantised:
     return matrix
 
 
-def _of_one_row(x: Array, values_ac: Array, scale: Array, over_a: bool) -> Array:
-    """A sum of products, in which the compiler converts what it reads."""
-    wide = values_ac.astype(jnp.float32)
-    if over_a:
-        return jnp.sum(x[:, None] * wide, axis=0) * scale[0]
-    return jnp.sum(x[None, :] * wide, axis=1) * scale[:, 0]
-
-
-def _in_blocks(x_ri: Array, kernel: Quantised, over_a: bool, precision: str | None, device: str) -> Array:
-    """Some rows of the matrix at a time are converted and multiplied."""
+def _in_blocks(
+    x_ri: Array, kernel: Quantised, over_a: bool, precision: str | None, block_size: int, *, packed: bool = False
+) -> Array:
+    """Some rows of the matrix at a time are converted and multiplied, about `block_size` weights."""
     units, rows, c = kernel.values.shape
-    step = min(max(_CACHED[device] // (rows * c), 1), units)
+    step = min(max(block_size // (rows * c), 1), units)
     whole, rest = divmod(units, step)
-    packed = _pack(kernel) if device == "cpu" else kernel
-    pairs = packed.scale.shape[-1] if packed.scale.ndim > kernel.scale.ndim else 1
+    held = _pack(kernel) if packed else kernel
+    pairs = held.scale.shape[-1] if held.scale.ndim > kernel.scale.ndim else 1
     r = len(x_ri)
     x_rip = x_ri[..., None] if over_a else x_ri.reshape(r, c // pairs, pairs)
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -415,7 +404,7 @@ def _in_blocks(x_ri: Array, kernel: Quantised, over_a: bool, precision: str | No
         def own(array: Array) -> Array:
             return array if array.shape[0] == 1 else lax.dynamic_slice_in_dim(array, start, count, axis=0)
 
-        parts = [w.reshape(count * rows, -1).astype(x_ri.dtype) for w in _unpacked(jax.tree.map(own, packed))]
+        parts = [w.reshape(count * rows, -1).astype(x_ri.dtype) for w in _unpacked(jax.tree.map(own, held))]
         if over_a:
             x_ra = lax.dynamic_slice_in_dim(x_ri, start * rows, count * rows, axis=1)
             return out_prc + jnp.stack([einsum("ra,ac->rc", x_ra, w_ac) for w_ac in parts])

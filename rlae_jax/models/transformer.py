@@ -23,13 +23,14 @@ from jaxtyping import Array, Float, Int
 
 from rlae_jax.models import quantise
 from rlae_jax.models.attention import Angles, Attention, Packing, RelativeBiasTable
-from rlae_jax.models.cache import Cache, LayerCache, Visible, cache_layout
+from rlae_jax.models.cache import Cache, LayerCache, Layers, LayerState, Visible, cache_layout
 from rlae_jax.models.config import ModelConfig, TextHead
 from rlae_jax.models.disentangled import DisentangledAttention, RelativeEmbeddings, TokenConvolution
 from rlae_jax.models.experts import ExpertLinear, MixtureOfExperts, Router
 from rlae_jax.models.layer_inputs import InputGate, SecondEmbedding
 from rlae_jax.models.layers import ACTIVATIONS, FeedForward, Linear, kernel_inputs, make_norm, rotary_angles
 from rlae_jax.models.lora import Adapted, Adapters, for_rows, low_rank_delta
+from rlae_jax.models.recurrent import make_recurrence
 from rlae_jax.models.rope import frequencies
 from rlae_jax.sharding import constrain
 
@@ -37,21 +38,22 @@ Params = dict[Any, Any]  # nested dictionaries of arrays, as `nnx.to_pure_dict` 
 
 
 class Layer(nnx.Module):
-    """Attention, attention to an encoder's states if there are any, and the feed-forward block, each a branch of the
-    residual stream. Norms are named by their branch and place: `attention_norm`, `attention_branch_norm`, ..."""
+    """Attention or what stands in its place, attention to an encoder's states if there are any, and the feed-forward
+    block, each a branch of the residual stream. Norms are named by their branch and place: `attention_norm`,
+    `attention_branch_norm`, ..."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int):
         self.config = config
         # Any: only models that decode have a `step`, and disentangled attention is for encoders.
-        self.attention: Any = (
-            DisentangledAttention(config, rngs) if config.disentangled else Attention(config, rngs, layer)
-        )
+        mixes = DisentangledAttention(config, rngs) if config.disentangled else Attention(config, rngs, layer)
+        self.recurrence = make_recurrence(config, rngs) if layer in config.recurrent_layers else None
+        self.attention: Any = mixes if self.recurrence is None else None
         self.cross = None if config.encoder is None else Attention(config, rngs, layer, cross=config.encoder.width)
         sparse = config.experts is not None and layer in config.experts.layers
         self.ffn = MixtureOfExperts(config, rngs) if sparse else FeedForward(config, rngs)
         for branch in ("attention", "cross", "ffn"):
             for place in ("before", "branch", "sum"):
-                present = place in config.norm_places and getattr(self, branch) is not None
+                present = place in config.norm_places and (branch != "cross" or self.cross is not None)
                 present = present and not (config.shared_norm and branch == "ffn")
                 name = f"{branch}_norm" if place == "before" else f"{branch}_{place}_norm"
                 setattr(self, name, make_norm(config.width, config) if present else None)
@@ -76,17 +78,21 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         angles: Angles,
+        real_bt: Array,
         mask_bts: Array,
         relative: Array | None,
         source: tuple[Array, Array] | None = None,
         part: Array | None = None,
         keys_values: tuple[Array, Array] | None = None,
-    ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array] | None]:
-        """Whole sequences. `relative` is what the stack's layers share of relative positions, scores [1, N, T, T] or
-        embeddings [1, U, D]; `source` the encoder's states and mask; `part` the layer's of a second embedding;
-        `keys_values` those of the layer whose it reads. Returns the activations, the keys and values and those of the
-        source."""
+    ) -> tuple[Array, tuple[Array, Array] | LayerState, tuple[Array, Array] | None]:
+        """Whole sequences. `real_bt` says which tokens are there and `mask_bts` what they see. `relative` is what the
+        stack's layers share of relative positions, scores [1, N, T, T] or embeddings [1, U, D]; `source` the encoder's
+        states and mask; `part` the layer's of a second embedding; `keys_values` those of the layer whose it reads.
+        Returns the activations, the keys and values, or the state, and those of the source."""
         entered = self._enter("attention", x)
+        if self.recurrence is not None:
+            out, state = self.recurrence(entered, real_bt)
+            return self._after_attention(x, entered, out, part), state, None
         others = {} if keys_values is None else {"keys_values": keys_values}
         out, keys_values = self.attention.sequence(entered, angles, mask_bts, relative, **others)
         if self.cross is None or source is None:
@@ -103,15 +109,19 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B 1 D"],
         angles: Angles,
-        cache: LayerCache,
+        cache: LayerCache | LayerState,
         slot: Array,
         visible_bs: Array,
         bias: Array | None,
         source: tuple[LayerCache, Array] | None = None,
         part: Array | None = None,
-    ) -> tuple[Array, LayerCache]:
+    ) -> tuple[Array, LayerCache | LayerState]:
         """One token per row, written to `slot`. `source` is the cache of the encoder's states and their mask."""
         entered = self._enter("attention", x)
+        if self.recurrence is not None:
+            assert isinstance(cache, LayerState)
+            out, state = self.recurrence(entered, None, cache)
+            return self._after_attention(x, entered, out, part), state
         out, cache = self.attention.step(entered, angles, cache, slot, visible_bs, bias)
         if self.cross is None or source is None:
             return self._after_attention(x, entered, out, part), cache
@@ -123,15 +133,20 @@ class Layer(nnx.Module):
         self,
         x: Array,
         angles: Angles,
-        cache: LayerCache,
+        cache: LayerCache | LayerState,
         behind_bs: Array,
         slot_b: Array,
+        taken_bw: Array,
         packing: Packing | None,
         part: Array | None = None,
-        new: LayerCache | None = None,
-    ) -> tuple[Array, LayerCache]:
-        """The next W tokens of every row; see `Attention.chunk`."""
+        new: LayerCache | LayerState | None = None,
+    ) -> tuple[Array, LayerCache | LayerState]:
+        """The next W tokens of every row, of which it takes the first; see `Attention.chunk`."""
         entered = self._enter("attention", x)
+        if self.recurrence is not None:
+            assert isinstance(cache, LayerState)
+            out, state = self.recurrence(entered, taken_bw, cache, packing)
+            return self._after_attention(x, entered, out, part), state
         out, new = self.attention.chunk(entered, angles, cache, behind_bs, slot_b, packing, new)
         return self._after_attention(x, entered, out, part), new
 
@@ -280,14 +295,15 @@ class Transformer(nnx.Module):
         relative = self._relative(t)
         x = embedded = self._embed(self._table if table is None else table, ids_bt, positions_bt, types_bt)
         parts = self._parts(ids_bt, x)
-        kept: list[tuple[Array, Array]] = []
-        cached: list[LayerCache] = []
+        kept: list[Any] = []
+        cached: list[LayerCache | LayerState] = []
         kept_source: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
             owner = self.config.source_layer(i)
             run = functools.partial(
                 layer.sequence,
                 angles=angles,
+                real_bt=real,
                 mask_bts=mask_bts,
                 relative=relative,
                 source=source,
@@ -300,7 +316,10 @@ class Transformer(nnx.Module):
                 x = self.convolution_norm(x + self.convolution(embedded, real))
             if owner == i:
                 kept.append(keys_values)
-                cached.append(cache_layout(keys_values[0], keys_values[1], self.config))
+                if isinstance(keys_values, LayerState):
+                    cached.append(keys_values)
+                else:
+                    cached.append(cache_layout(keys_values[0], keys_values[1], self.config))
             if source_kv is not None:
                 kept_source.append(cache_layout(source_kv[0], source_kv[1], self.config))
         if source is None:
@@ -324,13 +343,14 @@ class Transformer(nnx.Module):
         bias = None if self.relative_bias is None else self.relative_bias.step(slot, cache.slots)
         x = self._embed(self._table, ids_b[:, None], positions_bt)
         parts = self._parts(ids_b[:, None], x)
-        new: list[LayerCache] = []
+        new: list[LayerCache | LayerState] = []
         for i, layer in enumerate(self.layers):
             source = (cache.source[i], cache.source_mask) if cache.source else None
             owner = self.config.source_layer(i)
             held = cache.layers[i] if owner == i else new[owner]
             place, seen = slot, visible.whole
             if visible.ring is not None and cache.is_ring(owner):
+                assert isinstance(held, LayerCache)
                 place, seen = slot % held.slots, visible.ring >= 0
             x, layer_cache = layer.step(x, angles, held, place, seen, bias, source, parts[i])
             if owner == i:
@@ -346,18 +366,21 @@ class Transformer(nnx.Module):
         behind: Visible,
         slot_b: Int[Array, " B"],
         packing: Packing | None,
-    ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "B D"], Layers]:
         """Up to W tokens per row; see `Model.decode_chunk`."""
         angles = self._angles(positions_bt)
         x = self._embed(self._table, ids_bt, positions_bt)
         parts = self._parts(ids_bt, x)
-        new: list[LayerCache] = []
+        # How many tokens a row may take of this pass, and which it does.
+        width = ids_bt.shape[1] if packing is None else packing.source_bw.shape[1]
+        taken_bw = jnp.arange(width)[None] < count_b[:, None]
+        new: list[LayerCache | LayerState] = []
         for i, layer in enumerate(self.layers):
             owner = self.config.source_layer(i)
             seen = behind.ring if behind.ring is not None and cache.is_ring(owner) else behind.whole
             given = None if owner == i else new[owner]
             x, keys_values = layer.chunk(
-                x, angles, cache.layers[owner], seen, slot_b, packing, part=parts[i], new=given
+                x, angles, cache.layers[owner], seen, slot_b, taken_bw, packing, part=parts[i], new=given
             )
             if owner == i:
                 new.append(keys_values)
@@ -457,9 +480,9 @@ def logical_axes(config: ModelConfig) -> dict[Any, Any]:
 
     vocab, embed (D, or a narrower embedding), heads, kv_heads, head (entries of one head), mlp, experts, labels;
     norm and head_norm (the scales of norms of activations, and of queries and keys); router and shared_gate
-    (scores of a mixture of experts); positions, types, buckets, window (rows
-    of small tables) and layers (parts of a second embedding). A map from D to D is ("embed", "embed"): where both axes
-    of an array would go to one mesh axis, the first of them does, and so it is with ("experts", "embed", "mlp").
+    (scores of a mixture of experts); positions, types, buckets, window (rows of small tables), layers (parts of a
+    second embedding), and channels and group (a convolution's). A map from D to D is ("embed", "embed"): where both
+    axes of an array would go to one mesh axis, the first of them does, and so it is with ("experts", "embed", "mlp").
     """
     return _copied(_declared(config).axes)
 
@@ -596,12 +619,12 @@ class Model:
         behind: Visible,
         slot_b: Int[Array, " B"],
         packing: Packing | None = None,
-    ) -> tuple[Float[Array, "B D"], tuple[LayerCache, ...]]:
+    ) -> tuple[Float[Array, "B D"], Layers]:
         """Feeds the first `count_b` of W tokens of every row, which see the slots behind them and each other.
 
         The cache is only read. Returns the state of each row's last token and the W keys and values of every layer
-        [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on. What lies beyond a row's count is
-        filling.
+        [B, G, H, W], for `write_chunk` to put into the slots from `slot_b` on, or its state after `count_b` of them.
+        What lies beyond a row's count is filling.
 
         Args:
           ids_bt, positions_bt: [B, W], or [R, 1] with a packing: then all but attention is done for R tokens, and the

@@ -9,7 +9,7 @@ from tests.data import hf
 # What a mesh may divide, and what it leaves whole.
 DIVIDED = {"vocab", "embed", "heads", "kv_heads", "mlp", "experts"}
 WHOLE = {"head", "norm", "head_norm", "labels", "positions", "types", "buckets", "window", "layers"}
-WHOLE |= {"router", "shared_gate"}
+WHOLE |= {"router", "shared_gate", "channels", "group"}
 
 
 def is_names(leaf):

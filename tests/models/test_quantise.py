@@ -62,7 +62,7 @@ def evenly_slowly(grouped: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("kind", "group", "zero"), HELD)
 @pytest.mark.parametrize(("einsum", "shape", "batch"), CASES)
 def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, zero, rng, monkeypatch):
-    monkeypatch.setattr(quantise, "_CACHED", dict.fromkeys(quantise._CACHED, 300))  # several blocks and a rest
+    monkeypatch.setattr(quantise, "_BLOCK", dict.fromkeys(quantise._BLOCK, 300))  # several blocks and a rest
     inputs = sum(letter not in einsum.split("->")[1] for letter in einsum.split(",")[1].split("->")[0])
     kernel, x = (rng.standard_normal(s).astype(np.float32) for s in (shape, (*batch, *shape[:inputs])))
     held = quantise.quantise_kernel(kernel, kind=kind, inputs=inputs, group=group)
@@ -99,7 +99,7 @@ def test_products_are_those_of_the_weights(einsum, shape, batch, kind, group, ze
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_table_is_looked_up_and_is_a_head(kind, rows, rng, monkeypatch):
-    monkeypatch.setattr(quantise, "_CACHED", dict.fromkeys(quantise._CACHED, 300))
+    monkeypatch.setattr(quantise, "_BLOCK", dict.fromkeys(quantise._BLOCK, 300))
     table, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((51, 64), (rows, 64)))
     held = quantise.quantise_table(table, kind=kind)
     weights = weights_slowly(held, table.shape)
@@ -175,7 +175,7 @@ def test_what_cannot_be_quantised_is_told(make_lm, checkpoint, tmp_path, raises_
 @pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int8", 32), ("int4", 32), ("fp8", 0)])
 def test_no_converted_copy_of_a_kernel_is_made(kind, group, rows):
     """Nothing that the compiled program computes has more numbers than a block, or than the rows."""
-    d, f = 1024, 2048
+    d, f = 1024, 4096
     held = jax.eval_shape(
         lambda kernel: quantise.quantise_kernel(kernel, kind=kind, inputs=1, group=group),
         jax.ShapeDtypeStruct((d, f), jnp.float32),
@@ -183,7 +183,7 @@ def test_no_converted_copy_of_a_kernel_is_made(kind, group, rows):
     x = jax.ShapeDtypeStruct((rows, 1, d), jnp.float32)
     program = jax.jit(lambda x, kernel: quantise.product("btd,df->btf", x, kernel, "highest", (d, f)))
     module = hlo.parse(program.lower(x, held).compile().as_text())
-    assert hlo.largest_float(module) <= max(quantise._CACHED["cpu"], rows * f)
+    assert hlo.largest_float(module) <= max(quantise._BLOCK[kind], rows * f)
 
 
 def test_every_number_of_fp8():

@@ -221,4 +221,4 @@ def test_quantised_kernels_are_converted_as_they_are_read(kind: quantise.Kind, g
     x, held = place_whole((jax.ShapeDtypeStruct((rows, 1, d), jnp.bfloat16), held), mesh)
     product = jax.jit(lambda x, kernel: quantise.product("btd,df->btf", x, kernel, None, (d, f)))
     module = hlo.parse(product.lower(x, held).compile().as_text() or "")
-    assert hlo.largest_float(module) <= max(quantise._CACHED["accelerator"], d // (group or d) * rows * f)
+    assert hlo.largest_float(module) <= max(quantise._BLOCK["accelerator"], d // (group or d) * rows * f)

@@ -31,6 +31,7 @@ from rlae_jax.models.families import (
     granitemoehybrid,
     helium,
     hunyuan_v1_dense,
+    lfm2,
     llama,
     ministral,
     ministral3,
@@ -47,6 +48,7 @@ from rlae_jax.models.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
     roberta,
     seed_oss,
@@ -59,9 +61,9 @@ from rlae_jax.models.families import (
 from rlae_jax.models.families.base import Family as Family
 
 _MODULES = (
-    *(llama, mistral, ministral, ministral3, qwen2, qwen3, gemma, gemma2, gemma3, gemma4, phi, phi3, smollm3),
+    *(llama, mistral, ministral, ministral3, qwen2, qwen3, qwen3_5, gemma, gemma2, gemma3, gemma4, phi, phi3, smollm3),
     *(olmo, olmo2, olmo3, granite, granitemoehybrid, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium),
-    *(arcee, ernie4_5, hunyuan_v1_dense, vaultgemma, cwm, nemotron, stablelm, starcoder2, falcon),
+    *(lfm2, arcee, ernie4_5, hunyuan_v1_dense, vaultgemma, cwm, nemotron, stablelm, starcoder2, falcon),
     *(mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, granitemoe, glm4_moe),
     *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
