@@ -170,7 +170,7 @@ def place_bytes(config: ModelConfig) -> int:
 def state_bytes(config: ModelConfig) -> int:
     """The states of all recurrent layers for one row."""
     state: list[jax.ShapeDtypeStruct] = jax.tree.leaves(jax.eval_shape(lambda: zero_state(config, 1)))
-    return len(config.recurrent_layers) * sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in state)
+    return len(config.recurrent_layers) * int(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in state))
 
 
 def cache_bytes(config: ModelConfig, slots: int, ahead: int = 0) -> int:
