@@ -66,7 +66,6 @@ _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PRECISIONS = (None, "default", "high", "highest")
 SHARD_BYTES = 5_000_000_000
 _READERS = 2  # tensors that are read at a time
-_CAST = 2**18  # numbers whose dtype is changed at a time
 START = 16  # entries of an array by which a model is known again
 
 
@@ -515,31 +514,11 @@ def _ahead(read: Callable[[list[str]], list[_Leaf]], groups: Iterable[list[str]]
 def _on_device(part: np.ndarray, dtype: Any) -> jax.Array:
     """A tensor, possibly turned, on the default device. The runtime turns it while it copies, several times as fast as
     numpy does."""
-    placed = jax.device_put(_cast(part, dtype))
+    # On the host, where the tensor in its old dtype can go at once.
+    placed = jax.device_put(part.astype(dtype, copy=False))
     # Until the device has it, the host's copy stays.
     ready: jax.Array = jax.block_until_ready(placed)  # type: ignore[no-untyped-call,unused-ignore]  # jax gives no types
     return ready
-
-
-def _cast(part: np.ndarray, dtype: Any) -> np.ndarray:
-    """A tensor in another dtype, its axes in memory as they were. ml_dtypes rounds to bfloat16 one number at a time;
-    here it is whole arrays of integers, of a size that the processor's cache holds."""
-    if part.dtype == dtype:
-        return part
-    order = np.argsort([-stride for stride in part.strides], kind="stable")
-    stored = np.ascontiguousarray(part.transpose(order))
-    out = np.empty(stored.shape, dtype)
-    old, new = stored.reshape(-1), out.reshape(-1)
-    for start in range(0, old.size, _CAST):
-        given, place = old[start : start + _CAST], slice(start, start + _CAST)
-        if given.dtype == np.float32 and dtype == ml_dtypes.bfloat16 and np.isfinite(given).all():
-            bits = given.view(np.uint32)
-            new.view(np.uint16)[place] = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16  # to nearest, ties to even
-        elif given.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
-            new.view(np.uint32)[place] = given.view(np.uint16).astype(np.uint32) << 16
-        else:
-            new[place] = given.astype(dtype)
-    return out.transpose(np.argsort(order))
 
 
 def _stacked(slices: Iterable[list[Any]], n: int) -> list[Any]:
