@@ -21,7 +21,8 @@ def feed_forward_width(hf: Any) -> int:
 def convolutions(hf: Any) -> ShortConvolution | None:
     """The layers without attention, by their types or by the numbers of the others."""
     layers = range(hf.num_hidden_layers)
-    attending = layers if hf.full_attn_idxs is None else hf.full_attn_idxs
+    named = getattr(hf, "full_attn_idxs", None)
+    attending = layers if named is None else named
     kinds = hf.layer_types or ["full_attention" if i in attending else "conv" for i in layers]
     found = tuple(i for i in layers if kinds[i] == "conv")
     return ShortConvolution(layers=found, taps=hf.conv_L_cache, bias=hf.conv_bias) if found else None
@@ -51,7 +52,6 @@ DEFAULTS = {
     "block_multiple_of": 256,
     "block_ffn_dim_multiplier": 1.0,
     "block_auto_adjust_ff_dim": True,
-    "full_attn_idxs": None,
     "layer_types": None,
 }
 MODULES: dict[str, str | tuple[str, ...]] = {

@@ -26,7 +26,7 @@ MODULES = {**LLAMA_MODULES, **NORMS, **_OWN}
 
 def linear_attention(hf: Any) -> GatedDelta | None:
     """The layers of linear attention, by their types or all but every n-th."""
-    layers, each = hf.num_hidden_layers, hf.full_attention_interval
+    layers, each = hf.num_hidden_layers, getattr(hf, "full_attention_interval", 4)
     kinds = hf.layer_types or ["linear_attention" if (i + 1) % each else "full_attention" for i in range(layers)]
     found = tuple(i for i in range(layers) if kinds[i] == "linear_attention")
     if not found:
@@ -66,7 +66,6 @@ DEFAULTS = {
     "attention_bias": False,
     "partial_rotary_factor": 0.25,
     "layer_types": None,
-    "full_attention_interval": 4,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
