@@ -8,6 +8,10 @@ bytes that a step has to read, and at what speed it reads them.
 
 On a CPU the members are the 134M pair of `benchmarks.decode`, in float32 and bfloat16; on an accelerator a 7B pair in
 bfloat16, one form at a time beside it, since all together would not fit.
+
+On a CPU a line says how fast int8 could be at most: the compiler converts a block of a kernel and then multiplies by
+it, so that what counts is how many weights it converts and multiplies in the processor's caches while float32 ones come
+from memory.
 """
 
 import dataclasses
@@ -16,6 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 import rlae_jax as rj
 from benchmarks import common, device
@@ -99,6 +105,44 @@ def measure(forms: dict[str, list[rj.LM]], batch: int, rounds: int) -> list[dict
     ]
 
 
+def cpu_rates() -> dict[str, float]:
+    """Weights per second at batch 1: of a float32 product with a matrix in memory, and in the processor's caches of
+    converting int8 and of a float32 product."""
+    size, blocks, turns = 512, 128, 512
+    keys = jax.random.split(jax.random.key(0), 3)
+    held = jax.random.randint(keys[0], (blocks, size, size), -127, 128, jnp.int8)
+    block = jax.random.normal(keys[1], (size, size)) / size**0.5
+    matrix = jax.random.normal(keys[2], (8192, 8192))
+
+    def convert(held: jax.Array) -> jax.Array:
+        def one(i: jax.Array, block: jax.Array) -> jax.Array:
+            del block
+            return lax.dynamic_index_in_dim(held, i % blocks, keepdims=False).astype(jnp.float32)
+
+        converted: jax.Array = lax.fori_loop(0, turns, one, jnp.zeros((size, size)))
+        return converted
+
+    def multiply(block: jax.Array) -> jax.Array:
+        product: jax.Array = lax.fori_loop(0, turns, lambda _, x: jnp.tanh(block @ x), jnp.ones(size))
+        return product
+
+    calls = {
+        "read": functools.partial(jax.jit(lambda matrix: matrix @ jnp.ones(len(matrix))), matrix),
+        "convert": functools.partial(jax.jit(convert), held),
+        "multiply": functools.partial(jax.jit(multiply), block),
+    }
+    blocking = {name: functools.partial(_finished, call) for name, call in calls.items()}
+    for call in blocking.values():
+        call()
+    timings = common.time_alternating(blocking, rounds=QUICK_ROUNDS)
+    weights = {"read": matrix.size, "convert": turns * block.size, "multiply": turns * block.size}
+    return {name: weights[name] / timings[name].median for name in calls}
+
+
+def _finished(call: Callable[[], Any]) -> None:
+    jax.block_until_ready(call())
+
+
 def main() -> None:
     options = common.parse_args(__doc__.splitlines()[0] if __doc__ else "")
     environment = common.environment()
@@ -131,10 +175,19 @@ def main() -> None:
             for row in rows
         ],
     )
-    busy = max((row["cores_used_by_others"] or 0) for row in rows)
+    if place == "cpu":
+        rates = cpu_rates()
+        most = 1 / rates["read"] / (1 / rates["convert"] + 1 / rates["multiply"])
+        read, convert, multiply = (rates[name] / 1e9 for name in ("read", "convert", "multiply"))
+        print(
+            f"billions of weights per second: float32 from memory {read:.1f}; in its caches this processor converts "
+            f"{convert:.1f} from int8 and multiplies by {multiply:.1f}: int8 is at most {most:.2f} times as fast"
+        )
+        rows.append({"kind": "rates", **rates, "int8_at_most": most})
+    busy = max((row.get("cores_used_by_others") or 0) for row in rows)
     if busy > 0.05:
         print(f"note: other programs used {busy:.0%} of the cores: repeat on a quiet machine before quoting this")
-    ratios = {row["form"]: row["ratio"] for row in rows if row["batch"] == 1}
+    ratios = {row["form"]: row["ratio"] for row in rows if row.get("batch") == 1}
     checks = [common.check(name, ratios[form], ">=", bar) for form, (name, bar) in REQUIRED[place].items()]
     common.finish(rows, checks, environment, options.json_path)
 
