@@ -87,7 +87,8 @@ def _held(lm: LM) -> str:
 def _windows(config: ModelConfig) -> str | None:
     if not config.local_layers or not config.window:
         return None
-    return f"{len(config.local_layers)} of {config.layers} layers: {config.window:,}"
+    chunks = "chunks of " if config.chunked else ""
+    return f"{len(config.local_layers)} of {config.layers} layers: {chunks}{config.window:,}"
 
 
 def _of_experts(lm: LM) -> int:

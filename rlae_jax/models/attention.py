@@ -7,7 +7,7 @@ is the layout in which the batched products of a decoding step are fastest on th
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,9 @@ from rlae_jax.models.config import ModelConfig, QueryGrowth, RelativeBias, Rope
 from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate, unit_rms
 from rlae_jax.models.rope import frequencies
 
-# What depends on the tokens' positions: angles [B, T, half] of each rope and head width, factors [B, T] of queries.
-Angles = dict[tuple[Rope, int] | QueryGrowth, Array]
+# What depends on the tokens' positions: angles [B, T, half] of each rope and head width, factors [B, T] of queries, and
+# where layers attend in chunks the positions [B, T] themselves.
+Angles = dict[tuple[Rope, int] | QueryGrowth | Literal["positions"], Array]
 LOWEST = float(np.finfo(np.float32).min)
 _BLOCK = 2**18  # quantised keys or values that a CPU converts at a time: 1 MiB of float32
 _SINGLE_QUERIES = 8  # up to as many queries of one key head the CPU takes one by one
@@ -296,7 +297,7 @@ def _head_norm(config: ModelConfig, heads: int, axis: str) -> RMSNorm | LayerNor
     kind, h = config.query_key_norm, config.head_width
     if kind == "heads":
         return LayerNorm((heads, h), config, (axis, "head_norm"))
-    return None if kind is None else make_norm(h if kind == "head" else heads * h, config, "head_norm")
+    return None if kind in (None, "unit") else make_norm(h if kind == "head" else heads * h, config, "head_norm")
 
 
 class Attention(nnx.Module):
@@ -328,6 +329,8 @@ class Attention(nnx.Module):
         self.rope = None if cross else (config.local_rope or config.rope) if local else config.rope
         if layer in config.unrotated_layers:
             self.rope = None
+        growth = config.query_growth
+        self.growth = None if growth is not None and growth.unrotated and self.rope is not None else growth
 
     @property
     def _sinks_n(self) -> Array | None:
@@ -341,6 +344,8 @@ class Attention(nnx.Module):
         return rotate(x_btnh, angles[rope, self.config.head_width], scale, interleaved=rope.interleaved)
 
     def _norm(self, norm: RMSNorm | LayerNorm | None, x_btnh: Array) -> Array:
+        if self.config.query_key_norm == "unit" and self.rope is not None:
+            return unit_rms(x_btnh, self.config.norm_eps).astype(x_btnh.dtype)
         if norm is None:
             return x_btnh
         if self.config.query_key_norm == "all":
@@ -359,8 +364,12 @@ class Attention(nnx.Module):
 
     def _queries(self, x_btd: Array, angles: Angles) -> Array:
         q_btnh = self._place(self.q_norm, self.q(x_btd), angles)
-        growth = self.config.query_growth
+        growth = self.growth
         return q_btnh if growth is None else q_btnh * angles[growth].astype(q_btnh.dtype)[:, :, None, None]
+
+    def _reach(self, positions: Array | None) -> Any:
+        """How many tokens before its own a token sees at most, of a window or, where positions are given, a chunk."""
+        return self.window - 1 if positions is None else positions % self.window
 
     def _out(self, x_btd: Array, out_btnh: Array) -> Array:
         """The output map, of what attention gave for the activations."""
@@ -382,6 +391,13 @@ class Attention(nnx.Module):
             keys_values = packing.unpack(keys_values[0]), packing.unpack(keys_values[1])
         return cache_layout(keys_values[0], keys_values[1], self.config)
 
+    def _near(self, t: int, angles: Angles) -> Bool[Array, "#B T T"]:
+        """Which tokens of a sequence are no further from one another than this layer sees."""
+        if self.config.chunked:
+            chunk_bt = angles["positions"] // self.window
+            return chunk_bt[:, :, None] == chunk_bt[:, None, :]
+        return jnp.asarray(np.arange(t)[None, :] > np.arange(t)[:, None] - self.window)[None]
+
     def sequence(
         self,
         x_btd: Array,
@@ -393,9 +409,7 @@ class Attention(nnx.Module):
         """Whole sequences. Returns the output [B, T, D] and the keys and values [B, S, G, H]."""
         k, v = self.keys_values(x_btd, angles) if keys_values is None else keys_values
         if self.window:
-            t = mask_bts.shape[-1]
-            recent = np.arange(t)[None, :] > np.arange(t)[:, None] - self.window
-            mask_bts = mask_bts & recent[None]
+            mask_bts = mask_bts & self._near(mask_bts.shape[-1], angles)
         out = attend(self._queries(x_btd, angles), k, v, mask_bts, self.config, self.scale, bias_1nts, self._sinks_n)
         return self._out(x_btd, out), (k, v)
 
@@ -418,7 +432,8 @@ class Attention(nnx.Module):
             k_bghs, v_bghs = (x[:, 0, :, :, None] for x in self.keys_values(x_btd, angles))
             cache = jax.tree.map(write, cache, LayerCache.hold(k_bghs, v_bghs, self.config))
         if 0 < self.window < cache.slots:
-            visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1])[None] > slot - self.window)
+            first_seen = slot - self._reach(angles.get("positions"))
+            visible_bs = visible_bs & (jnp.arange(visible_bs.shape[1])[None] >= first_seen)
         return self.read(x_btd, angles, cache, visible_bs, bias_bns), cache
 
     def chunk(
@@ -438,20 +453,25 @@ class Attention(nnx.Module):
         q_btnh = self._queries(x_btd, angles)
         new = self._new(x_btd, angles, packing) if new is None else new
         b, w = len(new.keys), new.slots
+        positions = angles.get("positions")
+        next_b = None if positions is None else positions[:b, 0]
 
         def attend(q: Array, rows: Array | None, places: Array) -> Array:
             """Queries [., W', N, H] of some rows (None: all), which stand at `places` [., W'] of their W tokens."""
-            of_rows = (cache, new, behind_bs, slot_b)
-            (cache_r, new_r, behind, slot) = of_rows if rows is None else jax.tree.map(lambda a: a[rows], of_rows)
+            of_rows = (cache, new, behind_bs, slot_b, next_b)
+            if rows is not None:
+                of_rows = jax.tree.map(lambda a: a[rows], of_rows)
+            cache_r, new_r, behind, slot, position = of_rows
             behind = jnp.broadcast_to(behind[:, None], (*places.shape, behind.shape[1]))
             among = jnp.arange(w)[None, None] <= places[..., None]
             if self.window:
-                first_seen = slot[:, None] + places - self.window  # and one more
+                reach = self._reach(None if position is None else position[:, None] + places)
+                first_seen = slot[:, None] + places - reach
                 if behind.dtype == bool:
-                    behind = behind & (jnp.arange(behind.shape[-1])[None, None] > first_seen[..., None])
+                    behind = behind & (jnp.arange(behind.shape[-1])[None, None] >= first_seen[..., None])
                 else:
-                    behind = (behind >= 0) & (behind > first_seen[..., None])
-                among = among & (jnp.arange(w)[None, None] > places[..., None] - self.window)
+                    behind = (behind >= 0) & (behind >= first_seen[..., None])
+                among = among & (jnp.arange(w)[None, None] >= (places - reach)[..., None])
             return attend_behind(q, cache_r, new_r, behind, among, self.config, self.scale, self._sinks_n)
 
         if packing is None:

@@ -10,8 +10,9 @@ slot:
 An encoder-decoder's prompt goes through the encoder once. Its cache also holds, per decoder layer, the keys and values
 of the encoder's states, which no step changes; its own slots begin with the decoder's start token.
 
-A layer that sees a window keeps a ring where the cache has more slots than that takes: slot s lies at s modulo R, where
-it replaces one that no query will see again. Which slot a place holds follows from the newest one alone:
+A layer that sees a window, or a chunk of as many tokens, keeps a ring where the cache has more slots than that takes:
+slot s lies at s modulo R, where it replaces one that no query will see again. Which slot a place holds follows from the
+newest one alone:
 
     window 3, R = 3     slot    0 1 2 3 4|5          place    0 1 2
                         token   a b c d e|           holds    d e c      newest 4: slots 3 4 2
@@ -121,7 +122,8 @@ class Visible(NamedTuple):
     """What rows see of a cache."""
 
     whole: Bool[Array, "B S"]
-    # For each place of a ring the slot that it holds, -1 where that is nobody's or the row's padding; None without.
+    # For each place of a ring the slot that it holds, -1 where that is nobody's, the row's padding or of a chunk before
+    # the newest slot's; None without.
     ring: Int[Array, "B places"] | None = None
 
 
@@ -192,7 +194,10 @@ def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest
     places, ahead, length = _ring(of_ring.slots, config.window)
     place = np.arange(places)[None] - ahead
     held = newest - (newest - place) % length  # the latest slot up to the newest that belongs there
-    used = (held >= start_b[:, None]) & ((place >= 0) & (place < length))
+    first = start_b[:, None]
+    if config.chunked:
+        first = first + jnp.maximum(newest - first, 0) // config.window * config.window
+    used = (held >= first) & ((place >= 0) & (place < length))
     return Visible(whole, jnp.where(used, held, -1))
 
 

@@ -31,6 +31,7 @@ class QueryGrowth:
     rate: float
     step: int
     offset: int = 0
+    unrotated: bool = False  # in layers without rotary positions alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,9 @@ class Experts:
     # The weights come from sigmoids of the scores, and a learned correction joins these where experts are chosen, and
     # nowhere else (DeepSeek-AI, 2024).
     sigmoid: bool = False
+    # Sigmoids of the scores multiply what an expert reads; what the experts of a token give is summed (Llama 4's
+    # published code).
+    scaled_inputs: bool = False
     scale: float = 1.0  # of the weights
     router_bias: bool = False
     bias: bool = False  # of the experts' own linear maps
@@ -161,8 +165,9 @@ class ModelConfig:
     norm_affine: bool = True
     norm_bias: bool = True  # of layer norms
     final_norm: bool = True
-    # Over each head's entries, the same with a scale for every head ("heads"), or over all heads' entries at once.
-    query_key_norm: Literal["head", "heads", "all"] | None = None
+    # Over each head's entries, the same with a scale for every head ("heads"), or over all heads' entries at once; or
+    # over each head's, without a scale, in layers that are rotated ("unit").
+    query_key_norm: Literal["head", "heads", "all", "unit"] | None = None
     norm_rotated: bool = False  # queries and keys are normalised after they are rotated
     value_norm: bool = False  # RMS over each head's entries, without a scale
     parallel_branches: bool = False  # x + attention(norm(x)) + ffn(norm(x))
@@ -190,6 +195,7 @@ class ModelConfig:
     attention_gate: bool = False  # what attention gives is multiplied, entry by entry, by sigmoid(gate(x))
     local_layers: tuple[int, ...] = ()  # these attend to the last `window` tokens only, their own included
     window: int = 0
+    chunked: bool = False  # or to the tokens of their own chunk, of which each is `window` positions, from 0 on
     attention_sinks: bool = False  # a learned score per head joins each softmax and takes its share to nowhere
     local_rope: Rope | None = None  # of the local layers; None: the same as everywhere
     wide: Wide | None = None  # of the layers without a window; None: as the local ones

@@ -18,6 +18,7 @@ On a mesh every device has some of the experts or, where it does not divide them
 group give is summed.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -90,8 +91,9 @@ class Router(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """sum_e p_e(x) * down_e(act(gate_e(x)) * up_e(x)) over the experts with the highest scores, and perhaps a block
-    that every token takes (Jiang et al., 2024; Qwen Team, 2024)."""
+    """sum_e p_e(x) * f_e(x), f_e(x) = down_e(act(gate_e(x)) * up_e(x)), over the experts with the highest scores, and
+    perhaps a block that every token takes (Jiang et al., 2024; Qwen Team, 2024). With scaled inputs, sum_e
+    f_e(p_e(x) * x)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         assert config.experts is not None
@@ -114,6 +116,8 @@ class MixtureOfExperts(nnx.Module):
             total_n1 = jnp.sum(weights_nk, axis=-1, keepdims=True) if spec.normalised else jnp.ones((), jnp.float32)
             return ids_nk, weights_nk / total_n1 * spec.scale
         best_nk, ids_nk = lax.top_k(scores_ne, spec.active)
+        if spec.scaled_inputs:
+            return ids_nk, jax.nn.sigmoid(best_nk)
         if spec.normalised:
             return ids_nk, jax.nn.softmax(best_nk, axis=-1) * spec.scale
         return ids_nk, jnp.exp(best_nk - jax.nn.logsumexp(scores_ne, axis=-1, keepdims=True)) * spec.scale
@@ -129,13 +133,25 @@ class MixtureOfExperts(nnx.Module):
             name: {kind: leaf.get_metadata()["axes"] for kind, leaf in part.items()} for name, part in leaves.items()
         }
         axes = quantise.logical_axes(names, parts)
-        apply = functools.partial(apply_experts, spec=self.spec, config=self.config)
-        out_nd = sharding.sum_of_parts(apply, (x_nd, *self.route(x_nd)), parts, axes)
+        spec, rows = self.spec, (x_nd, *self.route(x_nd))
+        if spec.scaled_inputs:
+            spec, rows = dataclasses.replace(spec, active=1), _pairs_alone(*rows)
+        apply = functools.partial(apply_experts, spec=spec, config=self.config)
+        out_nd = sharding.sum_of_parts(apply, rows, parts, axes)
+        if spec.scaled_inputs:
+            out_nd = jnp.sum(out_nd.reshape(len(x_nd), -1, x_nd.shape[1]), axis=1)
         out: Array = out_nd.reshape(x_btd.shape)
         if self.shared is None:
             return out
         shared: Array = self.shared(x_btd)
         return out + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x_btd)) * shared)
+
+
+def _pairs_alone(x_nd: Array, ids_nk: Array, weights_nk: Array) -> tuple[Array, Array, Array]:
+    """Each pair of a token and an expert as a token of its own that takes one, scaled: the arguments of
+    `apply_experts`."""
+    x_pd = (x_nd[:, None] * weights_nk[..., None].astype(x_nd.dtype)).reshape(-1, x_nd.shape[1])
+    return x_pd, ids_nk.reshape(-1, 1), jnp.ones((len(x_pd), 1))
 
 
 def apply_experts(

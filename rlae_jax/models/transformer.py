@@ -250,6 +250,8 @@ class Transformer(nnx.Module):
         if growth is not None:
             steps = ((positions_bt + growth.offset) // growth.step).astype(jnp.float32)
             angles[growth] = 1.0 + growth.rate * jnp.log1p(steps)
+        if config.chunked:
+            angles["positions"] = positions_bt
         return angles
 
     def _parts(self, ids_bt: Array, x: Array) -> list[Array | None]:

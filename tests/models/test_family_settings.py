@@ -72,8 +72,6 @@ def test_refusals_name_what_is_near(names, first):
     [
         ("gemma3n_text", "Gemma3nForCausalLM", "AltUp"),
         ("gemma3n", "Gemma3nForConditionalGeneration", "AltUp"),
-        ("llama4_text", "Llama4ForCausalLM", "chunks"),
-        ("llama4", "Llama4ForConditionalGeneration", "chunks"),
     ],
 )
 def test_some_refusals_say_why(tmp_path, raises_input_error, model_type, architecture, reason):

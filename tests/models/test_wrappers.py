@@ -21,6 +21,7 @@ CASES = {
     "qwen2_5_vl": ("qwen2", "window_everywhere", "qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl": ("qwen3", "wide_heads", "qwen3_vl_text", "Qwen3VLForConditionalGeneration"),
     "llava": ("llama", "grouped", "llama", "LlavaForConditionalGeneration"),
+    "llama4": ("llama4", "chunks", "llama4_text", "Llama4ForConditionalGeneration"),
 }
 VISION = {name: np.ones((2, 3), np.float32) for name in ("vision_tower.a.weight", "model.visual.b.weight")}
 NAMES = {

@@ -33,6 +33,7 @@ from rlae_jax.models.families import (
     hunyuan_v1_dense,
     lfm2,
     llama,
+    llama4,
     ministral,
     ministral3,
     mistral,
@@ -64,7 +65,7 @@ _MODULES = (
     *(llama, mistral, ministral, ministral3, qwen2, qwen3, qwen3_5, gemma, gemma2, gemma3, gemma4, phi, phi3, smollm3),
     *(olmo, olmo2, olmo3, granite, granitemoehybrid, glm, glm4, exaone4, cohere, cohere2, seed_oss, helium),
     *(lfm2, arcee, ernie4_5, hunyuan_v1_dense, vaultgemma, cwm, nemotron, stablelm, starcoder2, falcon),
-    *(mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, granitemoe, glm4_moe),
+    *(mixtral, qwen2_moe, qwen3_moe, olmoe, gpt_oss, granitemoe, glm4_moe, llama4),
     *(gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, opt, t5),
     *(bert, roberta, deberta_v2),
 )
@@ -73,7 +74,6 @@ FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for modul
 # Of models that are asked for and cannot be loaded, the reason.
 REASONS = {
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "its layers carry four streams of activations (AltUp)"),
-    **dict.fromkeys(("llama4", "llama4_text"), "it attends in chunks and scales what its experts read"),
 }
 
 

@@ -87,6 +87,22 @@ def sample_glm4_moe(rng: np.random.Generator) -> Case:
     return Case("Glm4MoeForCausalLM", fields | {"norm_topk_prob": chance(rng, 0.7)}, hub=chance(rng))
 
 
+def sample_llama4(rng: np.random.Generator) -> Case:
+    """Chunks end inside the prompts."""
+    fields = llama_fields(rng) | rope_fields(rng, "default", "llama3") | {"head_dim": pick(rng, 4, 6, 8)}
+    number, layers = between(rng, 3, 6), between(rng, 2, 4)
+    fields |= {"num_local_experts": number, "num_experts_per_tok": pick(rng, 1, 1, 2), "num_hidden_layers": layers}
+    fields |= {"attention_chunk_size": between(rng, 2, 9), "intermediate_size_mlp": between(rng, 9, 40)}
+    fields |= {"use_qk_norm": chance(rng, 0.7), "attn_temperature_tuning": chance(rng, 0.8)}
+    fields |= {"floor_scale": between(rng, 2, 9), "attn_scale": pick(rng, 0.1, 0.5), "attention_bias": chance(rng, 0.3)}
+    if chance(rng):
+        fields["no_rope_layer_interval"] = 2
+    else:
+        fields["no_rope_layers"] = [int(chance(rng, 0.7)) for _ in range(layers)]
+    fields |= pick(rng, {}, {"interleave_moe_layer_step": 2}, {"moe_layers": [between(rng, 0, layers - 1)]})
+    return Case("Llama4ForCausalLM", fields, hub=chance(rng))
+
+
 _mixtral = functools.partial(case, "MixtralForCausalLM", TINY | {"num_local_experts": 4})
 _MIXTRAL = {
     "window": _mixtral(hub=True, sliding_window=5, hidden_size=24, rope_theta=900.0),
@@ -174,6 +190,33 @@ _GLM4_MOE = {
     )
 }
 
+_LLAMA4 = {
+    # As published, but for sizes.
+    "chunks": case(
+        "Llama4ForCausalLM",
+        TINY,
+        hub=True,
+        hidden_size=24,
+        head_dim=8,
+        num_hidden_layers=4,
+        num_local_experts=5,
+        intermediate_size=9,
+        intermediate_size_mlp=14,
+        interleave_moe_layer_step=2,
+        no_rope_layers=[],
+        attention_chunk_size=5,
+        floor_scale=4,
+        rope_theta=500.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    )
+}
+
 FAMILIES = {
     "mixtral": Family("decoder", "mixtral", _MIXTRAL, sample_mixtral),
     "qwen2_moe": Family("decoder", "qwen2_moe", _QWEN2_MOE, sample_qwen2_moe),
@@ -182,4 +225,5 @@ FAMILIES = {
     "granitemoe": Family("decoder", "granitemoe", _GRANITEMOE, sample_granitemoe),
     "glm4_moe": Family("decoder", "glm4_moe", _GLM4_MOE, sample_glm4_moe),
     "gpt_oss": Family("decoder", "gpt_oss", _GPT_OSS, sample_gpt_oss),
+    "llama4": Family("decoder", "llama4_text", _LLAMA4, sample_llama4),
 }

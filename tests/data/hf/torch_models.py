@@ -71,6 +71,21 @@ def _positions(model: Any, mask: np.ndarray) -> np.ndarray:
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0) + offset
 
 
+def _counts_slots(model: Any) -> bool:
+    """Whether queries grow with slots, padding included: Llama 4's, which grow with positions in the published code, so
+    that its rows are computed alone."""
+    return bool(getattr(model.config, "attn_temperature_tuning", False))
+
+
+def _row_by_row(model: Any, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """`compute`, without padding."""
+    result: dict[str, np.ndarray] = {}
+    for b, real in enumerate(mask.astype(bool)):
+        for name, values in compute(model, ids[b : b + 1, real], mask[b : b + 1, real]).items():
+            result.setdefault(name, np.zeros((*ids.shape, values.shape[-1]), np.float32))[b, real] = values[0]
+    return result
+
+
 def compute(
     model: Any,
     ids: np.ndarray,
@@ -83,6 +98,9 @@ def compute(
     A plain encoder, or one with a head over the vocabulary, has no `logits`.
     """
     import torch
+
+    if _counts_slots(model) and not mask.all():
+        return _row_by_row(model, ids, mask)
 
     def tensor(x: np.ndarray) -> Any:
         return torch.from_numpy(np.ascontiguousarray(x))
@@ -101,7 +119,8 @@ def compute(
             arguments["decoder_input_ids"] = tensor(decoder_ids)
         else:
             arguments["position_ids"] = tensor(_positions(model, mask))
-            hidden = model.base_model(**arguments).last_hidden_state
+            base = model.model if model.base_model is model else model.base_model  # Llama 4's is the whole
+            hidden = base(**arguments).last_hidden_state
         out = model(**arguments)
     result = {"hidden": hidden.float().numpy()}
     if "logits" in out and not type(model).__name__.endswith("MaskedLM"):
@@ -117,6 +136,13 @@ def greedy(model: Any, ids: np.ndarray, mask: np.ndarray, steps: int = NEW_TOKEN
     import torch
     from transformers import GenerationConfig
 
+    if _counts_slots(model) and not mask.all():
+        rows = [
+            greedy(model, row[None, real], real[None, real].astype(int), steps)
+            for row, real in zip(ids, mask > 0, strict=True)
+        ]
+        tokens, logits = zip(*rows, strict=True)
+        return np.concatenate(tokens), np.concatenate(logits)
     settings = {"do_sample": False, "max_new_tokens": steps, "eos_token_id": None, "pad_token_id": 0}
     # What is unset here would be filled in from the model's own.
     model.generation_config = GenerationConfig(**settings)
