@@ -310,6 +310,21 @@ def _gpt_oss(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _llama4(keys: Keys) -> dict[str, Any]:
+    """How long chunks are, how queries grow and which model normalises them is llama.cpp's knowledge
+    (src/models/llama4.cpp), and as published; a window of 0 says that there are no chunks."""
+    whole = {"attention_chunk_size": None, "no_rope_layers": [1] * keys.layers}
+    return {
+        "intermediate_size": keys.number("expert_feed_forward_length"),
+        "intermediate_size_mlp": keys.number("feed_forward_length"),
+        "interleave_moe_layer_step": keys.number("interleave_moe_layer_step"),
+        "use_qk_norm": keys.number("expert_count") != 128,
+        "attention_bias": _has_bias(keys, "attn_q"),
+        **_experts(keys, "num_local_experts"),
+        **(whole if keys.get("attention.sliding_window") == 0 else {}),
+    }
+
+
 def _granite(keys: Keys) -> dict[str, Any]:
     return _biases(keys) | keys.some(
         embedding_multiplier="embedding_scale",
@@ -366,6 +381,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3moe": Architecture("qwen3_moe", lambda keys: _qwen3(keys) | _small_experts(keys)),
     "olmoe": Architecture("olmoe", _experts),
     "gpt-oss": Architecture("gpt_oss", _gpt_oss),
+    "llama4": Architecture("llama4_text", _llama4),
     "smollm3": Architecture("smollm3", _biases, permuted=True),
     "granite": Architecture("granite", _granite, permuted=True),
     "arcee": Architecture("arcee", _biases, permuted=True),
@@ -519,8 +535,10 @@ class GgufTensors:
         tensor, *others = map(read_extent, self._parts[name])
         module, heads, kv_heads = self._modules[name], self._heads, self._kv_heads
         rest = tensor.shape[1:]
-        if others:  # an expert's gate and up, whose outputs alternate
-            tensor = np.stack([tensor, *others], axis=2).reshape(len(tensor), -1, *rest[1:])
+        if others:  # an expert's gate and up, whose outputs alternate in some families
+            join = np.stack if self._family.interleaved else np.concatenate
+            tensor = join([tensor, *others], axis=2 if self._family.interleaved else 1)
+            tensor = tensor.reshape(len(tensor), -1, *rest[1:])
         if self._architecture.permuted and module in ("attn_q", "attn_k"):
             # [heads, width / 2, 2] back to [heads, 2, width / 2]: Hugging Face rotates a head's halves.
             pairs = tensor.reshape(heads if module == "attn_q" else kv_heads, -1, 2, *rest)

@@ -19,12 +19,14 @@ from rlae_jax.models import cache
 from rlae_jax.models.config import Rope
 from tests.helpers import reference
 from tests.helpers.adapters import EVERY_LAYER, random_adapter
+from tests.helpers.mixed_reference import Mixed
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
 FAMILIES = {
     "gemma3": {"local_layers": (0, 1), "window": 5, "layers": 3, "local_rope": Rope(100.0), "query_key_norm": "head"},
     "mistral": {"local_layers": (0, 1), "window": 7},
     "gemma2": {"local_layers": (0,), "window": 6, "attention_cap": 5.0, "logit_cap": 30.0},
+    "llama4": {"local_layers": (0,), "window": 5, "chunked": True, "unrotated_layers": (1,)},
     "phi3": {"local_layers": (0, 1), "window": 1, "kv_heads": 4, "rope": Rope(10_000.0, fraction=0.5)},
 }
 PROMPTS = [[3], list(range(1, 15)), [5, 9, 2, 2, 7, 1]]
@@ -143,6 +145,17 @@ class TestDifferentTokenizers:
         whole_caches()
         kept = rj.Ensemble([elsewhere(lm) for lm in pair]).generate(texts, max_new_tokens=40, weights=[0.5, 0.5])
         assert (out.texts, out.tokens) == (kept.texts, kept.tokens)
+
+    def test_tokens_of_chunks_are_those_without_a_cache(self, pair):
+        """Against a whole forward for every entry."""
+        members = [dataclasses.replace(lm, config=dataclasses.replace(lm.config, chunked=True)) for lm in pair]
+        ensemble, weights = rj.Ensemble(members), np.array([0.5, 0.5], np.float32)
+        mixed = Mixed(members, ensemble.union)
+        out = ensemble.generate(TEXTS, weights, max_new_tokens=12)
+        for text, written in zip(TEXTS, out.texts, strict=True):
+            ids = [lm.tokenizer(text)["input_ids"] for lm in members]
+            row = mixed.decode_row(ids, jax.random.key(0), lambda _: weights, max_new_tokens=12)
+            assert written == row.text.decode(errors="ignore")
 
     @pytest.mark.rare
     def test_going_on_streams_and_likelihoods(self, pair, whole_caches):

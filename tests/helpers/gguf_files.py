@@ -35,7 +35,7 @@ ARCHITECTURES = {
         "gpt_neox": "gptneox",
         "ministral3": "mistral3",
     },
-    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"},
+    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "llama4_text": "llama4"},
 }
 PERMUTED = ("llama", "mistral3", "smollm3", "granite", "arcee", "olmo")
 SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron")
@@ -139,11 +139,13 @@ def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
         "gpt_oss",
         "ernie4_5",
         "ministral3",
+        "llama4_text",
     )
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5 if short else 1e-6))
     writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
     writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
-    writer.add_feed_forward_length(config.get("intermediate_size") or 4 * config["hidden_size"])
+    dense = config.get("intermediate_size_mlp") or config.get("intermediate_size")
+    writer.add_feed_forward_length(dense or 4 * config["hidden_size"])
     for key, add in (
         ("head_dim", writer.add_key_length),
         ("sliding_window", writer.add_sliding_window),
@@ -166,9 +168,11 @@ def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
         if (value := config.get(key, rope.get(key))) is not None:
             add(value)
     if "num_experts" in config or "num_local_experts" in config:
-        writer.add_expert_used_count(config.get("num_experts_per_tok", 2))
-    if family == "gpt_oss":
+        writer.add_expert_used_count(config.get("num_experts_per_tok", 1 if family == "llama4_text" else 2))
+    if family in ("gpt_oss", "llama4_text"):
         writer.add_expert_feed_forward_length(config["intermediate_size"])
+    if family == "llama4_text":
+        writer.add_interleave_moe_layer_step(config.get("interleave_moe_layer_step", 1))
     if family in ("olmo3", "exaone4"):
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
     _add_rope(writer, config)
@@ -204,7 +208,7 @@ def _convert(name: str, tensor: Array, config: Config, architecture: str) -> Arr
     return tensor
 
 
-def _experts(tensors: dict[str, Array]) -> dict[str, Array]:
+def _experts(tensors: dict[str, Array], alternating: bool) -> dict[str, Array]:
     """The tensors with all experts of a layer in one, under the names that the conversion gives them."""
     joined: dict[str, Array] = {}
     for name, tensor in tensors.items():
@@ -213,10 +217,12 @@ def _experts(tensors: dict[str, Array]) -> dict[str, Array]:
             names = [name.replace(found[0], f".experts.{e}.") for e in range(len(tensors))]
             joined[name.replace(found[0], ".experts.")] = np.stack([tensors[one] for one in names if one in tensors])
             continue
-        for fused in re.findall(r"\.experts\.(gate_up_proj|down_proj)", name):  # gpt-oss: [experts, inputs, outputs]
+        for fused in re.findall(r"\.experts\.(gate_up_proj|down_proj)", name):  # others: [experts, inputs, outputs]
             stem, suffix = name.split(f".{fused}")[0], ".bias" if name.endswith("_bias") else ".weight"
             turned = tensor if suffix == ".bias" else tensor.swapaxes(1, 2)
-            parts = {"gate_proj": turned[:, ::2], "up_proj": turned[:, 1::2]}
+            half = turned.shape[1] // 2
+            first, second = (slice(0, None, 2), slice(1, None, 2)) if alternating else (slice(half), slice(half, None))
+            parts = {"gate_proj": turned[:, first], "up_proj": turned[:, second]}
             parts = parts if fused == "gate_up_proj" else {"down_proj": turned}
             joined |= {f"{stem}.{module}{suffix}": part for module, part in parts.items()}
             break
@@ -247,7 +253,7 @@ def write(
     names = gguf.get_tensor_name_map(numbers[architecture], config["num_hidden_layers"])
     _add_settings(writer, config)
     add(writer)
-    for name, tensor in _experts(load_file(directory / "model.safetensors")).items():
+    for name, tensor in _experts(load_file(directory / "model.safetensors"), architecture == "gpt-oss").items():
         own = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if own is None:  # a mask that the first checkpoints hold
             continue

@@ -35,6 +35,17 @@ def test_a_fraction_of_rotated_entries_is_read_where_there_are_some(read, family
     assert read(family, partial_rotary_factor=0.25, head_dim=8, rope_parameters=None).rope.fraction == 0.25
 
 
+def test_settings_of_llama_4(read):
+    """The first releases give a number for whether queries grow, and no layers for those without rotary positions."""
+    config = read("llama4", attn_temperature_tuning=4, no_rope_layers=[])
+    assert (config.local_layers, config.window, config.unrotated_layers) == ((0, 1, 2), 5, (3,))
+    assert config.query_growth is not None
+    assert config.experts.layers == (1, 3)
+    assert read("llama4", attn_temperature_tuning=False).query_growth is None
+    plain = read("llama4", moe_layers=[], attention_chunk_size=None, use_qk_norm=False)
+    assert (plain.experts, plain.local_layers, plain.chunked, plain.query_key_norm) == (None, (), False, None)
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "part"),
     [

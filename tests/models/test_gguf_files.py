@@ -82,6 +82,7 @@ CASES = {
     ("qwen3_moe", "wide_heads"): None,
     ("olmoe", "grouped"): None,
     ("gpt_oss", "clamped"): lambda config: {"swiglu_limit": 7.0},
+    ("llama4", "chunks"): lambda config: {"attention_chunk_size": 8192, "floor_scale": 8192},
     ("smollm3", "windows"): layers(4, use_sliding_window=False, sliding_window=None, no_rope_layer_interval=4),
     ("granite", "multipliers"): None,
     ("arcee", "squares"): None,
@@ -113,11 +114,14 @@ def cases():
 
 def shapes_for(tensors, config):
     """A case's tensors for as many layers, and for heads as wide, as the configuration says."""
-    shapes = {}
-    for i in range(config.get("num_hidden_layers") or config["n_layer"]):
-        found = {name: shape for name, shape in tensors.items() if not re.search(r"\.[1-9]\d*\.", name)}
-        shapes |= {re.sub(r"\b(layers|h)\.0\.", rf"\1.{i}.", name): list(shape) for name, shape in found.items()}
-    shapes |= {name: shape for name, shape in tensors.items() if name in shapes or ".experts." in name}
+    number = config.get("num_hidden_layers") or config["n_layer"]
+    shapes = {name: list(shape) for name, shape in tensors.items()}
+    if {int(i) for name in tensors for i in re.findall(r"\b(?:layers|h)\.(\d+)\.", name)} != set(range(number)):
+        shapes = {}
+        for i in range(number):
+            found = {name: shape for name, shape in tensors.items() if not re.search(r"\.[1-9]\d*\.", name)}
+            shapes |= {re.sub(r"\b(layers|h)\.0\.", rf"\1.{i}.", name): list(shape) for name, shape in found.items()}
+        shapes |= {name: shape for name, shape in tensors.items() if name in shapes or ".experts." in name}
     heads = {"q_proj": config.get("num_attention_heads"), "k_proj": config.get("num_key_value_heads")}
     heads["v_proj"] = heads["k_proj"]
     for name in list(shapes):

@@ -19,6 +19,12 @@ from rlae_jax.models.config import Experts, LayerInputs, QueryGrowth, Rope, Wide
 from rlae_jax.models.pretrain import PretrainConfig, Source, next_token_loss, pretrain
 from tests.helpers.tolerance import on_device
 
+CHUNKS = {
+    **{"local_layers": (0,), "window": 3, "chunked": True, "rope": Rope(interleaved=True), "unrotated_layers": (1,)},
+    **{"query_key_norm": "unit", "norm_rotated": True, "query_growth": QueryGrowth(0.5, 3, offset=1, unrotated=True)},
+    "experts": Experts(number=5, active=2, width=8, layers=(1,), scaled_inputs=True, shared_width=12),
+    "layers": 2,
+}
 EXPERTS = {"experts": Experts(number=5, active=2, width=8, layers=(1,)), "layers": 2, "attention_sinks": True}
 
 
@@ -59,8 +65,9 @@ def test_a_token_sees_neither_later_tokens_nor_padding(make_lm):
         (3, {"local_layers": (1,), "window": 3, "layers": 3}),
         (2, {"local_layers": (0, 1), "window": 7}),
         (4, EXPERTS),
+        (3, CHUNKS),
     ],
-    ids=["grouped", "tied", "window", "long-window", "experts"],
+    ids=["grouped", "tied", "window", "long-window", "experts", "chunks"],
 )
 @pytest.mark.device
 def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields):
@@ -107,8 +114,9 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(make_lm, batch, fields)
             **{"layer_inputs": LayerInputs(rows=23, width=4), "layer_scale": True},
         },
         EXPERTS,
+        CHUNKS,
     ],
-    ids=["grouped", "tied", "window", "own-token-alone", "parallel", "unrotated", "reading", "experts"],
+    ids=["grouped", "tied", "window", "own-token-alone", "parallel", "unrotated", "reading", "experts", "chunks"],
 )
 @pytest.mark.device
 def test_chunks_of_unequal_length_equal_the_whole_sequence(make_lm, fields):

@@ -90,7 +90,7 @@ def sample_glm4_moe(rng: np.random.Generator) -> Case:
 def sample_llama4(rng: np.random.Generator) -> Case:
     """Chunks end inside the prompts."""
     fields = llama_fields(rng) | rope_fields(rng, "default", "llama3") | {"head_dim": pick(rng, 4, 6, 8)}
-    number, layers = between(rng, 3, 6), between(rng, 2, 4)
+    number, layers = between(rng, 3, 6), between(rng, 2, 3)
     fields |= {"num_local_experts": number, "num_experts_per_tok": pick(rng, 1, 1, 2), "num_hidden_layers": layers}
     fields |= {"attention_chunk_size": between(rng, 2, 9), "intermediate_size_mlp": between(rng, 9, 40)}
     fields |= {"use_qk_norm": chance(rng, 0.7), "attn_temperature_tuning": chance(rng, 0.8)}
