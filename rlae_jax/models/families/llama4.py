@@ -52,8 +52,6 @@ FAMILY = Family(
     model_type="llama4_text",
     architectures=("Llama4ForCausalLM",),
     defaults={
-        "intermediate_size": 8192,
-        "intermediate_size_mlp": 16_384,
         "hidden_act": "silu",
         "num_key_value_heads": 8,
         "head_dim": 128,
