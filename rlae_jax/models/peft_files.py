@@ -282,7 +282,8 @@ def write_adapter(directory: Path, adapter: Adapter, family: Family | None, conf
         "lora_dropout": adapter.config.dropout,
         "target_modules": _target_modules(set(ranks), set(known)),
         "bias": "none",
-        "fan_in_fan_out": bool(family and family.inputs_first),
+        # Of modules: experts, which some families have as tensors without one, take no adapters.
+        "fan_in_fan_out": bool(family and set(family.inputs_first) - set(family.unsuffixed)),
         "rank_pattern": own,
         "alpha_pattern": {key: adapter.config.scale * rank for key, rank in own.items()},
         "inference_mode": True,

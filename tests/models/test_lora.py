@@ -195,6 +195,11 @@ class TestAgainstPeft:
         assert again.params.keys() == set(transformer.linears(lm.config)) - {"head"}
         assert all(np.any(leaf["a"]) and not np.any(leaf["b"]) for leaf in again.params.values())
 
+    def test_kernels_of_experts_do_not_say_how_those_of_adapters_lie(self, family_lm, tmp_path):
+        lm = family_lm("llama4")
+        rj.save_adapter(rj.init_adapter(lm, rj.LoraConfig(rank=2)), lm, tmp_path / "saved")
+        assert not json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["fan_in_fan_out"]
+
     def test_the_embedding_beside_the_factors(self, base, tmp_path, raises_input_error):
         """PEFT saves it when the head is trained. The base's own is nothing new; another one is refused."""
         lm = rj.load(base("llama_head"))
