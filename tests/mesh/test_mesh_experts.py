@@ -43,6 +43,14 @@ def test_tokens_are_those_of_one_device(make_wide, size, number, split):
     assert len({str(row) for row in alone.tokens}) > 2
 
 
+@pytest.mark.rare
+def test_scaled_inputs_and_chunks(make_wide):
+    spec = Experts(number=8, active=2, width=32, layers=(0, 1), scaled_inputs=True, shared_width=8)
+    lm = make_wide(0, experts=spec, local_layers=(0,), window=3, chunked=True)
+    alone, together = (rj.Ensemble([member]).generate(**GIVEN) for member in (lm, on(rj.make_mesh(2, 4), lm)))
+    assert alone.tokens == together.tokens
+
+
 def test_gradients_are_those_of_one_device_and_no_expert_travels(make_wide):
     lm = mixture(make_wide, 8)
     spread = on(rj.make_mesh(2, 4), lm)
