@@ -38,9 +38,9 @@ GROUPS = (32, 64, 128)
 TABLE, HEAD = ("embedding",), ("head", "kernel")  # where they stand among the parameters
 ROUTER = "router"  # of experts: its scores decide, so that it is not quantised
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-# Weights converted at a time: on a CPU what its caches hold. Larger blocks cost fewer turns of a loop, but what
-# takes more work to convert is better kept near.
-_BLOCK = {"int8": 2**20, "int4": 2**18, "fp8": 2**18, "accelerator": 2**22}
+# Weights converted at a time: on a CPU what its caches hold. Smaller blocks stay nearer, but every loop over blocks is
+# compiled for itself, and most kernels of small models need none.
+_BLOCK = {"cpu": 2**20, "accelerator": 2**22}
 
 
 class Quantisation(NamedTuple):
@@ -363,7 +363,7 @@ def _fused(
 
 def _on_cpu(layout: _Layout, precision: str | None, transposed: bool, x: Array, kernel: Quantised) -> Array:
     batch, x_ri, over_a = _rows(layout, transposed, x.astype(jnp.float32))
-    out = _in_blocks(x_ri, _matrix(kernel, layout), over_a, precision, _BLOCK[kernel.kind], packed=True)
+    out = _in_blocks(x_ri, _matrix(kernel, layout), over_a, precision, _BLOCK["cpu"], packed=True)
     return out.reshape(layout.of_product(batch, transposed))
 
 
