@@ -15,7 +15,7 @@ from rlae_jax import report
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.vocabulary import UnionVocabulary, load_or_build
 from rlae_jax.models import LM
-from rlae_jax.models.cache import cache_bytes
+from rlae_jax.models.cache import cache_bytes, state_bytes
 from rlae_jax.models.checkpoint_files import disk_bytes
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import forms, weight_bytes
@@ -35,6 +35,7 @@ class MemberFigures:
     family: str  # model_type; "made here" without a checkpoint
     weights: str  # the dtype, or the forms of quantised kernels
     windows: str | None  # which layers see how much
+    recurrent: str | None  # how many layers have a state, and what that takes
     experts: str | None  # how many, and how much of them a token takes
     not_read: str | None  # what else the checkpoint holds
     vocabulary: int  # ids that may be chosen
@@ -89,6 +90,13 @@ def _windows(config: ModelConfig) -> str | None:
         return None
     chunks = "chunks of " if config.chunked else ""
     return f"{len(config.local_layers)} of {config.layers} layers: {chunks}{config.window:,}"
+
+
+def _recurrent(config: ModelConfig) -> str | None:
+    if config.recurrent is None:
+        return None
+    layers = len(config.recurrent_layers)
+    return f"{layers} of {config.layers} layers: {_bytes(state_bytes(config))} of states per row"
 
 
 def _of_experts(lm: LM) -> int:
@@ -200,6 +208,7 @@ def inspect_members(
             family="made here" if lm.source is None else lm.source.family.model_type,
             weights=_held(lm),
             windows=_windows(lm.config),
+            recurrent=_recurrent(lm.config),
             experts=_experts(lm),
             not_read="all but its language model" if lm.source is not None and lm.source.wrapped else None,
             vocabulary=lm.config.usable_vocab,
@@ -280,6 +289,7 @@ def tables(inspection: Inspection) -> list[rich.console.RenderableType]:
     row("family", [member.family for member in members])
     row("weights", [member.weights for member in members])
     row("windows", [member.windows for member in members])
+    row("recurrent", [member.recurrent for member in members])
     row("experts", [member.experts for member in members])
     row("not read", [member.not_read for member in members])
     row("vocabulary", [f"{member.vocabulary:,}" for member in members])

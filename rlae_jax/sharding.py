@@ -327,7 +327,7 @@ def whole(tree: T, mesh: Mesh | None) -> T:
 def check_model(name: str, config: Any, mesh: Mesh, *, strict: bool = True) -> None:
     """Says how a model lies on a mesh where that is not as one would expect.
 
-    Key/value heads, feed-forward entries and vocabularies that the mesh does not divide are held whole by every device,
+    Key/value and recurrent heads, feed-forward entries and vocabularies that the mesh does not divide are held whole by every device,
     which is said in a warning.
 
     Args:
@@ -348,6 +348,10 @@ def check_model(name: str, config: Any, mesh: Mesh, *, strict: bool = True) -> N
             f"{', '.join(map(str, fitting))}"
         )
     sizes = {"heads": config.heads, "key/value heads": config.kv_heads}
+    if hasattr(config.recurrent, "key_heads"):
+        sizes |= {"recurrent heads": config.recurrent.heads, "recurrent key heads": config.recurrent.key_heads}
+    elif config.recurrent is not None:
+        sizes["channels"] = config.width
     experts = config.experts
     sizes["tokens"] = config.vocab
     if experts is None or len(experts.layers) < config.layers:

@@ -98,6 +98,22 @@ def zero_state(config: ModelConfig, rows: int) -> LayerState:
     return LayerState(tuple(jnp.zeros((rows, taps - 1, *part), config.dtype) for part in parts), memory)
 
 
+def state_axes(config: ModelConfig) -> LayerState:
+    """The names of the first axes of a state's arrays, in a tree like it."""
+    if isinstance(config.recurrent, GatedDelta):
+        parts: tuple[Any, ...] = tuple(("batch", None, axis) for axis in ("kv_heads", "kv_heads", "heads"))
+        memory: Any = ("batch", "heads")
+        return LayerState(parts, memory)
+    channels: Any = ("batch", None, "mlp")
+    return LayerState((channels,))
+
+
+def pin_state(state: LayerState, config: ModelConfig) -> LayerState:
+    """A state as it lies on a mesh."""
+    pinned: LayerState = jax.tree.map(lambda part, names: constrain(part, *names), state, state_axes(config))
+    return pinned
+
+
 Layers = tuple[LayerCache | LayerState, ...]
 
 

@@ -34,7 +34,7 @@ from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import gguf_files, gguf_models, quantised_files
-from rlae_jax.models.config import Experts, ModelConfig
+from rlae_jax.models.config import Experts, GatedDelta, ModelConfig, ShortConvolution
 from rlae_jax.models.families import FAMILIES, REASONS, Family, made_family, nearest, wrappers
 from rlae_jax.models.families.base import settings
 from rlae_jax.models.quantise import (
@@ -268,6 +268,8 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
         raise InputError(f"{path}: every size must be a whole number and at least 1, not {', '.join(wrong)}")
     if (experts := config.experts) is not None:
         _check_experts(experts, path)
+    if (recurrent := config.recurrent) is not None:
+        _check_recurrent(recurrent, path)
     if config.heads % config.kv_heads:
         raise InputError(
             f"{path}: num_key_value_heads ({config.kv_heads}) must divide num_attention_heads ({config.heads})"
@@ -294,6 +296,19 @@ def _check_experts(experts: Experts, path: Path) -> None:
         raise InputError(f"{path}: every size must be a whole number and at least 1, not {', '.join(wrong)}")
     if experts.active > experts.number:
         raise InputError(f"{path}: a token cannot take {experts.active} of {experts.number} experts")
+
+
+def _check_recurrent(spec: ShortConvolution | GatedDelta, path: Path) -> None:
+    sizes = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    wrong = [f"{size} = {n}" for size, n in sizes.items() if size not in ("layers", "bias") and not _is_size(n)]
+    if wrong:
+        raise InputError(
+            f"{path}: of recurrent layers every size must be a whole number and at least 1, not {', '.join(wrong)}"
+        )
+    if isinstance(spec, GatedDelta) and spec.heads % spec.key_heads:
+        raise InputError(
+            f"{path}: linear_num_key_heads ({spec.key_heads}) must divide linear_num_value_heads ({spec.heads})"
+        )
 
 
 def _is_size(value: Any) -> bool:

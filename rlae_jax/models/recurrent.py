@@ -21,12 +21,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from rlae_jax.models.attention import Packing
-from rlae_jax.models.cache import LayerState, zero_state
+from rlae_jax.models.cache import LayerState, pin_state, zero_state
 from rlae_jax.models.config import GatedDelta, ModelConfig, ShortConvolution
 from rlae_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
-from rlae_jax.sharding import constrain
 
 _CHUNK = 64  # tokens whose updates of a memory are made together
+_STRONGEST = -20.0  # decay of one token, where tokens are taken together
 _NORM_EPS = 1e-6
 
 
@@ -104,7 +104,7 @@ class GatedShortConvolution(nnx.Module):
         state = zero_state(self.config, len(inputs)) if state is None else state
         (out,), last = self.convolution([inputs], state.inputs, taken_bw)
         out = self.c(x_btd) * (out if packing is None else packing.pack(out))
-        return self.o(out), LayerState(tuple(constrain(part, "batch", None, "mlp") for part in last))
+        return self.o(out), pin_state(LayerState(last), self.config)
 
 
 class GatedDeltaNet(nnx.Module):
@@ -168,9 +168,7 @@ class GatedDeltaNet(nnx.Module):
         out = out.astype(x_btd.dtype)
         out = self.head_norm(out if packing is None else packing.pack(out))
         gated = out.astype(jnp.float32) * jax.nn.silu(self.gate(x_btd).astype(jnp.float32))
-        axes = ("kv_heads", "kv_heads", "heads")
-        last = tuple(constrain(part, "batch", None, axis) for part, axis in zip(last, axes, strict=True))
-        return self.o(gated.astype(x_btd.dtype)), LayerState(last, constrain(memory, "batch", "heads"))
+        return self.o(gated.astype(x_btd.dtype)), pin_state(LayerState(last, memory), self.config)
 
 
 Recurrence = GatedShortConvolution | GatedDeltaNet
@@ -245,7 +243,9 @@ def delta_rule(
         return jnp.einsum(einsum, *operands, precision=precision)
 
     q, k, v = cut(q_btgk, times), cut(k_btgk, times), cut(v_btnv)
-    decay, strength = jnp.cumsum(cut(decay_btn), axis=-1), cut(strength_btn)[..., None]
+    # What is left of a memory after the strongest is beyond float32; sums of stronger ones would lose the weak ones.
+    decay = jnp.cumsum(cut(jnp.maximum(decay_btn, _STRONGEST)), axis=-1)
+    strength = cut(strength_btn)[..., None]
     grown = jnp.exp(decay)[..., None]
     # Above the diagonal sums of decays are negative and their exponentials without bound.
     between = jnp.where(jnp.tri(size, dtype=bool), decay[..., :, None] - decay[..., None, :], -jnp.inf)

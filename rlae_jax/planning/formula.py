@@ -55,7 +55,7 @@ class Memory:
     Attributes:
       parameters: of the members, with the tables of a union.
       agent: the weight agent with its optimiser.
-      cache: keys and values of whole answers.
+      cache: keys and values of whole answers, and recurrent states.
       observations: what decisions were taken on, gathered whole by every device before minibatches are drawn.
       reading, writing, learning: the program's moments, one after another; each begins with less than it ends with.
     """
@@ -130,28 +130,43 @@ class _Pass(NamedTuple):
     vocab: int
     ahead: int  # see `cache.layer_slots`
     per_place: int  # bytes of all rows' keys and values of one layer
+    states: int  # bytes of all rows' recurrent states
 
     @property
     def cache(self) -> int:
-        """Keys and values of whole answers; an encoder's are kept beside the decoder's."""
+        """Keys and values of whole answers, and states; an encoder's are kept beside the decoder's."""
         source = self.config.layers * self.tokens if self.config.encoder else 0
-        return self.per_place * (cache.places(self.config, self.slots, self.ahead) + source)
+        return self.per_place * (cache.places(self.config, self.slots, self.ahead) + source) + self.states
 
     @property
     def widest(self) -> int:
         """The most slots that a layer keeps."""
-        return max(cache.layer_slots(self.config, i, self.slots, self.ahead) for i in range(self.config.layers))
+        attending = set(range(self.config.layers)) - set(self.config.recurrent_layers)
+        return max((cache.layer_slots(self.config, i, self.slots, self.ahead) for i in attending), default=0)
 
     @property
     def prompt_cache(self) -> int:
         """What reading the prompts leaves."""
-        return self.per_place * cache.places(self.config, self.tokens, self.ahead)
+        return self.per_place * cache.places(self.config, self.tokens, self.ahead) + self.states
 
     @property
     def read_cache(self) -> int:
-        """All keys and values of the prompts that are read together, before layers forget what is beyond their
-        windows."""
-        return self.per_place * self.config.layers * self.tokens * self.rows_at_once // self.rows
+        """All keys and values, and states, of the prompts that are read together, before layers forget what is beyond
+        their windows."""
+        attending = self.config.layers - len(self.config.recurrent_layers)
+        return (self.per_place * attending * self.tokens + self.states) * self.rows_at_once // self.rows
+
+
+def _state_bytes(config: ModelConfig, mesh: AbstractMesh) -> int:
+    """The states of one row on one device."""
+    state = jax.eval_shape(lambda: cache.zero_state(config, 1))
+
+    def one(part: Any, names: tuple[str | None, ...]) -> int:
+        axes = (None, *names[1:], *[None] * (part.ndim - len(names)))
+        return _size(axes, part.shape, mesh) * int(part.dtype.itemsize)
+
+    sizes = jax.tree.leaves(jax.tree.map(one, state, cache.state_axes(config)))
+    return len(config.recurrent_layers) * sum(sizes)
 
 
 def _passes(workload: Workload, mesh: AbstractMesh) -> list[_Pass]:
@@ -178,6 +193,7 @@ def _passes(workload: Workload, mesh: AbstractMesh) -> list[_Pass]:
                 vocab=local("vocab", config.vocab),
                 ahead=WIDEST if workload.union else 0,
                 per_place=rows * cache.place_bytes(config) * kv_heads // config.kv_heads,
+                states=rows * _state_bytes(config, mesh),
             )
         )
     return passes
@@ -338,7 +354,8 @@ def limits(workload: Workload, mesh: AbstractMesh, device: Device, quantise: Qua
         taken = transformer.experts_share(config)
         in_use = sum(plain[path] * (taken if ".ffn.experts." in path else 1) for path in of_reading)
         elements = in_use / _itemsize(config)
-        attended = 2 * tokens * run.tokens * run.heads * reader.head_width * reader.layers
+        attending = reader.layers - len(reader.recurrent_layers)
+        attended = 2 * tokens * run.tokens * run.heads * reader.head_width * attending
         reading_operations += factor * (tokens * elements + attended)
         step_bytes += transformer.active_bytes(config, stored, run.rows) + run.cache
         attended = 2 * run.rows * cache.places(config, run.slots, run.ahead) * run.heads * config.head_width

@@ -11,7 +11,7 @@ import sys
 from rlae_jax.config import MAPPOConfig, PPOConfig
 from rlae_jax.fusion import decode
 from rlae_jax.models import ModelConfig
-from rlae_jax.models.config import Experts, RelativeBias, Rope
+from rlae_jax.models.config import Experts, GatedDelta, RelativeBias, Rope
 from rlae_jax.planning.workload import Workload
 
 LLAMA = ModelConfig(vocab=4096, width=256, layers=4, heads=8, kv_heads=4, head_width=32, ffn_width=1024)
@@ -51,8 +51,13 @@ ENCODER = ModelConfig(
 T5 = dataclasses.replace(ENCODER, causal=True, has_head=True, tied_head=True, encoder=ENCODER, start_id=0)
 
 MIXTURE = dataclasses.replace(LLAMA, experts=Experts(number=8, active=2, width=512, layers=(0, 1, 2, 3)))
+DELTA = dataclasses.replace(
+    LLAMA,
+    recurrent=GatedDelta(layers=(0, 1, 2), taps=4, key_heads=4, heads=8, key_width=32, value_width=32),
+)
 
 CASES = {
+    "linear attention": Workload(members=(DELTA,), batch=16, prompt=257, new=64),
     "experts": Workload(members=(MIXTURE,), batch=4, prompt=256, new=32),
     "pair": Workload(members=(LLAMA, LLAMA), batch=16, prompt=128, new=128),
     "one member": Workload(members=(LLAMA,), batch=4, prompt=64, new=32),

@@ -166,6 +166,20 @@ def windows(hf: Any, layer_types: Sequence[str] | None) -> dict[str, Any]:
     return {"window": hf.sliding_window, "local_layers": local} if local and hf.sliding_window else {}
 
 
+def layers_of(hf: Any, kind: str, layer_types: Sequence[str]) -> tuple[int, ...]:
+    """The layers of one kind, where all others have attention.
+
+    Raises:
+      InputError: another number of types than of layers; other types.
+    """
+    if len(layer_types) != hf.num_hidden_layers:
+        raise InputError(f"layer_types has {len(layer_types)} entries for {hf.num_hidden_layers} layers")
+    others = sorted({str(name) for name in layer_types} - {kind, "full_attention"})
+    if others:
+        raise InputError(f"layer_types {', '.join(others)} are not supported; supported: {kind}, full_attention")
+    return tuple(i for i, name in enumerate(layer_types) if name == kind)
+
+
 def experts_of(hf: Any, **fields: Any) -> Experts:
     """The experts of a configuration, whose number has several names; by default in every layer and as wide as the
     dense block would be."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlae_jax.models.config import ShortConvolution
-from rlae_jax.models.families.base import Family, common, one_rope
+from rlae_jax.models.families.base import Family, common, layers_of, one_rope
 
 
 def feed_forward_width(hf: Any) -> int:
@@ -24,7 +24,7 @@ def convolutions(hf: Any) -> ShortConvolution | None:
     named = getattr(hf, "full_attn_idxs", None)
     attending = layers if named is None else named
     kinds = hf.layer_types or ["full_attention" if i in attending else "conv" for i in layers]
-    found = tuple(i for i in layers if kinds[i] == "conv")
+    found = layers_of(hf, "conv", kinds)
     return ShortConvolution(layers=found, taps=hf.conv_L_cache, bias=hf.conv_bias) if found else None
 
 

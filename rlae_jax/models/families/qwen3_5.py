@@ -4,7 +4,7 @@ attention, whose output is gated."""
 from typing import Any
 
 from rlae_jax.models.config import GatedDelta
-from rlae_jax.models.families.base import Family, gated_rms, one_rope
+from rlae_jax.models.families.base import Family, gated_rms, layers_of, one_rope
 from rlae_jax.models.families.llama import MODULES as LLAMA_MODULES
 from rlae_jax.models.families.qwen3 import NORMS
 
@@ -28,7 +28,7 @@ def linear_attention(hf: Any) -> GatedDelta | None:
     """The layers of linear attention, by their types or all but every n-th."""
     layers, each = hf.num_hidden_layers, getattr(hf, "full_attention_interval", 4)
     kinds = hf.layer_types or ["linear_attention" if (i + 1) % each else "full_attention" for i in range(layers)]
-    found = tuple(i for i in range(layers) if kinds[i] == "linear_attention")
+    found = layers_of(hf, "linear_attention", kinds)
     if not found:
         return None
     return GatedDelta(
