@@ -327,8 +327,8 @@ def whole(tree: T, mesh: Mesh | None) -> T:
 def check_model(name: str, config: Any, mesh: Mesh, *, strict: bool = True) -> None:
     """Says how a model lies on a mesh where that is not as one would expect.
 
-    Key/value and recurrent heads, feed-forward entries and vocabularies that the mesh does not divide are held whole by every device,
-    which is said in a warning.
+    Key/value and recurrent heads, feed-forward entries and vocabularies that the mesh does not divide are held whole
+    by every device, which is said in a warning.
 
     Args:
       strict: whether query heads that the mesh does not divide are an error, or held whole, too.

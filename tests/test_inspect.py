@@ -15,7 +15,7 @@ from rlae_jax import report
 from rlae_jax.inspect_members import Inspection, inspect_members, show
 from rlae_jax.models import LM, load, transformer
 from rlae_jax.models.cache import cache_bytes
-from rlae_jax.models.config import Experts
+from rlae_jax.models.config import Experts, ShortConvolution
 from rlae_jax.models.lm import read_tokenizer
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
@@ -171,6 +171,17 @@ def test_experts_are_told(make_lm: Callable[..., LM]) -> None:
     assert found.read_bytes == member.parameter_bytes - 6 * one + member.cache_bytes
     assert many.read_bytes == pytest.approx(member.parameter_bytes + 64 * member.cache_bytes, rel=1e-4)
     assert inspect_members([dense]).members[0].experts is None
+
+
+def test_states_are_told(make_lm: Callable[..., LM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take the same however long the text is."""
+    lm = make_lm(0, recurrent=ShortConvolution(layers=(0,), taps=4))
+    (short,), (long,) = (inspect_members([lm], tokens=n).members for n in (1, 101))
+    state, per_token = 4 * 3 * lm.config.width, 4 * 2 * 2 * 4
+    assert [short.cache_bytes, long.cache_bytes] == [state + per_token, state + 101 * per_token]
+    assert short.recurrent == "1 of 2 layers: 192 B of states per row"
+    assert short.recurrent in printed(inspect_members([lm]), monkeypatch)
+    assert inspect_members([make_lm(0)]).members[0].recurrent is None
 
 
 def test_windows_are_told(make_lm: Callable[..., LM]) -> None:

@@ -12,6 +12,7 @@ from rlae_jax.fusion.policy import Confidence, Dims, Draw, Fixed
 from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
+from tests.helpers.recurrent import FIELDS
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -86,6 +87,17 @@ def test_members_with_different_tokenizers(mixed, policy, fusion, options):
     ensemble = rj.Ensemble(mixed, fusion)
     assert ensemble.union is not None
     lower_mixed(ensemble, policy, options)
+
+
+def test_members_with_states(make_lm):
+    """In lockstep, and at their own pace."""
+    pair = rj.Ensemble([make_lm(0, **fields) for fields in FIELDS.values()], end_ids=(4,))
+    params, ids, mask, key = inputs(pair)
+    spec = pair.spec(max_new_tokens=6)
+    assert_lowers(lambda *args: rj.decode(*args, spec).tokens, params, ids, mask, jnp.full((4, 2), 0.5), key)
+    spec = pair.spec(max_new_tokens=6, policy=Draw(), sample_weights=True, temperature=1.0)
+    rows = ((ids,) * 2, (mask,) * 2, jnp.full((4, 2), 0.5), key)
+    assert_lowers(lambda *args: rj.decode(*args).tokens, params, *rows, spec)
 
 
 def test_drawn_members_with_one_tokenizer(ensemble):

@@ -25,7 +25,7 @@ from rlae_jax.models.cache import LayerState, pin_state, zero_state
 from rlae_jax.models.config import GatedDelta, ModelConfig, ShortConvolution
 from rlae_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
 
-_CHUNK = 64  # tokens whose updates of a memory are made together
+CHUNK = 64  # tokens whose updates of a memory are made together
 _STRONGEST = -20.0  # decay of one token, where tokens are taken together
 _NORM_EPS = 1e-6
 
@@ -230,7 +230,7 @@ def delta_rule(
     """
     b, t, n, _ = v_btnv.shape
     times = n // k_btgk.shape[2]
-    size = min(max(t, 1), _CHUNK)
+    size = min(max(t, 1), CHUNK)
     chunks = max(-(-t // size), 1)
 
     def cut(x: Array, times: int = 1) -> Array:

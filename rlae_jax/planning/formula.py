@@ -20,6 +20,8 @@ from rlae_jax.fusion.members import _PREFILL_TOKENS
 from rlae_jax.fusion.policy import Dims
 from rlae_jax.fusion.ragged import WIDEST
 from rlae_jax.models import ModelConfig, cache, experts, lora, transformer
+from rlae_jax.models.config import GatedDelta
+from rlae_jax.models.recurrent import CHUNK
 from rlae_jax.planning.devices import Device
 from rlae_jax.planning.workload import Workload
 from rlae_jax.ppo import iteration as ppo
@@ -131,6 +133,7 @@ class _Pass(NamedTuple):
     ahead: int  # see `cache.layer_slots`
     per_place: int  # bytes of all rows' keys and values of one layer
     states: int  # bytes of all rows' recurrent states
+    recurrent_heads: int
 
     @property
     def cache(self) -> int:
@@ -194,15 +197,18 @@ def _passes(workload: Workload, mesh: AbstractMesh) -> list[_Pass]:
                 ahead=WIDEST if workload.union else 0,
                 per_place=rows * cache.place_bytes(config) * kv_heads // config.kv_heads,
                 states=rows * _state_bytes(config, mesh),
+                recurrent_heads=local("heads", config.recurrent.heads)
+                if isinstance(config.recurrent, GatedDelta)
+                else 0,
             )
         )
     return passes
 
 
 def _reading_one(run: _Pass, adapters: bool) -> Moment:
-    """A layer's largest moment is the product of its feed-forward block (two inputs, one result) or its scores (before,
-    under and after the mask); adapters add two results of their own. The last layer's keys and values are the last that
-    are needed, so that nothing but its norm counts."""
+    """A layer's largest moment is the product of its feed-forward block (two inputs, one result), its scores (before,
+    under and after the mask) or its linear attention; adapters add two results of their own. The last layer's keys and
+    values are the last that are needed, so that nothing but its norm counts."""
     reader = run.config.encoder or run.config
     group = run.rows_at_once * run.tokens
     width, wide = (group * n * _itemsize(reader) for n in (reader.width, run.ffn_width))
@@ -210,7 +216,13 @@ def _reading_one(run: _Pass, adapters: bool) -> Moment:
     if reader.experts is not None:  # rows of blocks, and twice those of pairs of a token and an expert
         rows = experts.block_rows(group, reader.experts) + 2 * group * reader.experts.active
         branch = max(branch, rows * reader.width * _itemsize(reader))
-    scores = 3 * run.rows_at_once * run.heads * run.tokens**2 * FLOAT
+    attends = len(set(range(reader.layers - 1)) - set(reader.recurrent_layers)) or run.config.encoder is not None
+    scores = 3 * run.rows_at_once * run.heads * run.tokens**2 * FLOAT if attends else 0
+    if isinstance(reader.recurrent, GatedDelta):
+        chunk, keys, values = min(run.tokens, CHUNK), reader.recurrent.key_width, reader.recurrent.value_width
+        # What is alive of the rule, as counted in compiled programs.
+        of_rule = group * run.recurrent_heads * (4 * chunk + 8 * keys + 5 * values) * FLOAT
+        branch = max(branch, of_rule)
     if run.config.encoder is not None:  # whose states are turned into keys and values when they are all there
         return Moment(0, max(branch, scores) + width)
     if reader.layers == 1:
@@ -242,7 +254,9 @@ def _writing(workload: Workload, passes: list[_Pass], recorded: int) -> Moment:
     arrays = 3 if workload.train is None else 3 * k + 1
     if workload.adapters:
         arrays = max(arrays, 2 * k + 2)
-    temporaries = max(arrays * rows * vocab * FLOAT, *(3 * run.rows * run.heads * run.widest * FLOAT for run in passes))
+    scores = (3 * run.rows * run.heads * run.widest * FLOAT for run in passes)
+    states = (run.states // max(len(run.config.recurrent_layers), 1) for run in passes)  # a layer's next ones
+    temporaries = max(arrays * rows * vocab * FLOAT, *scores, *states)
     if workload.union:
         temporaries += max((run.rows + WIDEST) * run.per_place * run.widest // run.rows // 2 for run in passes)
     return Moment(sum(run.cache for run in passes), temporaries + recorded)

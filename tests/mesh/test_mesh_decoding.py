@@ -16,6 +16,7 @@ from rlae_jax.models.transformer import init_params
 from rlae_jax.ppo.agent import PPOAgent
 from tests.helpers.adapters import random_adapter
 from tests.helpers.policies import Reader
+from tests.helpers.recurrent import FIELDS, recurrent_lm
 from tests.helpers.tokenizers import byte_level, sentencepiece
 
 N = 9
@@ -154,6 +155,16 @@ def test_members_with_different_tokenizers(mixed, mesh, options):
     got, want = write(mesh), write(None)
     same(got, want)
     assert got.texts == want.texts
+
+
+def test_members_with_states(make_wide):
+    """They are divided by heads and by channels."""
+    members = [recurrent_lm(make_wide, kind, 2) for kind in FIELDS]
+    spread = on(rj.make_mesh(4, 2), members)
+    for lm, of in zip(spread, ("x", "v"), strict=True):
+        kernel = lm.params["layers"][0]["recurrence"][of]["kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    same(*(rj.Ensemble(lms).generate(**GIVEN) for lms in (spread, members)))
 
 
 def test_an_encoder_decoder(stored_checkpoint, mesh):

@@ -15,6 +15,7 @@ import rlae_jax as rj
 from benchmarks import load as load_benchmark
 from rlae_jax import sharding
 from rlae_jax.models import transformer
+from rlae_jax.models.config import GatedDelta
 from rlae_jax.models.pretrain import PretrainConfig, pretrain
 from tests.helpers.adapters import random_adapter
 
@@ -68,6 +69,12 @@ def test_key_value_heads_that_do_not_divide_are_held_whole(make_wide, tmp_path):
         lm = rj.load(tmp_path / "m", mesh=rj.make_mesh(2, 4))
     assert lm.params["layers"][0]["attention"]["k"]["kernel"].sharding.spec == PartitionSpec(None, None, None)
     assert lm.params["layers"][0]["attention"]["q"]["kernel"].sharding.spec == PartitionSpec(None, "model", None)
+
+
+def test_recurrent_heads_that_do_not_divide_are_told(make_wide):
+    delta = GatedDelta(layers=(0,), taps=2, key_heads=2, heads=4, key_width=4, value_width=4)
+    with pytest.warns(UserWarning, match=r"2 recurrent key heads are not divided by model=4"):
+        make_wide(0, recurrent=delta).on_mesh(rj.make_mesh(2, 4))
 
 
 def test_a_merged_adapter_lies_like_its_base(make_wide):

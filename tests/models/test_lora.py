@@ -187,6 +187,16 @@ class TestAgainstPeft:
         assert again.params.keys() == adapter.params.keys()
         chex.assert_trees_all_close(again.params, adapter.params, rtol=1e-6)
 
+    @pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+    def test_fused_modules_of_layers_with_a_state(self, family_lm, tmp_path, family):
+        """q, k and v of linear attention differ in width; a gate shares a module with the queries, head by head."""
+        lm = family_lm(family)
+        adapter = random_adapter(lm, 3, rank=2)
+        rj.save_adapter(adapter, lm, tmp_path / "saved")
+        again = rj.load_adapter(tmp_path / "saved", lm)
+        assert again.params.keys() == adapter.params.keys()
+        chex.assert_trees_all_close(again.params, adapter.params, rtol=1e-6)
+
     def test_a_fresh_adapter_survives_saving(self, family_lm, tmp_path):
         """B is zero everywhere: nothing tells whose ranks are whose, and none may be dropped."""
         lm = family_lm("gpt2")

@@ -1,6 +1,7 @@
 """Quantised kernels against the weights that they stand for, multiplied the plain way."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -10,9 +11,10 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax import hlo
-from rlae_jax.models import quantise, transformer
+from rlae_jax.models import checkpoint_files, quantise, transformer
 from rlae_jax.models.quantise import Quantised, is_quantised
-from rlae_jax.models.stored import Packed, StoredTensor
+from rlae_jax.models.stored import Packed, StoredTensor, stored_tensors
+from tests.data import hf
 from tests.helpers.adapters import random_adapter
 
 CASES = [
@@ -141,6 +143,38 @@ def test_a_quantised_model_is_the_model_of_its_weights(checkpoint, tmp_path, kin
     assert tokens[0] == tokens[1]
     assert lm.fingerprint() != plain.fingerprint()
     assert rj.load(checkpoint, quantise=kind, quantise_head=head).fingerprint() == lm.fingerprint()
+
+
+@pytest.mark.parametrize(("family", "kind"), [("qwen3_5", "int4"), pytest.param("lfm2", "fp8", marks=pytest.mark.rare)])
+def test_layers_with_a_state(tmp_path, family, kind):
+    """Their linear maps are quantised, those to a number per head too; convolutions and what heads have are not. A
+    cache in 8 bits keeps states as they are."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "full_attention_interval": 2, "full_attn_idxs": [1]}
+    sizes |= {"linear_key_head_dim": 8, "linear_value_head_dim": 16, "block_auto_adjust_ff_dim": False}
+    config = hf.read_stored(family, next(iter(hf.FAMILIES[family].cases))).config | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = checkpoint_files.read_source(tmp_path)
+    made = checkpoint_files.read_config(source, tmp_path, dtype="float32", precision=None, tensors=False)
+    tensors = {tensor.key: tensor.shape for tensor in stored_tensors(source.family, made)}
+    hf.write_checkpoint(tmp_path / "m", config, tensors, 0)
+
+    lm = rj.load(tmp_path / "m", quantise=kind, kv_dtype="int8")
+    own = lm.params["layers"][0]["recurrence"]
+    held = {name: is_quantised(part.get("kernel")) if isinstance(part, dict) else False for name, part in own.items()}
+    plain = {"convolution", "log_rate", "decay_bias", "head_norm"}
+    assert held == {name: name not in plain for name in own}
+    ids = np.random.default_rng().integers(0, made.vocab, (3, 9))
+    layers = transformer.Model(lm.config, lm.params).read_prompt(ids, np.ones_like(ids)).layers
+    exact = {leaf.dtype for i in made.recurrent_layers for leaf in jax.tree.leaves(layers[i])}
+    assert exact == {jnp.dtype(jnp.float32)}
+    assert layers[1].keys.dtype == jnp.int8
+    lm.save(tmp_path / "again")
+    whole = rj.load(tmp_path / "again", kv_dtype="int8")
+    expected = np.asarray(whole.logits(ids))
+    np.testing.assert_allclose(lm.logits(ids), expected, atol=2e-5 * np.max(np.abs(expected)))
+    tokens = [rj.Ensemble([m]).generate(prompt_ids=ids, max_new_tokens=4, ignore_eos=True).tokens for m in (lm, whole)]
+    assert tokens[0] == tokens[1]
 
 
 def test_int8_takes_a_quarter_of_the_memory(checkpoint):

@@ -14,7 +14,7 @@ from rlae_jax.models import ModelConfig
 from rlae_jax.planning import formula
 from rlae_jax.planning.devices import Device
 from rlae_jax.planning.workload import Workload
-from tests.planning.compile_cases import CASES, LLAMA
+from tests.planning.compile_cases import CASES, DELTA, LLAMA
 
 ONE = formula.abstract_mesh()
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +73,17 @@ def test_key_value_heads_that_a_mesh_does_not_divide_are_held_whole() -> None:
     workload = Workload(members=(LLAMA,), batch=8, prompt=100, new=28)
     four, eight = (formula.memory(workload, formula.abstract_mesh(model=n)) for n in (4, 8))
     assert formula.memory(workload, ONE).cache == 4 * four.cache == eight.cache
+
+
+def test_states_are_of_one_size_and_divided_by_heads() -> None:
+    config = dataclasses.replace(DELTA, dtype="bfloat16")
+    short, long = (formula.memory(Workload(members=(config,), batch=8, prompt=n, new=28), ONE) for n in (100, 200))
+    spec = config.recurrent
+    state = 3 * (2 * 3 * (2 * 4 + 8) * 32 + 4 * 8 * 32 * 32)  # layers; last inputs of q, k and v, and memories
+    assert (spec.taps, spec.key_heads, spec.heads) == (4, 4, 8)
+    assert [memory.cache for memory in (short, long)] == [8 * (2 * 2 * 4 * 32 * n + state) for n in (128, 228)]
+    mesh = formula.abstract_mesh(model=4)
+    assert short.cache == 4 * formula.memory(Workload(members=(config,), batch=8, prompt=100, new=28), mesh).cache
 
 
 def test_observations_are_gathered_by_every_device() -> None:

@@ -111,6 +111,16 @@ def test_key_value_heads_that_are_held_whole_are_noted(model: Callable[..., str]
     assert "8 key/value heads" in note
 
 
+def test_states_are_counted(model: Callable[..., str], run: Callable[..., Any]) -> None:
+    """Of three layers in four, and the same for a long prompt."""
+    hybrid = {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
+    arguments = ("--models", model("hybrid", **hybrid), "--device", "v5p", "--batch", "4", "--new", "24")
+    short, long = (run(*arguments, "--prompt", str(n)) for n in (40, 1000))
+    state = 12 * (2 * 3 * (2 * 16 + 32) * 128 + 4 * 32 * 128 * 128)
+    per_token = 4 * 2 * 2 * 8 * 64
+    assert [plan["bytes"]["cache"] for plan in (short, long)] == [4 * (state + per_token * n) for n in (64, 1024)]
+
+
 def test_own_figures_of_a_device(model: Callable[..., str], run: Callable[..., Any]) -> None:
     figures = ("--memory", "10", "--bandwidth", "100", "--flops", "20")
     made = run("--models", model(), *figures)
