@@ -24,6 +24,7 @@ from rlae_jax.models.attention import Packing
 from rlae_jax.models.cache import LayerState, pin_state, zero_state
 from rlae_jax.models.config import GatedDelta, ModelConfig, ShortConvolution
 from rlae_jax.models.layers import ACTIVATIONS, Linear, RMSNorm
+from rlae_jax.sharding import constrain
 
 CHUNK = 64  # tokens whose updates of a memory are made together
 _STRONGEST = -20.0  # decay of one token, where tokens are taken together
@@ -60,9 +61,11 @@ class CausalConvolution(nnx.Module):
                 x = jnp.where(lax.expand_dims(taken_bw, range(2, x.ndim)), x, 0)
             inputs = jnp.concatenate([old, x], axis=1)
             own = slice(start, start := start + x[0, 0].size)
-            kernel = kernel_cj[own].T.reshape(taps, 1, 1, *channels)
+            # Whole on every device of a mesh: pieces of a part that is divided would be sent from device to device, by
+            # permutes of all devices, which those that are done with their rows would never join.
+            kernel = constrain(kernel_cj[own]).T.reshape(taps, 1, 1, *channels)
             out = functools.reduce(jnp.add, (inputs[:, j : j + w] * kernel[j] for j in range(taps)))
-            outputs.append(out if self.bias is None else out + self.bias[...][own].reshape(1, 1, *channels))
+            outputs.append(out if self.bias is None else out + constrain(self.bias[...][own]).reshape(1, 1, *channels))
             last.append(_last(inputs, taken_bw, taps - 1))
         return outputs, tuple(last)
 

@@ -157,14 +157,21 @@ def test_members_with_different_tokenizers(mixed, mesh, options):
     assert got.texts == want.texts
 
 
-def test_members_with_states(make_wide):
-    """They are divided by heads and by channels."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="linear"),
+        pytest.param({"weights": "draw", "temperature": 1.0}, id="draw", marks=pytest.mark.rare),
+    ],
+)
+def test_members_with_states(make_wide, options):
+    """They are divided by heads and by channels; groups of devices that draw make different numbers of passes."""
     members = [recurrent_lm(make_wide, kind, 2) for kind in FIELDS]
     spread = on(rj.make_mesh(4, 2), members)
     for lm, of in zip(spread, ("x", "v"), strict=True):
         kernel = lm.params["layers"][0]["recurrence"][of]["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // 2
-    same(*(rj.Ensemble(lms).generate(**GIVEN) for lms in (spread, members)))
+    same(*(rj.Ensemble(lms).generate(**GIVEN, **options) for lms in (spread, members)))
 
 
 def test_an_encoder_decoder(stored_checkpoint, mesh):
