@@ -15,6 +15,7 @@ from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
 from rlae_jax.models import LoraConfig, lora
 from tests.data import hf
 from tests.helpers.adapters import add_by_hand
+from tests.helpers.recurrent import recurrent_lm
 
 M, B, K, N = 3, 4, 2, 6
 SEEDS = np.array([3, 5, 8], np.uint32)
@@ -27,10 +28,14 @@ def settings(**changes):
     )
 
 
-@pytest.fixture(scope="module", params=["decoder", pytest.param("t5", marks=pytest.mark.rare)])
+@pytest.fixture(
+    scope="module", params=["decoder", *(pytest.param(name, marks=pytest.mark.rare) for name in ("t5", "delta"))]
+)
 def lm(request, make_lm, tmp_path_factory):
     if request.param == "decoder":
         return make_lm(0, layers=1, sharpness=3.0, end_ids=(6, 18))
+    if request.param == "delta":
+        return recurrent_lm(make_lm, "delta", layers=1, sharpness=3.0, end_ids=(6, 18))
     stored = hf.read_stored("t5", "untied")
     directory = tmp_path_factory.mktemp("t5") / "t5"
     hf.write_checkpoint(directory, stored.config, stored.tensors, stored.seed)

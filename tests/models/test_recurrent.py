@@ -1,5 +1,7 @@
 """What layers with a state compute, against a loop over tokens in float64; whole texts against their pieces."""
 
+import dataclasses
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -7,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import rlae_jax as rj
 from rlae_jax.models import recurrent
 from rlae_jax.models.cache import state_bytes, zero_state
 from rlae_jax.models.transformer import Model
+from tests.data import hf
 from tests.helpers.recurrent import FIELDS, delta_rule_slowly, recurrent_lm
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -157,3 +161,13 @@ def test_bfloat16_is_near_float32(make_lm, kind, rng):
     # Of half the tokens: a norm of what is nearly nothing makes much of rounding.
     errors = np.sqrt(np.mean((rounded - exact) ** 2, axis=-1))
     assert np.median(errors) <= 0.05 * np.sqrt(np.mean(exact**2))
+
+
+def test_biases_of_short_convolutions_equal_transformers(torch, tmp_path, rng):
+    """Without padding, into which transformers lets the bias of what projects."""
+    case = next(iter(hf.FAMILIES["lfm2"].cases.values()))
+    case = dataclasses.replace(case, fields=case.fields | {"conv_bias": True})
+    model, _ = hf.build("lfm2", case, 3, tmp_path / "m")
+    ids = rng.integers(0, case.fields["vocab_size"], (2, 9))
+    expected = hf.compute(model, ids, np.ones_like(ids))["logits"]
+    assert_near(np.asarray(rj.load(tmp_path / "m").logits(ids)), expected)
