@@ -345,6 +345,7 @@ def _matched(tensors: TensorSource, family: Family, config: ModelConfig, where: 
       InputError: tensors missing, unexpected, of another shape or of no dtype that weights have.
     """
     headers = tensors.headers
+    family = family.as_stored(map(_plain, headers))
     wanted = stored_tensors(family, config)
     expected = {tensor.key for tensor in wanted}
     names = _names(tensors, family, expected)

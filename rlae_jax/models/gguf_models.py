@@ -57,7 +57,16 @@ class Keys(NamedTuple):
 
     @property
     def layers(self) -> int:
-        return int(self.number("block_count"))
+        """Without those that predict several tokens ahead, which come last."""
+        return int(self.number("block_count") - self.number("nextn_predict_layers", 0))
+
+    @property
+    def kv_heads(self) -> int:
+        """Of the layers with attention. A file may give every layer its own, 0 where there is none."""
+        given = self.get("attention.head_count_kv")
+        if isinstance(given, list) and len(found := set(given) - {0}) == 1:
+            return int(found.pop())
+        return int(self.number("attention.head_count_kv", self.number("attention.head_count")))
 
     @property
     def head_width(self) -> int:
@@ -74,6 +83,7 @@ class Architecture:
     read: Callable[[Keys], dict[str, Any]] = lambda keys: {}  # what is not as in Llama
     permuted: bool = False  # rows of queries and keys, a pair of rotated entries beside one another
     norm_offset: float = 0.0  # added to the scales of norms
+    delta: bool = False  # some layers have linear attention with the gated delta rule
 
 
 def _settings(keys: Keys) -> dict[str, Any]:
@@ -84,7 +94,7 @@ def _settings(keys: Keys) -> dict[str, Any]:
         "hidden_size": keys.number("embedding_length"),
         "num_hidden_layers": keys.layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.number("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.kv_heads,
         "head_dim": keys.head_width,
         "max_position_embeddings": keys.number("context_length"),
         "tie_word_embeddings": "output.weight" not in keys.extents,
@@ -334,6 +344,27 @@ def _granite(keys: Keys) -> dict[str, Any]:
     )
 
 
+def _lfm2(keys: Keys) -> dict[str, Any]:
+    if not keys.get("attention.causal", True):
+        raise InputError(f"{keys.path}: {keys.architecture}.attention.causal = False is not supported")
+    heads = keys.get("attention.head_count_kv")
+    heads = heads if isinstance(heads, list) else [heads] * keys.layers
+    return {
+        "norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "conv_L_cache": keys.number("shortconv.l_cache"),
+        "layer_types": ["full_attention" if number else "conv" for number in heads],
+        "block_auto_adjust_ff_dim": False,  # the file has the width after it was rounded
+    }
+
+
+def _lfm2_moe(keys: Keys) -> dict[str, Any]:
+    return _lfm2(keys) | {
+        "moe_intermediate_size": keys.number("expert_feed_forward_length"),
+        "num_dense_layers": keys.number("leading_dense_block_count"),
+        **_experts(keys),
+    }
+
+
 def _mistral3(keys: Keys) -> dict[str, Any]:
     """Mistral Small 3 without a growth of its queries, Ministral 3 with one."""
     growth = keys.get("attention.temperature_scale")
@@ -349,6 +380,24 @@ def _nemotron(keys: Keys) -> dict[str, Any]:
 
 def _olmo(keys: Keys) -> dict[str, Any]:
     return keys.some(clip_qkv="attention.clamp_kqv")
+
+
+def _qwen3_5(keys: Keys) -> dict[str, Any]:
+    heads, each = keys.number("ssm.time_step_rank"), keys.number("full_attention_interval", 4)
+    linear = keys.get("attention.recurrent_layers")
+    if linear is None:
+        linear = [(i + 1) % each != 0 for i in range(keys.layers)]
+    linear = linear if isinstance(linear, list) else [linear] * keys.layers
+    kinds = ["linear_attention" if one else "full_attention" for one in linear[: keys.layers]]
+    return _rotated_in_part(keys) | {
+        "attention_bias": any(f"blk.{i}.attn_q.bias" in keys.extents for i in range(keys.layers)),
+        "layer_types": kinds,
+        "linear_conv_kernel_dim": keys.number("ssm.conv_kernel"),
+        "linear_num_key_heads": keys.number("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": keys.number("ssm.state_size"),
+        "linear_value_head_dim": keys.number("ssm.inner_size") // heads,
+    }
 
 
 def _seed_oss(keys: Keys) -> dict[str, Any]:
@@ -382,6 +431,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture("olmoe", _experts),
     "gpt-oss": Architecture("gpt_oss", _gpt_oss),
     "llama4": Architecture("llama4_text", _llama4),
+    "lfm2": Architecture("lfm2", _lfm2),
+    "lfm2moe": Architecture("lfm2_moe", _lfm2_moe),
+    "qwen35": Architecture("qwen3_5_text", _qwen3_5, norm_offset=1.0, delta=True),
+    "qwen35moe": Architecture(
+        "qwen3_5_moe_text", lambda keys: _qwen3_5(keys) | _small_experts(keys), norm_offset=1.0, delta=True
+    ),
     "smollm3": Architecture("smollm3", _biases, permuted=True),
     "granite": Architecture("granite", _granite, permuted=True),
     "arcee": Architecture("arcee", _biases, permuted=True),
@@ -501,7 +556,8 @@ class GgufTensors:
         self._architecture = _architecture(keys)
         self._family = FAMILIES[read_config(file)["model_type"]]
         self._heads = keys.number("attention.head_count")
-        self._kv_heads = keys.number("attention.head_count_kv", self._heads)
+        self._kv_heads = keys.kv_heads
+        self._delta = _LinearAttention.of(keys) if self._architecture.delta else None
         parts_of = _parts_of_names(keys)
         self._parts: dict[str, list[Extent]] = {}
         self._modules: dict[str, str] = {}
@@ -512,7 +568,9 @@ class GgufTensors:
             if len(extents) == len(parts):
                 self._parts[name], self._modules[name] = extents, parts[0].own.split(".")[-2]
                 taken |= {part.own for part in parts}
-        rest = (own for own in file.extents if own not in taken and not _NO_WEIGHTS.fullmatch(own))
+        ahead = tuple(f"blk.{i}." for i in range(keys.layers, keys.number("block_count")))
+        left_out = [own for own in file.extents if _NO_WEIGHTS.fullmatch(own) or own.startswith(ahead)]
+        rest = [own for own in file.extents if own not in taken and own not in left_out]
         self._parts |= {own: [file.extents[own]] for own in rest}
         self.headers: dict[str, Header] = {
             name: Header(self._shape(name), parts[0].kind if parts[0].kind in PLAIN else "F32")
@@ -524,11 +582,16 @@ class GgufTensors:
         first, *others = self._parts[name]
         shape = first.shape if not others else (first.shape[0], 2 * first.shape[1], *first.shape[2:])
         shape = (1, *shape) if _is_shared_gate(name) and len(shape) == 1 else shape
+        shape = (shape[0], 1, *shape[1:]) if _is_convolution(name) else shape
         return (*shape[:-2], shape[-1], shape[-2]) if self._is_turned(name) else shape
 
     def _is_turned(self, name: str) -> bool:
         """Whether Hugging Face has [inputs, outputs]."""
-        return re.sub(r"\.\d+\.", ".{i}.", name.removesuffix(".weight")) in self._family.inputs_first
+        return self._is_in(name, self._family.inputs_first)
+
+    @staticmethod
+    def _is_in(name: str, modules: tuple[str, ...]) -> bool:
+        return re.sub(r"\.\d+\.", ".{i}.", re.sub(r"\.(weight|bias)$", "", name)) in modules
 
     def read(self, name: str) -> np.ndarray:
         """A tensor as Hugging Face stores it."""
@@ -543,21 +606,60 @@ class GgufTensors:
             # [heads, width / 2, 2] back to [heads, 2, width / 2]: Hugging Face rotates a head's halves.
             pairs = tensor.reshape(heads if module == "attn_q" else kv_heads, -1, 2, *rest)
             tensor = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
-        if module == "attn_qkv" and self._family.fused_by_head:
+        if module == "attn_qkv" and self._is_in(name, self._family.fused_by_head):
             # All queries, all keys, all values: back to those of one key head after another.
             width = len(tensor) // (heads + 2 * kv_heads)
             blocks = np.split(tensor, [heads * width, (heads + kv_heads) * width])
             by_head = [block.reshape(kv_heads, -1, *rest) for block in blocks]
             tensor = np.concatenate(by_head, axis=1).reshape(tensor.shape)
-        if self._architecture.norm_offset and name.endswith("norm.weight"):
+        if self._delta is not None and ".linear_attn." in name:
+            tensor = self._delta.read(name, tensor)
+        elif self._architecture.norm_offset and name.endswith("norm.weight"):
             tensor = (tensor.astype(np.float32) - np.float32(self._architecture.norm_offset)).astype(tensor.dtype)
         tensor = tensor.reshape(1, -1) if _is_shared_gate(name) else tensor
+        tensor = tensor[:, None] if _is_convolution(name) else tensor
         return tensor.swapaxes(-1, -2) if self._is_turned(name) else tensor
 
 
 def _is_shared_gate(name: str) -> bool:
     """A layer with one output, whose weight files have as a row."""
     return name.endswith("shared_expert_gate.weight")
+
+
+def _is_convolution(name: str) -> bool:
+    """A kernel [C, 1, J], which files have without the axis of length 1."""
+    return name.endswith((".conv1d.weight", ".conv.conv.weight"))
+
+
+class _LinearAttention(NamedTuple):
+    """What the conversion did to layers with the gated delta rule (conversion/qwen.py: `Qwen3NextModel` and
+    `_LinearAttentionVReorderBase`): it has -exp(A_log), and of the value heads of all key heads first every one's
+    first, then every one's second."""
+
+    path: Path
+    key_heads: int
+    heads: int
+    key_width: int
+
+    @classmethod
+    def of(cls, keys: Keys) -> "_LinearAttention":
+        names = ("ssm.group_count", "ssm.time_step_rank", "ssm.state_size")
+        return cls(keys.path, *(int(keys.number(name)) for name in names))
+
+    def read(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        module = name.split(".linear_attn.")[1]
+        if module == "norm.weight":
+            return tensor
+        if module == "A_log":
+            if not (tensor < 0).all():
+                raise InputError(f"{self.path}: {name} is stored as -exp of it, and not all of that is below 0")
+            tensor = np.log(-tensor)
+        axis = 1 if module == "out_proj.weight" else 0
+        first = 2 * self.key_heads * self.key_width if module in ("in_proj_qkv.weight", "conv1d.weight") else 0
+        rest, values = np.split(tensor, [first], axis)
+        lead, (length, *tail) = values.shape[:axis], values.shape[axis:]
+        tiled = values.reshape(*lead, self.heads // self.key_heads, self.key_heads, length // self.heads, *tail)
+        return np.concatenate([rest, tiled.swapaxes(axis, axis + 1).reshape(values.shape)], axis)
 
 
 def _parts_of_names(keys: Keys) -> Callable[[str], list[_Part]]:
@@ -572,7 +674,10 @@ def _parts_of_names(keys: Keys) -> Callable[[str], list[_Part]]:
     names = gguf.get_tensor_name_map(numbers[keys.architecture], keys.layers)
 
     def own(name: str) -> str:
-        return names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        name = re.sub(r"\.dt_bias$", ".dt_proj.bias", re.sub(r"\.expert_bias$", ".expert_bias.bias", name))
+        # It knows the experts of some models without the prefix.
+        found = (names.get_name(one, try_suffixes=(".weight", ".bias")) for one in (name, name.removeprefix("model.")))
+        return next(filter(None, found), name)
 
     def parts(name: str) -> list[_Part]:
         if (one := _ONE_EXPERT.search(name)) is not None:

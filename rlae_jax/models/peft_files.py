@@ -24,7 +24,15 @@ from rlae_jax.files import read_json
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family, made_family
 from rlae_jax.models.lora import Adapter, Factors, LoraConfig
-from rlae_jax.models.stored import StoredTensor, get_leaf, modules, read_tensor, stored_tensors, tensor_headers
+from rlae_jax.models.stored import (
+    StoredTensor,
+    fused_heads,
+    get_leaf,
+    modules,
+    read_tensor,
+    stored_tensors,
+    tensor_headers,
+)
 from rlae_jax.models.transformer import Params, linears
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,12 +68,12 @@ class _Module:
     paths: tuple[str, ...]
     inputs: tuple[int, ...]
     outputs: tuple[tuple[int, ...], ...]  # of each layer
-    by_head: bool
+    groups: int
 
     def stored_b(self, rank: int) -> StoredTensor:
         """B as PEFT stores it, [outputs, R]: a kernel whose input is the rank."""
         shapes = tuple((rank, *shape) for shape in self.outputs)
-        return StoredTensor(self.key, tuple((path,) for path in self.paths), shapes, "kernel", 1, by_head=self.by_head)
+        return StoredTensor(self.key, tuple((path,) for path in self.paths), shapes, "kernel", 1, groups=self.groups)
 
 
 def _modules(family: Family | None, config: ModelConfig) -> dict[str, _Module]:
@@ -77,7 +85,9 @@ def _modules(family: Family | None, config: ModelConfig) -> dict[str, _Module]:
             spec = specs[paths[0]]
             outputs = tuple(specs[path].shape[spec.inputs :] for path in paths)
             key = _HEAD if paths == ("head",) else key
-            found[key] = _Module(key, paths, spec.shape[: spec.inputs], outputs, name in family.fused_by_head)
+            found[key] = _Module(
+                key, paths, spec.shape[: spec.inputs], outputs, fused_heads(family, config, name, paths[0])
+            )
     return found
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import check_fetched, read_json
-from rlae_jax.models.config import ModelConfig
+from rlae_jax.models.config import GatedDelta, ModelConfig
 from rlae_jax.models.families import Family
 from rlae_jax.models.families.wrappers import text_names
 from rlae_jax.models.quantise import KINDS, Quantised
@@ -108,7 +108,7 @@ class StoredTensor:
     kind: Literal["kernel", "bias", "plain"] = "plain"  # of a linear layer, or stored as it is
     inputs: int = 0  # leading axes of a kernel that are inputs
     inputs_first: bool = False  # a kernel stored as [inputs, outputs]
-    by_head: bool = False  # a fused tensor that holds q, k and v of one key/value head after another
+    groups: int = 0  # of a fused tensor that holds all parts of one key head after another; 0: part after part
     interleaved: bool = False  # a fused tensor whose outputs alternate between the parts
     stacked: bool = False  # of all experts, which are the first axis of tensor and leaves
     expert: int | None = None  # whose slice of the leaves this is
@@ -141,10 +141,9 @@ class StoredTensor:
             return [tensor]
         parts = self._parts()
         rows = tensor[..., None, :] if self.kind == "bias" else tensor if self.inputs_first else tensor.swapaxes(-1, -2)
-        if self.by_head:
-            groups, width = parts[-1][1:]
-            edges = np.cumsum([part[1] // groups for part in parts])[:-1]
-            split = np.split(rows.reshape(rows.shape[0], groups, -1, width), edges, axis=2)
+        if self.groups:
+            edges = np.cumsum([math.prod(part[1:]) // self.groups for part in parts])[:-1]
+            split = np.split(rows.reshape(rows.shape[0], self.groups, -1), edges, axis=2)
         elif self.interleaved:
             split = [rows[..., i :: len(parts)] for i in range(len(parts))]
         else:
@@ -187,9 +186,8 @@ class StoredTensor:
         lead = self.shapes[0][:1] if self.stacked else ()
         parts = [leaf.reshape(*lead, *shape) for leaf, shape in zip(leaves, self._parts(), strict=True)]
         tensor: np.ndarray
-        if self.by_head:
-            groups, width = parts[-1].shape[1:]
-            grouped = [part.reshape(part.shape[0], groups, -1, width) for part in parts]
+        if self.groups:
+            grouped = [part.reshape(part.shape[0], self.groups, -1) for part in parts]
             tensor = np.concatenate(grouped, axis=2).reshape(parts[0].shape[0], -1)
         elif self.interleaved:
             tensor = np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)
@@ -239,6 +237,16 @@ def modules(family: Family, config: ModelConfig) -> Iterator[tuple[str, str, tup
                 yield name, name.replace("{i}", str(i)), paths
 
 
+def fused_heads(family: Family, config: ModelConfig, name: str, path: str) -> int:
+    """The number of heads, one after another, whose parts a fused module holds; 0: it holds part after part."""
+    if name not in family.fused_by_head:
+        return 0
+    if ".recurrence." in path:
+        assert isinstance(config.recurrent, GatedDelta)
+        return config.recurrent.key_heads
+    return config.heads if config.attention_gate else config.kv_heads  # queries and their gate, or with keys and values
+
+
 def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, ...]:
     """Every tensor of a model's checkpoint, one after another where experts have one each."""
     tree, specs = abstract_params(config), linears(config) | mixture_linears(config)
@@ -262,7 +270,7 @@ def stored_tensors(family: Family, config: ModelConfig) -> tuple[StoredTensor, .
                 kind=leaf if linear and leaf in ("kernel", "bias") else "plain",
                 inputs=linear.inputs if linear and leaf == "kernel" else 0,
                 inputs_first=name in family.inputs_first,
-                by_head=name in family.fused_by_head,
+                groups=fused_heads(family, config, name, paths[0]),
                 interleaved=name in family.interleaved,
                 stacked=of_experts and "{e}" not in key,
             )

@@ -36,15 +36,18 @@ ARCHITECTURES = {
         "ministral3": "mistral3",
     },
     **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "llama4_text": "llama4"},
+    **{"lfm2": "lfm2", "lfm2_moe": "lfm2moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe"},
 }
 PERMUTED = ("llama", "mistral3", "smollm3", "granite", "arcee", "olmo")
-SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron")
+SHIFTED = ("gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe")
 PARTLY_ROTATED = {
     "glm4": 0.5,
     "stablelm": 0.25,
     "nemotron": 0.5,
     "phi": 0.5,
     "gpt_neox": 0.25,
+    "qwen3_5_text": 0.25,
+    "qwen3_5_moe_text": 0.25,
 }  # unless config.json says
 # Fields that some families call otherwise.
 ALIASES = {
@@ -140,6 +143,8 @@ def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
         "ernie4_5",
         "ministral3",
         "llama4_text",
+        "lfm2",
+        "lfm2_moe",
     )
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5 if short else 1e-6))
     writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
@@ -175,7 +180,69 @@ def _add_settings(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_interleave_moe_layer_step(config.get("interleave_moe_layer_step", 1))
     if family in ("olmo3", "exaone4"):
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if family.startswith("lfm2"):
+        _add_short_convolutions(writer, config)
+    if family.startswith("qwen3_5"):
+        _add_linear_attention(writer, config)
     _add_rope(writer, config)
+
+
+def _add_short_convolutions(writer: gguf.GGUFWriter, config: Config) -> None:
+    """`LFM2Model.set_gguf_parameters` and `LFM2MoeModel.set_gguf_parameters`."""
+    writer.add_rope_freq_base(1e6)
+    writer.add_shortconv_l_cache(config.get("conv_L_cache", 3))
+    layers, attending = range(config["num_hidden_layers"]), config.get("full_attn_idxs")
+    kinds = config.get("layer_types") or ["full_attention" if i in attending else "conv" for i in layers]
+    writer.add_head_count_kv([config["num_key_value_heads"] if kind == "full_attention" else 0 for kind in kinds])
+    if config["model_type"] == "lfm2":
+        multiple = config["block_multiple_of"]
+        writer.add_feed_forward_length(multiple * math.ceil(int(2 * config["intermediate_size"] / 3) / multiple))
+    else:
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def _add_linear_attention(writer: gguf.GGUFWriter, config: Config) -> None:
+    """`Qwen3NextModel.set_gguf_parameters`, and the layer that predicts a further token (`_Qwen35MtpMixin`)."""
+    heads = config["linear_num_value_heads"]
+    writer.add_ssm_conv_kernel(config.get("linear_conv_kernel_dim", 4))
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(config["linear_value_head_dim"] * heads)
+    writer.add_full_attention_interval(config.get("full_attention_interval", 4))
+    writer.add_rope_dimension_sections([1, 0, 0, 0])
+    layers = config["num_hidden_layers"]
+    writer.add_block_count(layers + 1)
+    writer.add_nextn_predict_layers(1)
+    for name in ("nextn.eh_proj", "attn_q", "ffn_up"):
+        add_tensor(writer, f"blk.{layers}.{name}.weight", np.ones((4, 8), np.float32), KINDS.F32)
+
+
+def tile_values(tensor: Array, config: Config, axis: int, first: int) -> Array:
+    """The value heads along an axis, which begin at an entry: those that share a key head lie side by side, and lie
+    then as far apart as there are key heads (`_LinearAttentionVReorderBase`)."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    width = (tensor.shape[axis] - first) // values
+    order = list(range(first))
+    for turn in range(values // keys):
+        for key in range(keys):
+            start = first + (key * (values // keys) + turn) * width
+            order += range(start, start + width)
+    return np.take(tensor, order, axis)
+
+
+def linear_attention(module: str, tensor: Array, config: Config) -> Array:
+    """A tensor of a layer with the gated delta rule."""
+    if module == "norm.weight":
+        return tensor
+    if module == "A_log":
+        tensor = -np.exp(tensor)
+    if module == "conv1d.weight":
+        tensor = tensor.squeeze(1)
+    fused = module in ("in_proj_qkv.weight", "conv1d.weight")
+    first = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] if fused else 0
+    return tile_values(tensor, config, 1 if module == "out_proj.weight" else 0, first)
 
 
 def join_heads(tensor: Array, heads: int, kv_heads: int) -> Array:
@@ -197,6 +264,10 @@ def _convert(name: str, tensor: Array, config: Config, architecture: str) -> Arr
     module = name.split(".")[-2]
     if architecture in PERMUTED and module in of:
         return permute(tensor, of[module])
+    if ".linear_attn." in name:
+        return linear_attention(name.split(".linear_attn.")[1], tensor, config)
+    if ".conv.conv." in name:
+        return tensor.squeeze(1)
     if architecture in SHIFTED and name.endswith("norm.weight"):
         return tensor + 1
     if module == "query_key_value":
@@ -254,7 +325,9 @@ def write(
     _add_settings(writer, config)
     add(writer)
     for name, tensor in _experts(load_file(directory / "model.safetensors"), architecture == "gpt-oss").items():
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        known = name.replace(".dt_bias", ".dt_proj.bias").replace(".expert_bias", ".expert_bias.bias")
+        known = known.removeprefix("model.") if ".feed_forward.experts.w" in name else known
+        own = names.get_name(known, try_suffixes=(".weight", ".bias"))
         if own is None:  # a mask that the first checkpoints hold
             continue
         converted = np.ascontiguousarray(_convert(name, tensor, config, architecture))

@@ -83,6 +83,10 @@ CASES = {
     ("olmoe", "grouped"): None,
     ("gpt_oss", "clamped"): lambda config: {"swiglu_limit": 7.0},
     ("llama4", "chunks"): lambda config: {"attention_chunk_size": 8192, "floor_scale": 8192},
+    ("lfm2", "mixed"): None,
+    ("lfm2_moe", "mixed"): None,
+    ("qwen3_5", "published"): None,
+    ("qwen3_5_moe", "published"): None,
     ("smollm3", "windows"): layers(4, use_sliding_window=False, sliding_window=None, no_rope_layer_interval=4),
     ("granite", "multipliers"): None,
     ("arcee", "squares"): None,
@@ -168,7 +172,16 @@ def test_a_file_is_the_directory_that_it_was_made_from(family, case, tmp_path):
     chex.assert_trees_all_close(actual.params, expected.params, atol=3e-7)  # a norm's scale, plus 1 and minus 1
 
 
-@pytest.mark.parametrize(("family", "case"), [("llama", "llama3"), ("phi3", "long"), ("gemma3_text", "pattern")])
+COMPUTING = [
+    ("llama", "llama3"),
+    ("phi3", "long"),
+    ("gemma3_text", "pattern"),
+    ("lfm2", "mixed"),
+    ("qwen3_5", "published"),
+]
+
+
+@pytest.mark.parametrize(("family", "case"), COMPUTING)
 def test_a_file_computes_what_the_directory_does(family, case, tmp_path):
     stored = write_case(tmp_path / "made", family, case)
     path = writing.write(tmp_path / "model.gguf", tmp_path / "made")

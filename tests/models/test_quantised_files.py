@@ -452,7 +452,7 @@ def test_gpt_oss_computes_with_its_experts(tmp_path):
         StoredTensor("one", ((),), ((96, 3, 5),), "kernel", inputs=1),
         StoredTensor("two axes of inputs", ((),), ((3, 32, 7),), "kernel", inputs=2),
         StoredTensor("fused", ((), ()), ((96, 5), (96, 7)), "kernel", inputs=1),
-        StoredTensor("by head", ((), (), ()), ((96, 4, 2), (96, 2, 2), (96, 2, 2)), "kernel", inputs=1, by_head=True),
+        StoredTensor("by head", ((), (), ()), ((96, 4, 2), (96, 2, 2), (96, 2, 2)), "kernel", inputs=1, groups=2),
         StoredTensor("inputs first", ((),), ((96, 5),), "kernel", inputs=1, inputs_first=True),
         StoredTensor("of experts", ((),), ((2, 96, 5),), "kernel", inputs=1, stacked=True),
         StoredTensor(

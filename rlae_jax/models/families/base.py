@@ -8,7 +8,7 @@ the defaults too, but where torch is installed their import takes seconds and mo
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlae_jax.errors import InputError
@@ -38,8 +38,11 @@ class Family:
     read: Callable[[Any], dict[str, Any]]  # config.json's fields, as attributes -> fields of ModelConfig
     modules: Modules | Callable[[ModelConfig], Modules]
     prefix: str = "model."  # of the base model's tensors; checkpoints of the bare model lack it
+    # Of families whose checkpoints hold a layer's experts in either way: the modules of those that have one tensor for
+    # all experts, [experts, outputs, inputs], in the place of a module for each.
+    stacked: Modules = dataclasses.field(default_factory=dict)
     inputs_first: tuple[str, ...] = ()  # modules whose ".weight" is [inputs, outputs]
-    fused_by_head: tuple[str, ...] = ()  # fused modules that hold q, k, v of one key/value head after another
+    fused_by_head: tuple[str, ...] = ()  # fused modules that hold all parts of one head after another
     interleaved: tuple[str, ...] = ()  # fused modules whose outputs alternate
     unsuffixed: tuple[str, ...] = ()  # modules whose tensors are called as they are, and their biases with "_bias"
     ignored: tuple[str, ...] = ()  # regular expressions of tensors that nothing here needs
@@ -48,6 +51,16 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
     # Of encoders: the architectures with a head for whole texts, and its `TextHead.kind`. Others are plain encoders.
     heads: Heads = dataclasses.field(default_factory=dict)
+
+    def as_stored(self, names: Iterable[str]) -> "Family":
+        """The same, as a checkpoint with these tensors holds its experts."""
+        ends = tuple(module.split("{i}")[1] for module in self.stacked)
+        if callable(self.modules) or not any(name.endswith(ends) for name in names):
+            return self
+        others = {module: ours for module, ours in self.modules.items() if "{e}" not in module}
+        return dataclasses.replace(
+            self, modules=others | dict(self.stacked), unsuffixed=(*self.unsuffixed, *self.stacked)
+        )
 
     def architecture(self, config: ModelConfig) -> str:
         """The class name under which a model is written."""

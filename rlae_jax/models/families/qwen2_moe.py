@@ -12,7 +12,7 @@ EXPERTS = {"model.layers.{i}.mlp.gate": "layers.{i}.ffn.router"} | {
     f"model.layers.{{i}}.mlp.experts.{{e}}.{name}": f"layers.{{i}}.ffn.experts.{ours}"
     for name, ours in _LINEARS.items()
 }
-_SHARED = {"model.layers.{i}.mlp.shared_expert_gate": "layers.{i}.ffn.shared_gate"} | {
+SHARED = {"model.layers.{i}.mlp.shared_expert_gate": "layers.{i}.ffn.shared_gate"} | {
     f"model.layers.{{i}}.mlp.shared_expert.{name}": f"layers.{{i}}.ffn.shared.{ours}" for name, ours in _LINEARS.items()
 }
 DEFAULTS = QWEN2_DEFAULTS | {
@@ -55,5 +55,5 @@ FAMILY = Family(
     architectures=("Qwen2MoeForCausalLM",),
     defaults=DEFAULTS,
     read=read,
-    modules=LLAMA_MODULES | EXPERTS | _SHARED,
+    modules=LLAMA_MODULES | EXPERTS | SHARED,
 )

@@ -20,6 +20,7 @@ WRAPPERS = {
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
     "llava": "llama",
     "llama4": "llama4_text",
 }
