@@ -190,6 +190,38 @@ def test_a_file_computes_what_the_directory_does(family, case, tmp_path):
     np.testing.assert_allclose(actual.logits(ids), expected.logits(ids), atol=on_device(1e-5, 2e-4))
 
 
+@pytest.mark.parametrize(
+    ("family", "case", "key", "value", "said"),
+    [
+        ("lfm2", "mixed", "lfm2.attention.causal", False, "attention.causal = False is not supported"),
+        ("lfm2", "mixed", "lfm2.attention.head_count_kv", [0, 2, 0, 4], "head_count_kv differs from layer to layer"),
+        ("qwen3_5", "published", "qwen35.ssm.group_count", 3, "linear_num_value_heads = 4 is no multiple of"),
+        ("qwen3_5", "published", "qwen35.ssm.state_size", None, "ssm.state_size is missing"),
+        ("qwen3_5", "published", "qwen35.attention.recurrent_layers", [False] * 5, "missing"),
+    ],
+)
+def test_settings_of_layers_with_a_state(family, case, key, value, said, tmp_path, raises_input_error):
+    def spoil(writer):
+        if value is None:
+            del writer.kv_data[0][key]
+        else:
+            {bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}[type(value)](key, value)
+
+    write_case(tmp_path / "made", family, case)
+    writing.write(tmp_path / "model.gguf", tmp_path / "made", add=spoil)
+    assert said in raises_input_error(lambda: rj.load(tmp_path / "model.gguf"), "model.gguf")
+
+
+def test_rates_that_are_no_exponentials(tmp_path, raises_input_error, monkeypatch):
+    write_case(tmp_path / "made", "qwen3_5", "published")
+    as_they_are = writing.linear_attention
+    monkeypatch.setattr(
+        writing, "linear_attention", lambda module, *of: of[0] if module == "A_log" else as_they_are(module, *of)
+    )
+    writing.write(tmp_path / "model.gguf", tmp_path / "made")
+    raises_input_error(lambda: rj.load(tmp_path / "model.gguf"), "A_log is stored as -exp of it")
+
+
 def test_a_saved_file_is_a_directory_that_loads_again(tmp_path):
     write_case(tmp_path / "made", "gemma3_text", "pattern")
     lm = rj.load(writing.write(tmp_path / "model.gguf", tmp_path / "made"))

@@ -20,6 +20,8 @@ CASES = {
     "qwen2_vl": ("qwen2", "window_above", "qwen2_vl_text", "Qwen2VLForConditionalGeneration"),
     "qwen2_5_vl": ("qwen2", "window_everywhere", "qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
     "qwen3_vl": ("qwen3", "wide_heads", "qwen3_vl_text", "Qwen3VLForConditionalGeneration"),
+    "qwen3_5": ("qwen3_5", "published", "qwen3_5_text", "Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": ("qwen3_5_moe", "published", "qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration"),
     "llava": ("llama", "grouped", "llama", "LlavaForConditionalGeneration"),
     "llama4": ("llama4", "chunks", "llama4_text", "Llama4ForConditionalGeneration"),
 }
@@ -29,6 +31,21 @@ NAMES = {
     5: lambda name: name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name,
     "flat": lambda name: name,
 }
+
+
+def stack_experts(tensors):
+    """As published: all experts of a layer in one tensor, gates above ups."""
+    stacked = {name: array for name, array in tensors.items() if ".experts." not in name}
+    for name in tensors:
+        if ".experts.0.gate_proj." in name:
+            layer = name.split(".0.gate_proj.")[0]
+            of = {}
+            for module in ("gate_proj", "up_proj", "down_proj"):
+                number = sum(other.startswith(layer) and module in other for other in tensors)
+                of[module] = np.stack([tensors[f"{layer}.{e}.{module}.weight"] for e in range(number)])
+            stacked[f"{layer}.gate_up_proj"] = np.concatenate([of["gate_proj"], of["up_proj"]], axis=1)
+            stacked[f"{layer}.down_proj"] = of["down_proj"]
+    return stacked
 
 
 def wrap(plain, directory, wrapper, style):
@@ -42,6 +59,7 @@ def wrap(plain, directory, wrapper, style):
     else:
         outer["text_config"] = text | {"model_type": text_type}
     tensors = {NAMES[style](name): array for name, array in load_file(plain / "model.safetensors").items()}
+    tensors = stack_experts(tensors) if style == 5 else tensors
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(outer))
     save_file(tensors | VISION, directory / "model.safetensors")
@@ -106,12 +124,15 @@ VISION_CONFIGS = {
     "qwen2_vl": {"model_type": "qwen2_vl_vision", "depth": 1, "embed_dim": 8, "num_heads": 2},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_vision", "fullatt_block_indexes": [0], **_QWEN_VIT},
     "qwen3_vl": {"model_type": "qwen3_vl_vision", "deepstack_visual_indexes": [0], **_QWEN_VIT},
+    "qwen3_5": {"model_type": "qwen3_5_vision", **_QWEN_VIT},
     "llava": {"model_type": "clip_vision_model", "patch_size": 4, "projection_dim": 8, **_VIT},
     "llama4": {"model_type": "llama4_vision_model", "patch_size": 4, "vision_output_dim": 8, **_VIT},
 }
 
 
-@pytest.mark.parametrize("wrapper", ["gemma3", *(pytest.param(name, marks=pytest.mark.rare) for name in [*CASES][1:])])
+@pytest.mark.parametrize(
+    "wrapper", ["gemma3", *(pytest.param(name, marks=pytest.mark.rare) for name in [*VISION_CONFIGS][1:])]
+)
 def test_logits_equal_transformers_whole_model(torch, tmp_path, wrapper):
     import transformers
 
@@ -126,6 +147,9 @@ def test_logits_equal_transformers_whole_model(torch, tmp_path, wrapper):
     raw["tie_word_embeddings"] = text.setdefault("tie_word_embeddings", False)
     if wrapper.startswith("qwen2"):
         text.pop("head_dim", None)  # which transformers reads in one place and not in the other
+    if wrapper.startswith("qwen3_5"):
+        raw["vision_config"]["out_hidden_size"] = text["hidden_size"]
+        text["rms_norm_eps"] = 0.1  # see the samplers
     if "vl" in wrapper:
         raw["vision_config"] |= {"hidden_size" if wrapper == "qwen2_vl" else "out_hidden_size": text["hidden_size"]}
         # Three positions a token, which are one and the same without images.

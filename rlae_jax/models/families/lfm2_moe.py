@@ -29,10 +29,11 @@ def read(hf: Any) -> dict[str, Any]:
     return lfm2.read(hf) | {"experts": experts if experts.layers else None}
 
 
+DEFAULTS = {name: value for name, value in lfm2.DEFAULTS.items() if not name.startswith("block_")}
 FAMILY = Family(
     model_type="lfm2_moe",
     architectures=("Lfm2MoeForCausalLM",),
-    defaults=lfm2.DEFAULTS
+    defaults=DEFAULTS
     | {"block_auto_adjust_ff_dim": False, "num_dense_layers": 2, "num_experts_per_tok": 4, "num_experts": 32}
     | {"moe_intermediate_size": 1792, "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True},
     read=read,
