@@ -73,7 +73,7 @@ def test_what_is_refused_is_named(read, raises_input_error, family, settings, pa
 @pytest.mark.parametrize(
     ("names", "first"),
     [
-        (("Qwen3NextForCausalLM", "qwen3_next"), "Qwen3ForCausalLM"),
+        (("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe"), "Qwen3MoeForCausalLM"),
         (("Gemma5ForCausalLM", "gemma5_text"), "Gemma4ForCausalLM"),
         (("LLaMAForCausalLM", "LLaMA"), "LlamaForCausalLM"),
         (("Olmo4ForCausalLM", "olmo4"), "Olmo3ForCausalLM"),
