@@ -301,7 +301,6 @@ def test_defaults_are_those_of_transformers(family):
     derived |= {"sliding_window"} if family.model_type.startswith("qwen") else set()
     derived |= {"layer_types", "no_rope_layers", "num_kv_heads", "ffn_hidden_size", "per_layer_config", "head_dim"}
     derived |= {"moe_layers", "global_head_dim", "num_global_key_value_heads"}  # of layers, there
-    derived |= {"full_attention_interval", "full_attn_idxs"}
     older = {"rotary_emb_base", "rotary_pct", "rope_local_base_freq", "rope_scaling"}
     older |= {"sliding_window_pattern", "decoder_start_token_id"}
     rope = {"rope_theta", "partial_rotary_factor", "rope_parameters"}

@@ -34,8 +34,8 @@ FAMILY = Family(
     model_type="lfm2_moe",
     architectures=("Lfm2MoeForCausalLM",),
     defaults=DEFAULTS
-    | {"block_auto_adjust_ff_dim": False, "num_dense_layers": 2, "num_experts_per_tok": 4, "num_experts": 32}
-    | {"moe_intermediate_size": 1792, "use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True},
+    | {"block_auto_adjust_ff_dim": False, "num_dense_layers": 2, "num_experts_per_tok": 4}
+    | {"use_expert_bias": True, "routed_scaling_factor": 1.0, "norm_topk_prob": True},
     read=read,
     modules=MODULES,
     unsuffixed=(f"{_BLOCK}.expert_bias",),

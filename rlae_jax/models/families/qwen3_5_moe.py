@@ -20,9 +20,7 @@ def read(hf: Any) -> dict[str, Any]:
 FAMILY = Family(
     model_type="qwen3_5_moe_text",
     architectures=("Qwen3_5MoeForCausalLM",),
-    defaults=qwen3_5.DEFAULTS
-    | {"num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8}
-    | {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+    defaults=qwen3_5.DEFAULTS | {"num_key_value_heads": 2, "num_experts_per_tok": 8},
     read=read,
     modules=qwen3_5.MODULES | EXPERTS | SHARED,
     stacked={

@@ -28,8 +28,7 @@ FAMILY = Family(
     model_type="qwen3_next",
     architectures=("Qwen3NextForCausalLM",),
     defaults=qwen3_5.DEFAULTS
-    | {"num_key_value_heads": 2, "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512}
-    | {"intermediate_size": 5632, "shared_expert_intermediate_size": 512, "norm_topk_prob": True}
+    | {"num_key_value_heads": 2, "num_experts_per_tok": 10, "norm_topk_prob": True}
     | {"decoder_sparse_step": 1, "mlp_only_layers": None},
     read=read,
     modules=MODULES,
