@@ -195,7 +195,7 @@ def test_a_file_computes_what_the_directory_does(family, case, tmp_path):
     [
         ("lfm2", "mixed", "lfm2.attention.causal", False, "attention.causal = False is not supported"),
         ("lfm2", "mixed", "lfm2.attention.head_count_kv", [0, 2, 0, 4], "head_count_kv differs from layer to layer"),
-        ("qwen3_5", "published", "qwen35.ssm.group_count", 3, "linear_num_value_heads = 4 is no multiple of"),
+        ("qwen3_5", "published", "qwen35.ssm.group_count", 3, "must divide linear_num_value_heads (4)"),
         ("qwen3_5", "published", "qwen35.ssm.state_size", None, "ssm.state_size is missing"),
         ("qwen3_5", "published", "qwen35.attention.recurrent_layers", [False] * 5, "missing"),
     ],

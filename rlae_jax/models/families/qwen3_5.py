@@ -3,7 +3,6 @@ attention, whose output is gated."""
 
 from typing import Any
 
-from rlae_jax.errors import InputError
 from rlae_jax.models.config import GatedDelta
 from rlae_jax.models.families.base import Family, gated_rms, layers_of, one_rope
 from rlae_jax.models.families.llama import MODULES as LLAMA_MODULES
@@ -32,14 +31,11 @@ def linear_attention(hf: Any) -> GatedDelta | None:
     found = layers_of(hf, "linear_attention", kinds)
     if not found:
         return None
-    keys, values = hf.linear_num_key_heads, hf.linear_num_value_heads
-    if keys < 1 or values % keys:
-        raise InputError(f"linear_num_value_heads = {values} is no multiple of linear_num_key_heads = {keys}")
     return GatedDelta(
         layers=found,
         taps=hf.linear_conv_kernel_dim,
-        key_heads=keys,
-        heads=values,
+        key_heads=hf.linear_num_key_heads,
+        heads=hf.linear_num_value_heads,
         key_width=hf.linear_key_head_dim,
         value_width=hf.linear_value_head_dim,
     )
