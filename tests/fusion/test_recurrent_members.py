@@ -134,7 +134,8 @@ class TestDifferentTokenizers:
         options |= {"max_new_tokens": int(steps[b]), "temperature": 1.0}
         return mixed.decode_row(ids, keys(b), weights, **options).text.decode("utf-8", errors="ignore")
 
-    @pytest.mark.parametrize("rows", [1, pytest.param(4, marks=pytest.mark.rare)])
+    @pytest.mark.rare
+    @pytest.mark.parametrize("rows", [1, 4])
     def test_tokens_are_those_without_a_cache(self, members, mixed, rows):
         out = rj.Ensemble(members).generate(TEXTS[:rows], max_new_tokens=N, weights=WEIGHTS, temperature=1.0)
         assert out.texts == [self.expect(mixed, lambda _: WEIGHTS, b, out.steps) for b in range(rows)]
