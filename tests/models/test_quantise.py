@@ -220,6 +220,28 @@ def test_no_converted_copy_of_a_kernel_is_made(kind, group, rows):
     assert hlo.largest_float(module) <= max(quantise._BLOCK["cpu"], rows * f)
 
 
+@pytest.mark.parametrize("kind", quantise.KINDS)
+def test_a_loop_over_steps_holds_one_converted_block_at_a_time(kind):
+    """And not a converted copy of every layer's kernel, made before the loop or before the first product."""
+    d, layers = 512, 8
+    held = jax.eval_shape(
+        lambda kernel: quantise.quantise_kernel(kernel, kind=kind, inputs=1, group=32 if kind == "int4" else 0),
+        jax.ShapeDtypeStruct((d, d), jnp.float32),
+    )
+
+    def steps(x, kernels):
+        def step(_, x):
+            for kernel in kernels:
+                x = jnp.tanh(quantise.product("btd,df->btf", x, kernel, "highest", (d, d)))
+            return x
+
+        return jax.lax.fori_loop(0, 4, step, x)
+
+    program = jax.jit(steps).lower(jax.ShapeDtypeStruct((1, 1, d), jnp.float32), [held] * layers).compile()
+    stored = layers * d * d * (1 if kind == "fp8" else 0.5 if kind == "int4" else 0)  # as bytes, see `_pack`
+    assert program.memory_analysis().temp_size_in_bytes < stored + 2.5 * 4 * d * d
+
+
 def test_every_number_of_fp8():
     bits = np.array([b for b in range(256) if b & 127 != 127], np.uint8)  # but NaN
     np.testing.assert_array_equal(quantise._from_e4m3(bits), bits.view(jnp.float8_e4m3fn).astype(np.float32))
