@@ -15,8 +15,8 @@ class EvaluateModels(ModelOptions):
     """Which models, and how they are fused: by operators that all methods can share."""
 
     models: Models
-    """Hugging Face directories or Hub ids (org/name). With different tokenizers, steps, spans and --max-new-tokens
-    count entries of the union of their vocabularies."""
+    """Hugging Face directories, GGUF files or Hub ids (org/name). With different tokenizers, steps, spans and
+    --max-new-tokens count entries of the union of their vocabularies."""
     fusion: Literal["linear", "loglinear"] = "linear"
     """linear = mean of probabilities, loglinear = weighted mean of log-probabilities."""
     dtype: Dtype = "float32"

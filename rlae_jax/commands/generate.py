@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rlae_jax.fusion.weights import Weights
 
 
+_WRITING = "writing; a program that is new here is compiled first, which takes up to minutes"
+
+
 def generate(
     *,
     model: Annotated[ModelOptions, OmitArgPrefixes],
@@ -43,6 +46,7 @@ def generate(
         stream: print the answer span by span, while it is written; for one prompt and one sample.
         show_weights: print the weights of each span under each answer.
     """
+    from rlae_jax import report
     from rlae_jax.ppo.policies import get_policy
     from rlae_jax.ppo.train import check_members
 
@@ -58,19 +62,23 @@ def generate(
     used: Weights = None if weights is None else list(weights)
     if policy is not None:
         used = get_policy(policy)
-    ensemble = model.load()
+    with report.waiting(f"loading {', '.join(model.models)}"):
+        ensemble = model.load()
     if policy is not None and Path(policy).is_dir():
         check_members(policy, ensemble)
     options = dataclasses.asdict(sampling)
     if stream:
         del options["scores"]
         pieces = ensemble.stream(list(prompt), used, **options)
-        print(prompt[0] if ensemble.continues else "", end="", flush=True)
+        with report.waiting(_WRITING):
+            first = next(pieces, ("",))
+        print((prompt[0] if ensemble.continues else "") + first[0], end="", flush=True)
         for (piece,) in pieces:
             print(piece, end="", flush=True)
         print()
         return
-    generation = ensemble.generate(list(prompt), used, **options)
+    with report.waiting(_WRITING):
+        generation = ensemble.generate(list(prompt), used, **options)
     names = [lm.name for lm in ensemble.members]
     for b, text in enumerate(generation.texts):
         print(f"{prompt[b // sampling.samples]}{text}" if ensemble.continues else text)

@@ -37,7 +37,7 @@ class HeldOptions:
     quantise_head: bool = False
     """the output head and the embedding table, too (int8 with int4)."""
     quantise_group: Literal[32, 64, 128] = 32
-    """inputs that share a scale of int4."""
+    """inputs that share a scale of int4, or the next smaller of these that divides a layer's inputs."""
     kv_dtype: Literal["int8", "fp8"] | None = None
     """keys and values in 8 bits, with a scale per token and head. Default: as --dtype."""
 
@@ -47,7 +47,7 @@ class MemberOptions:
     """Which models."""
 
     models: Models
-    """Hugging Face directories or Hub ids (org/name)."""
+    """Hugging Face directories, GGUF files or Hub ids (org/name)."""
     end_ids: Annotated[tuple[str, ...], arg(metavar="IDS [IDS ...]")] = ()
     """ids that end an answer, a list per model, e.g. 50256 1,2 of two models. Default: the models' own."""
     dtype: Dtype = "float32"

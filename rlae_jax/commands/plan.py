@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from rlae_jax.errors import InputError
 
 if TYPE_CHECKING:
     from rlae_jax.models import ModelConfig
+    from rlae_jax.models.quantise import Kind
     from rlae_jax.planning.devices import Device
 
 
@@ -44,7 +46,7 @@ def plan(
     every byte once, or the products, allow at best. Real programs take longer.
 
     Args:
-        models: Hugging Face directories, Hub ids (weights are not fetched) or config.json files.
+        models: Hugging Face directories, GGUF files, Hub ids (weights are not fetched) or config.json files.
         device: v4, v5e, v5p, v6e, A100-40, A100-80, H100, H200, B200, L4 or RTX4090; or give --memory, --bandwidth and
             --flops.
         mesh: how many groups of devices have rows of their own, and how many devices share every model.
@@ -89,7 +91,9 @@ def plan(
         raise InputError(f"--compile asks the compiler of TPUs; {chosen.name} is none")
     sizes = dict(zip((sharding.DATA, sharding.MODEL), sharding.read_mesh(mesh), strict=True))
     read = [_read(model, dtype) for model in models]
-    members = tuple(hold_cache_in(config, kv_dtype) for _, config in read)
+    for member in read:
+        _check_quantise(*member, quantise)
+    members = tuple(hold_cache_in(config, kv_dtype) for _, config, _ in read)
     vocabs = [config.vocab for config in members]
     config = ALGORITHMS[algo](prompts=batch) if train else None
     workload = Workload(
@@ -101,9 +105,10 @@ def plan(
         union=(sum(vocabs) if len(set(vocabs)) > 1 else 0) if union is None else union,
         adapters=adapters,
         train=config,
+        stored=tuple(stored for _, _, stored in read),
     )
     made = planning.make_plan(
-        [name for name, _ in read],
+        [name for name, _, _ in read],
         workload,
         sizes,
         chosen,
@@ -139,13 +144,32 @@ def _device(name: str | None, memory: float | None, bandwidth: float | None, flo
     return Device(name="device", memory=memory, bandwidth=bandwidth, flops=flops)
 
 
-def _read(model: str, dtype: str) -> "tuple[str, ModelConfig]":
-    """A model's name and configuration, from a directory, a Hub id or a configuration file.
+def _check_quantise(name: str, config: "ModelConfig", stored: "Kind | None", quantise: "Kind | None") -> None:
+    """Raises an `InputError` for what `load` would refuse."""
+    from rlae_jax.models.quantise import GROUPS
+    from rlae_jax.models.transformer import linears
+
+    if quantise is not None and stored is not None:
+        raise InputError(f"{name} is quantised already: plan it without --quantise")
+    if quantise == "int4":
+        inputs = {
+            path: math.prod(spec.shape[: spec.inputs]) for path, spec in linears(config).items() if path != "head"
+        }
+        odd = [f"{path} has {n}" for path, n in inputs.items() if n % GROUPS[0]]
+        if odd:
+            raise InputError(
+                f"{name}: int4 needs inputs that groups of {GROUPS[0]} divide, and {odd[0]}; int8 takes any"
+            )
+
+
+def _read(model: str, dtype: str) -> "tuple[str, ModelConfig, Kind | None]":
+    """A model's name, configuration and the form of its kernels where they are quantised, from a directory, a Hub id or
+    a configuration file.
 
     Raises:
       InputError: what is no readable configuration of a language model.
     """
-    from rlae_jax.models import checkpoint_files, hub
+    from rlae_jax.models import checkpoint_files, hub, quantised_files
 
     path = Path(model).expanduser()
     if path.is_file() and path.suffix != ".gguf":
@@ -161,4 +185,5 @@ def _read(model: str, dtype: str) -> "tuple[str, ModelConfig]":
     config = checkpoint_files.read_config(source, directory, dtype=dtype, precision="highest", tensors=False)
     if not config.has_head:
         raise InputError(f"{directory} is an encoder ({source.family.model_type}); a plan is for language models")
-    return name, config
+    settings = quantised_files.read_settings(directory, source.config) if directory.is_dir() else None
+    return name, config, None if settings is None else quantised_files.kind_held(settings)

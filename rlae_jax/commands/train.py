@@ -15,8 +15,8 @@ class TrainModels(ModelOptions):
     """Which models, and how they are fused: by operators that an agent can learn to steer."""
 
     models: Models
-    """Hugging Face directories or Hub ids (org/name). With different tokenizers, steps, spans and --max-new-tokens
-    count entries of the union of their vocabularies."""
+    """Hugging Face directories, GGUF files or Hub ids (org/name). With different tokenizers, steps, spans and
+    --max-new-tokens count entries of the union of their vocabularies."""
     fusion: Literal["linear", "loglinear", "hidden"] = "linear"
     """linear = mean of probabilities, loglinear = weighted mean of log-probabilities, hidden = sum of last hidden
     states, for --adapters."""

@@ -327,11 +327,11 @@ def _chat_ids(lm: LM, tokenizer: Any, prompt: str) -> list[int]:
     """The ids of a prompt as a user's message."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise InputError(f"{lm.name} has no chat template; use chat=False")
+        raise InputError(f"{lm.name} has no chat template; leave out chat")
     if isinstance(template, dict) and "default" not in template:
         raise InputError(
             f"{lm.name} has chat templates for {', '.join(template)} and none called default; set "
-            "tokenizer.chat_template, or use chat=False"
+            "tokenizer.chat_template, or leave out chat"
         )
     messages = [{"role": "user", "content": prompt}]
     try:
@@ -341,7 +341,7 @@ def _chat_ids(lm: LM, tokenizer: Any, prompt: str) -> list[int]:
     except Exception as error:  # a template is a program, which may raise anything, and may be none
         why = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(
-            f"{lm.name}: its chat template cannot take a user's message ({why}); use chat=False"
+            f"{lm.name}: its chat template cannot take a user's message ({why}); leave out chat"
         ) from error
     return ids
 

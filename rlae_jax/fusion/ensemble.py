@@ -72,6 +72,9 @@ class Ensemble:
             raise InputError("fusion hidden needs members that share a head: adapters of one base (from_adapters)")
         self._set(members=tuple(members), fusion=operator, codec=make_codec(members, end_ids), shared=None)
 
+    def __repr__(self) -> str:
+        return f"Ensemble({', '.join(map(repr, self.members))})"
+
     def _set(self, **fields: Any) -> "Ensemble":
         """Fills in the fields of a new object."""
         for name, value in fields.items():

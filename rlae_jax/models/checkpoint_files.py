@@ -415,7 +415,10 @@ def _check_quantisation(
     odd = [tensor for tensor in odd if quantisation.kind == "int4" and tensor.paths[0] != HEAD]
     if odd:
         findings = [("layers", f"{tensor.key} has {tensor.input_size} inputs") for tensor in odd]
-        raise grouped_error(f"{where}: int4 needs inputs that groups of {', '.join(map(str, GROUPS))} divide", findings)
+        groups = ", ".join(map(str, GROUPS))
+        raise grouped_error(
+            f"{where}: int4 needs inputs that groups of {groups} divide", findings, "int8 and fp8 take any"
+        )
 
 
 def _quantised(part: np.ndarray, tensor: StoredTensor, path: tuple[Any, ...], wanted: Quantisation | None) -> Any:

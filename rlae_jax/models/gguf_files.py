@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from rlae_jax.errors import InputError
+from rlae_jax.files import check_fetched
 
 SUFFIX = ".gguf"
 INSTALL = "pip install 'rlae-jax[gguf]'"
@@ -189,6 +190,7 @@ def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, Extent]]:
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Extent]]:
     path, size = cursor.path, len(cursor.data)
     if size < 4 or cursor.take(4) != b"GGUF":
+        check_fetched(path)
         raise InputError(f"{path}: no GGUF file; it does not begin with the letters GGUF")
     version = cursor.integer("<u4")
     if version & 0xFFFF == 0:

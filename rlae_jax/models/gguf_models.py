@@ -587,7 +587,7 @@ class GgufTensors:
 
     def _is_turned(self, name: str) -> bool:
         """Whether Hugging Face has [inputs, outputs]."""
-        return self._is_in(name, self._family.inputs_first)
+        return not name.endswith(".bias") and self._is_in(name, self._family.inputs_first)
 
     @staticmethod
     def _is_in(name: str, modules: tuple[str, ...]) -> bool:

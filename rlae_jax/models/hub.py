@@ -82,7 +82,7 @@ def resolve(name: str | os.PathLike[str], *, revision: str | None = None, weight
     in_repository = _IN_REPOSITORY.fullmatch(asked)
     if in_repository and _can_be_hub_id(in_repository[1]):
         return _fetch_gguf(in_repository[1], in_repository[2], revision)
-    if not _can_be_hub_id(asked):
+    if asked.endswith(SUFFIX) or not _can_be_hub_id(asked):
         raise InputError(f"{asked or repr(asked)} does not exist{_similar(path)}; {EXPECTED}")
     return _fetch(asked, revision) if weights else _download(asked, revision, SMALL_FILES)
 
@@ -99,10 +99,10 @@ def _can_be_hub_id(name: str) -> bool:
 
 
 def _similar(path: str) -> str:
-    """A few words on a directory beside `path` that has nearly its name, for a typing error; mostly nothing."""
+    """A few words on a model beside `path` that has nearly its name, for a typing error; mostly nothing."""
     parent, base = os.path.split(path.rstrip("/"))
     try:
-        names = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()]
+        names = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir() or entry.name.endswith(SUFFIX)]
     except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(base, names, n=1, cutoff=0.75)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -64,6 +65,11 @@ class LM:
     # Of every array of `params` its first entries, where they were noted when it was read: on a mesh to look at them
     # again would bring whole arrays together.
     starts: bytes | None = dataclasses.field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(transformer.abstract_params(self.config)))
+        held = self.config.dtype if self.quantisation is None else self.quantisation.kind
+        return f"LM({self.name}, {sum(sizes) / 1e6:,.1f}M parameters, {held})"
 
     def apply(
         self,

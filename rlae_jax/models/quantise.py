@@ -55,8 +55,10 @@ class Quantisation(NamedTuple):
         """What a user asks for; None for nothing.
 
         Raises:
-          InputError: no kind of quantisation, or no size of a group.
+          InputError: no kind of quantisation, or no size of a group; the head alone.
         """
+        if quantise is None and head:
+            raise InputError("quantise_head is of quantised models: give quantise, too")
         if quantise is None:
             return None
         if quantise not in KINDS:

@@ -10,21 +10,22 @@ A format is a function from a layer's stored tensors to values, scales and zeros
     weight[o, i] = (values[o, i] - zero[o, g]) * scale[o, g],    g = group_of[i]
 """
 
+import json
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
+from rlae_jax.models.quantise import Kind
 from rlae_jax.models.stored import PACKED, Header, Packed, TensorSource
 
-Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Kind] = {"I8": "int8", "F8_E4M3": "fp8"}  # of values that are stored one by one, by their dtype
 SMALLEST_GROUP = 16  # inputs that share a scale; with fewer, scales would weigh as much as what they scale
 WORD = 32  # bits
@@ -93,6 +94,21 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
             f"{', '.join(METHODS)}"
         )
     return Settings(path, method, fields)
+
+
+def kind_held(settings: Settings) -> Kind:
+    """The form in which most kernels of such a checkpoint are held, as `plan` counts them: floats of four bits are int8
+    here, and integers of fewer than four int4."""
+    fields, method = settings.fields, settings.method
+    if method == "awq":
+        return "int4"
+    if method == "gptq":
+        return "int4" if int(fields.get("bits", 4)) <= 4 else "int8"
+    text = json.dumps(dict(fields)).lower()
+    if method == "compressed-tensors":
+        is_float, bits = '"type": "float"' in text, 4 if '"num_bits": 4' in text else 8
+        return ("int8" if bits == 4 else "fp8") if is_float else ("int4" if bits == 4 else "int8")
+    return "int8" if "fp4" in text else "fp8"
 
 
 def presented(tensors: TensorSource, directory: Path, config: Mapping[str, Any]) -> TensorSource:

@@ -119,6 +119,11 @@ def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, quantise: Quantise
     return found
 
 
+def forms(workload: Workload, quantise: Quantised | None) -> tuple[Quantised | None, ...]:
+    """How each member's kernels are held: as its checkpoint has them, or as is asked."""
+    return tuple(stored or quantise for stored in workload.stored or [None] * len(workload.members))
+
+
 class _Pass(NamedTuple):
     """A forward pass on one device: a member's, or that of all adapters over one base."""
 
@@ -270,7 +275,8 @@ def memory(workload: Workload, mesh: AbstractMesh, quantise: Quantised | None = 
       quantise: how the kernels of linear layers are stored; the rest keeps its dtype.
     """
     passes = _passes(workload, mesh)
-    parameters = sum(sum(_parameter_bytes(config, mesh, quantise).values()) for config in workload.members)
+    held = zip(workload.members, forms(workload, quantise), strict=True)
+    parameters = sum(sum(_parameter_bytes(config, mesh, form).values()) for config, form in held)
     parameters += _adapter_bytes(workload, mesh)
     if workload.union:
         tables = jax.tree.leaves(workload.spec().union)
@@ -356,9 +362,9 @@ def limits(workload: Workload, mesh: AbstractMesh, device: Device, quantise: Qua
         return Limit(max(by_memory, by_products), "memory" if by_memory >= by_products else "products")
 
     reading_bytes = reading_operations = step_bytes = step_operations = 0.0
-    for run in _passes(workload, mesh):
+    for run, form in zip(_passes(workload, mesh), forms(workload, quantise), strict=True):
         config, reader = run.config, run.config.encoder or run.config
-        stored, plain = (_parameter_bytes(config, mesh, q) for q in (quantise, None))
+        stored, plain = (_parameter_bytes(config, mesh, q) for q in (form, None))
         factor = 2 * (_FLOAT32_PRODUCTS if config.dtype == "float32" else 1)
         in_layers = "encoder.layers" if config.encoder else "layers"
         of_reading = {path for path in plain if path.startswith(in_layers)}

@@ -187,7 +187,7 @@ def _what_fits(plan: Plan) -> Iterator[str]:
         if size > mesh[sharding.MODEL] and whole and (n := needs(workload, wider, plan.quantise)) <= room:
             yield said(f"--mesh {sharding.DATA}={mesh[sharding.DATA]},{sharding.MODEL}={size}", n)
             break
-    quantised: tuple[Quantised, ...] = () if plan.quantise else ("int8", "int4")
+    quantised: tuple[Quantised, ...] = () if any(formula.forms(workload, plan.quantise)) else ("int8", "int4")
     for kind in quantised:
         if (n := needs(workload, mesh, kind)) <= room:
             yield said(f"--quantise {kind}", n)
@@ -264,8 +264,8 @@ def tables(plan: Plan) -> list[rich.console.RenderableType]:
     for column in ("held", "temporary", "together"):
         held.add_column(column, justify="right", no_wrap=True)
     base = plan.memory.parameters + plan.memory.agent
-    stored = "" if plan.quantise is None else f", {plan.quantise}"
-    held.add_row(f"parameters{stored}", _gib(plan.memory.parameters), "", "")
+    forms = [form for form in dict.fromkeys(formula.forms(workload, plan.quantise)) if form]
+    held.add_row(", ".join(["parameters", *forms]), _gib(plan.memory.parameters), "", "")
     if workload.train is not None:
         held.add_row("agent and optimiser", _gib(plan.memory.agent), "", "")
     held.add_section()

@@ -22,6 +22,7 @@ from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.sampling import Sampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec, Spelling, UnionTables
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
+from rlae_jax.models.quantise import Kind
 from rlae_jax.ppo import iteration as ppo
 
 REFERENCE = 16  # tokens of a reference answer: they are as good as nothing beside the rest
@@ -43,6 +44,7 @@ class Workload:
       union: entries of the members' common vocabulary where their tokenizers differ; 0 where there is one tokenizer.
       adapters: so many adapters of the base are the members, on one shared pass.
       train: settings of the weight agent, if one is trained.
+      stored: of each member how its checkpoint holds its kernels, where that is quantised; () for none.
     """
 
     members: tuple[ModelConfig, ...]
@@ -54,6 +56,7 @@ class Workload:
     adapters: int = 0
     lora: LoraConfig = _LORA
     train: PPOConfig | None = None
+    stored: tuple[Kind | None, ...] = ()
 
     @property
     def count(self) -> int:

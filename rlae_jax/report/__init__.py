@@ -17,6 +17,7 @@ from rlae_jax.report.pictures import weights_by_skill as weights_by_skill
 from rlae_jax.report.progress_bar import Update as Update
 from rlae_jax.report.progress_bar import progress as progress
 from rlae_jax.report.progress_bar import training_progress as training_progress
+from rlae_jax.report.progress_bar import waiting as waiting
 from rlae_jax.report.tables import adapters_table as adapters_table
 from rlae_jax.report.tables import differences_table as differences_table
 from rlae_jax.report.tables import markdown_table as markdown_table

@@ -5,6 +5,7 @@ the time left.
 """
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,16 @@ def progress(
     cancel = start_timer(_SECONDS_OF_SILENCE, lines.compiling)
     try:
         yield lines.update
+    finally:
+        cancel()
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, start_timer: Timer = _start_timer) -> Iterator[None]:
+    """Says on standard error what a command is at, where that takes longer than a few seconds."""
+    cancel = start_timer(_SECONDS_OF_SILENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    try:
+        yield
     finally:
         cancel()
 

@@ -129,7 +129,7 @@ def test_a_member_without_a_template_is_told_in_any_order(with_template, raises_
         raises_input_error(lambda order=order: rj.Ensemble(order).generate(["a"], chat=True), "member-1")
         for order in (members, members[::-1], [members[1], members[0]])
     }
-    assert said == {"member-1 has no chat template; use chat=False"}
+    assert said == {"member-1 has no chat template; leave out chat"}
     assert rj.Ensemble(members).encode(["a"]) == [[0]]
 
 
@@ -147,7 +147,9 @@ def test_a_member_without_a_template_is_told_in_any_order(with_template, raises_
 def test_templates_that_cannot_be_used(with_template, raises_input_error, template, parts):
     for members in ([with_template(3, template)], [with_template(0, ASKS), with_template(3, template)]):
         ensemble = rj.Ensemble(members)
-        message = raises_input_error(lambda e=ensemble: e.generate(["a"], chat=True), "member-3", *parts, "chat=False")
+        message = raises_input_error(
+            lambda e=ensemble: e.generate(["a"], chat=True), "member-3", *parts, "leave out chat"
+        )
         assert "\n" not in message
 
 

@@ -121,6 +121,34 @@ def test_states_are_counted(model: Callable[..., str], run: Callable[..., Any]) 
     assert [plan["bytes"]["cache"] for plan in (short, long)] == [4 * (state + per_token * n) for n in (64, 1024)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "int4"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "mxfp4"}, "int8"),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}}}, "int8"),
+    ],
+)
+def test_a_quantised_checkpoint_is_planned_as_it_is_held(
+    model: Callable[..., str], run: Callable[..., Any], fails: Callable[..., str], settings: Any, form: str
+) -> None:
+    plain, quantised = model(), model("quantised", quantization_config=settings)
+    assert (
+        run("--models", quantised, "--device", "L4")["bytes"]
+        == (run("--models", plain, "--device", "L4", "--quantise", form)["bytes"])
+    )
+    told = fails("--models", plain, quantised, "--device", "L4", "--quantise", "int8")
+    assert "quantised is quantised already" in told
+
+
+def test_int4_needs_groups(model: Callable[..., str], fails: Callable[..., str]) -> None:
+    told = fails("--models", model(intermediate_size=8200), "--device", "L4", "--quantise", "int4")
+    assert "layers.0.ffn.down has 8200" in told
+    assert "int8 takes any" in told
+
+
 def test_own_figures_of_a_device(model: Callable[..., str], run: Callable[..., Any]) -> None:
     figures = ("--memory", "10", "--bandwidth", "100", "--flops", "20")
     made = run("--models", model(), *figures)
