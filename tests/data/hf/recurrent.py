@@ -131,7 +131,11 @@ FAMILIES = {
     "qwen3_5_moe": Family(
         "decoder",
         "qwen3_5_moe_text",
-        {"published": case("Qwen3_5MoeForCausalLM", TINY | _DELTA | _SHARED, hub=True, num_hidden_layers=4)},
+        {
+            "published": case(
+                "Qwen3_5MoeForCausalLM", TINY | _DELTA | _SHARED, hub=True, num_hidden_layers=4, rms_norm_eps=0.1
+            )
+        },
         sample_qwen3_5_moe,
     ),
     "qwen3_next": Family(
