@@ -2,6 +2,7 @@
 that transformers 4 and 5 write, and the logits of transformers' whole model for texts without images."""
 
 import json
+import re
 
 import chex
 import numpy as np
@@ -35,7 +36,7 @@ NAMES = {
 
 def stack_experts(tensors):
     """As published: all experts of a layer in one tensor, gates above ups."""
-    stacked = {name: array for name, array in tensors.items() if ".experts." not in name}
+    stacked = {name: array for name, array in tensors.items() if not re.search(r"\.experts\.\d", name)}
     for name in tensors:
         if ".experts.0.gate_proj." in name:
             layer = name.split(".0.gate_proj.")[0]
