@@ -63,8 +63,13 @@ def progress(
 
 @contextlib.contextmanager
 def waiting(what: str, *, start_timer: Timer = _start_timer) -> Iterator[None]:
-    """Says on standard error what a command is at, where that takes longer than a few seconds."""
-    cancel = start_timer(_SECONDS_OF_SILENCE, lambda: print(f"{what} ...", file=sys.stderr, flush=True))
+    """Says to people at a terminal, on standard error, what a command is at where that takes more than a few seconds."""
+
+    def tell() -> None:
+        if sys.stderr.isatty():
+            print(f"{what} ...", file=sys.stderr, flush=True)
+
+    cancel = start_timer(_SECONDS_OF_SILENCE, tell)
     try:
         yield
     finally:
