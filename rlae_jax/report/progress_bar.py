@@ -63,7 +63,7 @@ def progress(
 
 @contextlib.contextmanager
 def waiting(what: str, *, start_timer: Timer = _start_timer) -> Iterator[None]:
-    """Says to people at a terminal, on standard error, what a command is at where that takes more than a few seconds."""
+    """Says at a terminal, on standard error, what a command is at where that takes more than a few seconds."""
 
     def tell() -> None:
         if sys.stderr.isatty():
