@@ -146,20 +146,19 @@ def _device(name: str | None, memory: float | None, bandwidth: float | None, flo
 
 def _check_quantise(name: str, config: "ModelConfig", stored: "Kind | None", quantise: "Kind | None") -> None:
     """Raises an `InputError` for what `load` would refuse."""
-    from rlae_jax.models.quantise import GROUPS
-    from rlae_jax.models.transformer import linears
+    from rlae_jax.models.quantise import GROUPS, Quantisation
+    from rlae_jax.models.transformer import linears, mixture_linears
 
-    if quantise is not None and stored is not None:
+    wanted = Quantisation.of(quantise)
+    if wanted is None:
+        return
+    if stored is not None:
         raise InputError(f"{name} is quantised already: plan it without --quantise")
-    if quantise == "int4":
-        inputs = {
-            path: math.prod(spec.shape[: spec.inputs]) for path, spec in linears(config).items() if path != "head"
-        }
-        odd = [f"{path} has {n}" for path, n in inputs.items() if n % GROUPS[0]]
-        if odd:
-            raise InputError(
-                f"{name}: int4 needs inputs that groups of {GROUPS[0]} divide, and {odd[0]}; int8 takes any"
-            )
+    specs = (linears(config) | mixture_linears(config)).items()
+    inputs = {path: math.prod(spec.shape[: spec.inputs]) for path, spec in specs if path != "head"}
+    odd = [f"{path} has {n}" for path, n in inputs.items() if wanted.group_of(n) is None]
+    if odd:
+        raise InputError(f"{name}: int4 needs inputs that groups of {GROUPS[0]} divide, and {odd[0]}; int8 takes any")
 
 
 def _read(model: str, dtype: str) -> "tuple[str, ModelConfig, Kind | None]":

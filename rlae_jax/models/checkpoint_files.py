@@ -411,8 +411,8 @@ def _check_quantisation(
         raise InputError(
             f"{where}: {packed[0]} and {len(packed) - 1} more are quantised already: load it without quantise"
         )
-    odd = [tensor for tensor in matched.values() if tensor.kind == "kernel" and tensor.input_size % GROUPS[0]]
-    odd = [tensor for tensor in odd if quantisation.kind == "int4" and tensor.paths[0] != HEAD]
+    kernels = [tensor for tensor in matched.values() if tensor.kind == "kernel" and tensor.paths[0] != HEAD]
+    odd = [tensor for tensor in kernels if quantisation.group_of(tensor.input_size) is None]
     if odd:
         findings = [("layers", f"{tensor.key} has {tensor.input_size} inputs") for tensor in odd]
         groups = ", ".join(map(str, GROUPS))

@@ -402,17 +402,16 @@ def _in_blocks(
     x_rip = x_ri[..., None] if over_a else x_ri.reshape(r, c // pairs, pairs)
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
 
-    # Compilers for CPUs convert weights that do not depend on the activations before there are any, those of all layers
-    # at once, and before a loop over steps once for all of them: a copy of every kernel. A zero that compilers do not
-    # see through makes them depend.
-    zero = jnp.isnan(x_ri[0, 0]) & jnp.isinf(x_ri[0, 0])
-
     def block(start: Any, count: int, out_prc: Array) -> Array:
         def own(array: Array) -> Array:
             return array if array.shape[0] == 1 else lax.dynamic_slice_in_dim(array, start, count, axis=0)
 
         part = jax.tree.map(own, held)
         if packed:
+            # Compilers for CPUs convert weights that do not depend on the activations before there are any, those of
+            # all layers at once, and before a loop over steps once for all of them: a copy of every kernel. A zero that
+            # compilers do not see through makes them depend.
+            zero = jnp.isnan(x_ri[0, 0]) & jnp.isinf(x_ri[0, 0])
             part = dataclasses.replace(part, values=part.values ^ zero.astype(part.values.dtype))
         parts = [w.reshape(count * rows, -1).astype(x_ri.dtype) for w in _unpacked(part)]
         if over_a:

@@ -10,7 +10,6 @@ A format is a function from a layer's stored tensors to values, scales and zeros
     weight[o, i] = (values[o, i] - zero[o, g]) * scale[o, g],    g = group_of[i]
 """
 
-import json
 import math
 import re
 import warnings
@@ -100,15 +99,20 @@ def kind_held(settings: Settings) -> Kind:
     """The form in which most kernels of such a checkpoint are held, as `plan` counts them: floats of four bits are int8
     here, and integers of fewer than four int4."""
     fields, method = settings.fields, settings.method
-    if method == "awq":
-        return "int4"
-    if method == "gptq":
-        return "int4" if int(fields.get("bits", 4)) <= 4 else "int8"
-    text = json.dumps(dict(fields)).lower()
-    if method == "compressed-tensors":
-        is_float, bits = '"type": "float"' in text, 4 if '"num_bits": 4' in text else 8
-        return ("int8" if bits == 4 else "fp8") if is_float else ("int4" if bits == 4 else "int8")
-    return "int8" if "fp4" in text else "fp8"
+    groups = fields.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    of_file = fields.get("quantization")  # in hf_quant_config.json
+    algorithm = (of_file if isinstance(of_file, Mapping) else fields).get("quant_algo")
+    if method in ("gptq", "awq"):
+        is_float, bits = False, fields.get("bits", 4)
+    elif isinstance(weights, Mapping):
+        is_float, bits = weights.get("type") == "float", weights.get("num_bits")
+    else:
+        is_float, bits = True, 4 if "fp4" in f"{method} {algorithm}".lower() else 8
+    if isinstance(bits, int) and bits <= 4:
+        return "int8" if is_float else "int4"
+    return "fp8" if is_float else "int8"
 
 
 def presented(tensors: TensorSource, directory: Path, config: Mapping[str, Any]) -> TensorSource:

@@ -45,9 +45,12 @@ class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, layer: int):
         self.config = config
         # Any: only models that decode have a `step`, and disentangled attention is for encoders.
-        mixes = DisentangledAttention(config, rngs) if config.disentangled else Attention(config, rngs, layer)
-        self.recurrence = make_recurrence(config, rngs) if layer in config.recurrent_layers else None
-        self.attention: Any = mixes if self.recurrence is None else None
+        attention: Any = None
+        recurrent = layer in config.recurrent_layers
+        if not recurrent:
+            attention = DisentangledAttention(config, rngs) if config.disentangled else Attention(config, rngs, layer)
+        self.attention = attention
+        self.recurrence = make_recurrence(config, rngs) if recurrent else None
         self.cross = None if config.encoder is None else Attention(config, rngs, layer, cross=config.encoder.width)
         sparse = config.experts is not None and layer in config.experts.layers
         self.ffn = MixtureOfExperts(config, rngs) if sparse else FeedForward(config, rngs)
