@@ -25,6 +25,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.models import LM, ModelConfig
 from rlae_jax.models.transformer import abstract_params
 from tests.data import hf
+from tests.helpers.chromium import NO_CHROMIUM
 
 # Tests run on the CPU, also where there is something faster; `make test-device` leaves the choice to JAX.
 if os.environ.get("RLAE_JAX_TEST_PLATFORM") != "device":
@@ -92,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     counts: collections.Counter[str] = collections.Counter()
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        counts.update(known for known in (NO_SHARED, NO_TORCH) if known in reason)
+        counts.update(known for known in (NO_SHARED, NO_TORCH, NO_CHROMIUM) if known in reason)
     for reason, n in counts.items():
         terminalreporter.write_line(f"{n} tests skipped: {reason}")
 

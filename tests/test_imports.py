@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspect_members": LOW | {"models", "fusion"},
     "ppo": LOW | {"config", "models", "fusion", "tasks"},
     "evaluation": LOW | {"config", "models", "fusion", "tasks", "ppo"},
+    "serving": LOW | {"config", "models", "fusion", "ppo"},
     "planning": LOW | {"config", "models", "fusion", "ppo"},
     "ablate": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation"},
     "emorl": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation"},

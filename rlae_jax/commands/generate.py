@@ -29,6 +29,7 @@ def generate(
     sampling: Annotated[SamplingOptions, OmitArgPrefixes],
     stream: bool = False,
     show_weights: bool = False,
+    html: Annotated[Path | None, arg(metavar="FILE.html")] = None,
 ) -> None:
     """Let several language models write one answer together.
 
@@ -45,20 +46,27 @@ def generate(
         sampling: how answers are written.
         stream: print the answer span by span, while it is written; for one prompt and one sample.
         show_weights: print the weights of each span under each answer.
+        html: also draw the answers into a file for browsers: each token coloured by the member that favoured it, the
+            weights by span underneath.
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.ppo.policies import get_policy
     from rlae_jax.ppo.train import check_members
+    from rlae_jax.serving.html import generation_html
 
     if not prompt:
         raise InputError("no prompts: give at least one with --prompt")
     if stream and (len(prompt) > 1 or sampling.samples > 1):
         raise InputError(f"--stream needs one prompt and one sample, not {len(prompt)} and {sampling.samples}")
-    if stream and (show_weights or sampling.scores):
-        raise InputError("--stream prints text only; leave out --show-weights and --scores, or --stream")
+    if stream and (show_weights or sampling.scores or html):
+        raise InputError("--stream prints text only; leave out --show-weights, --scores and --html, or --stream")
     sampling.check()
     if weights is not None and policy is not None:
         raise InputError("give either --weights or --policy")
+    if html is not None:
+        if html.is_dir():
+            raise InputError(f"{html} is a directory; --html needs the name of a file")
+        files.require_writable_parent(html.absolute().parent)
     used: Weights = None if weights is None else list(weights)
     if policy is not None:
         used = get_policy(policy)
@@ -78,7 +86,7 @@ def generate(
         print()
         return
     with report.waiting(_WRITING):
-        generation = ensemble.generate(list(prompt), used, **options)
+        generation = ensemble.generate(list(prompt), used, **options | {"scores": sampling.scores or html is not None})
     names = [lm.name for lm in ensemble.members]
     for b, text in enumerate(generation.texts):
         print(f"{prompt[b // sampling.samples]}{text}" if ensemble.continues else text)
@@ -89,6 +97,8 @@ def generate(
             for p, row in enumerate(generation.weights[b]):
                 if row[0] == row[0]:
                     print(f"    span {p + 1}: " + " ".join(f"{weight:.3f}" for weight in row))
+    if html is not None:
+        files.write_text(html, generation_html(ensemble, generation, prompt, chat=sampling.chat))
     _hint_where_a_member_was_full(ensemble, generation, list(prompt), sampling)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.codec import Codec
@@ -31,6 +31,8 @@ class Generation:
     weights: Float[np.ndarray, "B P K"]  # used in each span; NaN after a row's end
     finish_reasons: list[str]  # "stop" | "length"
     steps: list[int]  # fused steps, the one that chose the end token included
+    chosen: list[list[int]]  # what each step chose, ids or entries of the union, end token excluded
+    spans: Int[np.ndarray, "B T"]  # the span that each step was in; -1 after a row's end
     # With `scores=True`, the chosen tokens' log-probabilities under the fused distribution and under each member (of a
     # token that a member lacks, through the first token of its spelling, -inf if there is none); NaN after a row's end.
     scores: Float[np.ndarray, "B T"] | None = None
@@ -84,9 +86,21 @@ def read_answers(codec: Codec, job: Job, answers: Answers, *, settled: bool = Fa
         weights=np.where(answers.span_mask()[..., None], answers.trajectory.weights, np.nan),
         finish_reasons=reasons,
         steps=answers.steps.tolist(),
+        chosen=chosen,
+        spans=_spans(job, answers),
         scores=scores,
         member_scores=member_scores,
     )
+
+
+def _spans(job: Job, answers: Answers) -> Int[np.ndarray, "B T"]:
+    """The span that each step was in; -1 after a row's end."""
+    steps = np.arange(job.spec.max_new_tokens)
+    spans = np.broadcast_to(steps // job.spec.span_length, (len(answers.steps), len(steps)))
+    if answers.trajectory.length is not None:  # rows whose policy chose how long they are
+        ends = np.where(answers.span_mask(), answers.trajectory.length, 0).cumsum(axis=1)
+        spans = np.stack([np.searchsorted(row, steps, side="right") for row in ends])
+    return np.where(steps < answers.steps[:, None], spans, -1)
 
 
 def _fewest_tokens(codec: Codec, prompt: Row, tokens: list[int], text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import rlae_jax as rj
@@ -245,6 +247,31 @@ class TestMixed:
         assert out == f"ab a{found.texts[0]}\n"
         assert call(*arguments, "--weights", 1, 2, "--stream") == (status, out, errors)
 
+    def test_answers_drawn_into_a_file(self, call, mixed, arguments, tmp_path):
+        """What the drawing is made of, token by token."""
+        path = tmp_path / "new" / "out.html"
+        status, out, errors = call(*arguments, "--weights", 1, 2, "--html", path)
+        assert (status, errors) == (0, "")
+        ensemble = rj.Ensemble([rj.load(model) for model in mixed])
+        found = ensemble.generate(["ab a"], [1, 2], max_new_tokens=6, scores=True)
+        assert out == f"ab a{found.texts[0]}\n"
+        [data] = re.findall(r'<script type="application/json" id="data">(.*)</script>', path.read_text())
+        drawn = json.loads(data)
+        assert drawn["members"] == ["one", "two"]
+        [answer] = drawn["answers"]
+        tokens = answer["tokens"]
+        assert answer["prompt"] == "ab a"
+        assert "".join(token["text"] for token in tokens) == found.texts[0]
+        n = len(tokens)
+        assert n == found.steps[0] - (found.finish_reasons[0] == "stop") > 3
+        np.testing.assert_allclose([token["logprob"] for token in tokens], found.scores[0, :n], atol=1e-5)
+        by_member = np.array([token["member_logprobs"] for token in tokens], float)  # null is NaN
+        expected = np.where(np.isfinite(found.member_scores[0, :n]), found.member_scores[0, :n], np.nan)
+        np.testing.assert_allclose(by_member, expected, atol=1e-5)
+        assert [token["span"] for token in tokens] == [t // 4 for t in range(n)]
+        for span, weights in zip(answer["spans"], found.weights[0], strict=False):
+            np.testing.assert_allclose(span["weights"], weights, atol=1e-5)
+
     def test_end_ids_are_lists_per_member(self, call, mixed, arguments):
         ensemble = rj.Ensemble([rj.load(model) for model in mixed])
         first = ensemble.generate(["ab a"], [1, 0], max_new_tokens=6, ignore_eos=True).tokens[0][0]
@@ -411,6 +438,8 @@ class TestBadInput:
             (["--member-tokens", "0"], ("member_tokens",)),
             (["--stream", "--samples", "2"], ("one prompt and one sample", "1 and 2")),
             (["--stream", "--scores"], ("--stream prints text only",)),
+            (["--stream", "--html", "out.html"], ("--stream prints text only", "--html")),
+            (["--html", "."], (". is a directory",)),
             (["--policy", "nowhere", "--weights", "1", "1"], ("either --weights or --policy",)),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -12,8 +12,10 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax.fusion import programs
+from rlae_jax.fusion.generation import read_answers
 from rlae_jax.fusion.prompts import pad_rows
-from rlae_jax.fusion.state import answers_of
+from rlae_jax.fusion.sampling import SamplingOptions
+from rlae_jax.fusion.state import Answers, Span, answers_of
 from rlae_jax.models import transformer
 from tests.helpers import reference
 from tests.helpers.adapters import EVERY_LAYER, random_adapter
@@ -111,7 +113,35 @@ class TestScoresAndLimits:
             spans = -(-n // 2)
             np.testing.assert_allclose(out.weights[b, :spans], np.tile(weights[b], (spans, 1)), rtol=1e-6)
             assert np.isnan(out.weights[b, spans:]).all()
+            assert out.spans[b].tolist() == [t // 2 if t < n else -1 for t in range(N)]
+            assert out.chosen[b] == out.tokens[b]
         assert {len(row.tokens) == limit for row, limit in zip(rows, limits, strict=True)} >= {True}
+
+    def test_spans_of_lengths_that_a_policy_chose(self, counter):
+        """Against a loop over steps: a span ends when its length is over."""
+        rng = np.random.default_rng(7)
+        lengths, steps = rng.integers(1, 5, (6, N)), rng.integers(0, N + 1, 6)
+        expected = np.full((6, N), -1)
+        taken = np.zeros(6, int)
+        for b in range(6):
+            left = 0
+            for t in range(steps[b]):
+                if left == 0:
+                    left, taken[b] = lengths[b, taken[b]], taken[b] + 1
+                expected[b, t] = taken[b] - 1
+                left -= 1
+        zeros = np.zeros((6, N), np.float32)
+        answers = Answers(
+            done=steps >= N,
+            ended=np.zeros(6, bool),
+            steps=steps,
+            tokens=zeros.astype(np.int32),
+            decisions=taken,
+            trajectory=Span(None, zeros[..., None], zeros[..., None], zeros, zeros, lengths),
+            scores=None,
+        )
+        job = counter._job(["a"] * 6, None, SamplingOptions(max_new_tokens=N), seed=0)
+        np.testing.assert_array_equal(read_answers(counter.codec, job, answers).spans, expected)
 
     def test_limits_are_data_and_only_cut(self, pair, weights):
         count = programs.decode_batch._cache_size
