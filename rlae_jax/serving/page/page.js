@@ -46,13 +46,9 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    let part;
-    try {
-      part = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Told("The connection broke in the middle of the answer.");
-    }
+    const part = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Told("The connection broke in the middle of the answer.");
+    });
     if (part.done) throw new Told("The server ended the connection before the answer was finished.");
     rest += part.value;
     const blocks = rest.split(/\r?\n\r?\n/);
