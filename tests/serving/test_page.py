@@ -68,7 +68,7 @@ def favoured(token):
 
 def ask(tab, prompt, *, alone=False):
     if not alone:
-        tab.get_by_label("own answers").uncheck()
+        tab.get_by_role("checkbox", name="own answers").uncheck()
     tab.get_by_label("Prompt", exact=True).fill(prompt)
     tab.get_by_label("Prompt", exact=True).press("Control+Enter")
     return tab.locator("article").first

@@ -49,7 +49,7 @@ export function favourite(memberLogprobs) {
   return lead < LEAST_LEAD ? { member: null, lead } : { member, lead };
 }
 
-const number = (value, digits) => value.toFixed(digits).replace("-", "−");
+const number = (value, digits) => value.toFixed(digits).replace(/^-(?=.*[1-9])/, "−").replace("-", "");
 
 const logProbability = (logprob) => (logprob === null || logprob === undefined ? "−∞" : number(logprob, 2));
 

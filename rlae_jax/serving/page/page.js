@@ -82,10 +82,8 @@ async function write(request, view, signal, told) {
   }
   const end = performance.now();
   const count = view.tokens.length;
-  const parts = [count === 1 ? "1 token" : `${count} tokens`];
-  if (count > 1 && end > first) {
-    parts.push(`first after ${seconds(first - start)}`, `${Math.round((1000 * (count - 1)) / (end - first))} tokens/s`);
-  }
+  const parts = [`${count === 1 ? "1 token" : `${count} tokens`} in ${seconds(end - start)}`];
+  if (first !== null) parts.push(`the first after ${seconds(first - start)}`);
   if (reason === "length") parts.push("length limit reached");
   return parts.join(" · ");
 }
@@ -136,7 +134,7 @@ function setUp() {
     return element("label", {}, input, element("span", {}, name, " ", element("small", {}, more)));
   };
   find("choices").replaceChildren(
-    ...policies.map((model, i) => choice(`model ${model.id}`, model.id, "agent", i === 0)),
+    ...policies.map((model, i) => choice(`model ${model.id}`, model.id, "policy", i === 0)),
     choice(`model ${whole.id}`, "Server’s default", whole.id, policies.length === 0),
     choice("fixed", "Fixed", "by the sliders", false),
   );
