@@ -81,7 +81,7 @@ export class Answer {
     this.sums = members.map(() => 0);
     this.marked = [];
     this.card = element("div", { class: "card", role: "tooltip", id: `card-${(made += 1)}`, hidden: true });
-    this.text = element("p", { class: "text", "aria-label": "Answer, token by token" });
+    this.text = element("div", { class: "text", role: "group", "aria-label": "Answer, token by token" });
     this.strip = element("div", { class: "strip", role: "group", "aria-label": "Weights by span" });
     this.legend = element("ul", { class: "legend", "aria-label": "Members" });
     this.rows = members.map((name, k) => {
