@@ -7,6 +7,7 @@ from rlae_jax.errors import InputError as InputError
 from rlae_jax.fusion.decode import decode as decode
 from rlae_jax.fusion.ensemble import Ensemble as Ensemble
 from rlae_jax.fusion.generation import Generation as Generation
+from rlae_jax.fusion.sampling import SamplingOptions as SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec as DecodeSpec
 from rlae_jax.fusion.state import DecodeState as DecodeState
 from rlae_jax.models import LM as LM
@@ -22,5 +23,7 @@ from rlae_jax.models import save_adapter as save_adapter
 from rlae_jax.ppo.train import load_policy as load_policy
 from rlae_jax.ppo.train import train as train
 from rlae_jax.ppo.train import train_seeds as train_seeds
+from rlae_jax.serving.engine import Engine as Engine
+from rlae_jax.serving.engine import Request as Request
 from rlae_jax.sharding import make_mesh as make_mesh
 from rlae_jax.version import __version__ as __version__

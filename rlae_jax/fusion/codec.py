@@ -19,6 +19,9 @@ from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.spec import Spelling, UnionTables
 from rlae_jax.models import LM
 
+# A text, or a chat's messages: {"role": ..., "content": ...}.
+Prompt = str | Sequence[Mapping[str, Any]]
+
 
 @runtime_checkable
 class Codec(Protocol):
@@ -56,8 +59,8 @@ class Codec(Protocol):
         """Whether each member reads prompts in ids of its own."""
         ...
 
-    def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
-        """Each prompt's ids."""
+    def encode(self, prompts: Sequence[Prompt], chat: bool) -> list[Row]:
+        """Each prompt's ids; with `chat` each may be a chat's messages."""
         ...
 
     @property
@@ -129,7 +132,7 @@ class TokenCodec:
         templates = list(map(_template, self.members))
         return any(template != templates[0] for template in templates)
 
-    def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
+    def encode(self, prompts: Sequence[Prompt], chat: bool) -> list[Row]:
         if self.own_prompts(chat):
             return list(zip(*(_encode(lm, prompts, chat) for lm in self.members), strict=True))
         return list(_encode(self.members[0], prompts, chat))
@@ -201,7 +204,7 @@ class UnionCodec:
         del chat
         return True
 
-    def encode(self, prompts: Sequence[str], chat: bool) -> list[Row]:
+    def encode(self, prompts: Sequence[Prompt], chat: bool) -> list[Row]:
         return list(zip(*(_encode(lm, prompts, chat) for lm in self.members), strict=True))
 
     @functools.cached_property
@@ -306,7 +309,7 @@ def _of_members(row: Row, members: int) -> tuple[Sequence[int], ...]:
     return (row,) * members if isinstance(row[0], int | np.integer) else row
 
 
-def _encode(lm: LM, prompts: Sequence[str], chat: bool) -> list[list[int]]:
+def _encode(lm: LM, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
     """One member's ids of prompts; see `Ensemble.encode`."""
     tokenizer = lm.require_tokenizer()
     ids = [_chat_ids(lm, tokenizer, prompt) for prompt in prompts] if chat else tokenizer(list(prompts))["input_ids"]
@@ -323,8 +326,8 @@ def _template(lm: LM) -> tuple[Any, dict[str, Any]]:
     return template, {name: token for name, token in special.items() if name in str(template)}
 
 
-def _chat_ids(lm: LM, tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt as a user's message."""
+def _chat_ids(lm: LM, tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The ids of a chat, or of a prompt as a user's message."""
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         raise InputError(f"{lm.name} has no chat template; leave out chat")
@@ -333,16 +336,15 @@ def _chat_ids(lm: LM, tokenizer: Any, prompt: str) -> list[int]:
             f"{lm.name} has chat templates for {', '.join(template)} and none called default; set "
             "tokenizer.chat_template, or leave out chat"
         )
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     try:
         ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
             "input_ids"
         ]
     except Exception as error:  # a template is a program, which may raise anything, and may be none
         why = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(
-            f"{lm.name}: its chat template cannot take a user's message ({why}); leave out chat"
-        ) from error
+        what = "a user's message" if isinstance(prompt, str) else "these messages"
+        raise InputError(f"{lm.name}: its chat template cannot take {what} ({why}); leave out chat") from error
     return ids
 
 

@@ -32,16 +32,18 @@ from rlae_jax.fusion.operators import Candidates, Hidden, linear
 from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, policy_places, slice_rows
 from rlae_jax.fusion.prompts import Prompts, prompts_from_arrays
 from rlae_jax.fusion.ragged import Ragged
-from rlae_jax.fusion.sampling import choose_token
+from rlae_jax.fusion.sampling import RowSampling, Sampling, choose_token
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import (
     Answers,
     Decisions,
     DecodeState,
     RowInputs,
+    RowOptions,
     Seen,
     Span,
     TokenScores,
+    TopTokens,
     answers_of,
     repeat_rows,
 )
@@ -59,20 +61,29 @@ def prefill(params: tuple[MemberParams, ...], prompts: Prompts, spec: DecodeSpec
     Args:
       prompts: at least one token in every row; with a union vocabulary in each member's own tokens.
     """
-    b, k, n = prompts.batch, len(spec.members), spec.max_new_tokens
-    reads = spec.policy.reads
-    assert prompts.keys is not None
-    passes = bind_members(params, spec, b)
+    passes = bind_members(params, spec, prompts.batch)
     kind = Lockstep if spec.union is None else Ragged
-    members = kind.start(passes, prompts, spec)
-    prompt_scores = prompt_log_probs(passes, prompts) if "prompt" in reads else None
+    return begin(kind.start(passes, prompts, spec), passes, prompts, spec)
+
+
+def begin(
+    members: Lockstep | Ragged,
+    passes: tuple[ForwardPass, ...],
+    prompts: Prompts,
+    spec: DecodeSpec,
+    options: RowOptions | None = None,
+) -> DecodeState:
+    """The state before the first token, of members that have read the prompts."""
+    b, n = prompts.batch, spec.max_new_tokens
+    assert prompts.keys is not None
+    prompt_scores = prompt_log_probs(passes, prompts) if "prompt" in spec.policy.reads else None
     limits = jnp.asarray(prompts.limits, jnp.int32)
     return DecodeState(
         clock=jnp.zeros((b,), jnp.int32),
-        rows=RowInputs(prompts.keys, limits, prompts.forced, prompt_scores),
+        rows=RowInputs(prompts.keys, limits, prompts.forced, prompt_scores, options),
         members=members,
         seen=Seen(
-            tokens=_tokens_of(prompts, spec) if spec.sampling.penalised else None,
+            tokens=_tokens_of(prompts, spec) if spec.sampling.penalised or options is not None else None,
             text=None if spec.reader is None else prompts.text,
         ),
         decisions=_no_decisions(prompts.keys, prompt_scores, spec),
@@ -80,8 +91,14 @@ def prefill(params: tuple[MemberParams, ...], prompts: Prompts, spec: DecodeSpec
         ended=jnp.zeros((b,), bool),
         steps=jnp.zeros((b,), jnp.int32),
         tokens=jnp.zeros((b, n), jnp.int32),
-        scores=TokenScores(jnp.zeros((b, n)), jnp.zeros((b, n, k))) if spec.scores else None,
+        scores=_no_scores(b, spec) if spec.scores else None,
     )
+
+
+def _no_scores(b: int, spec: DecodeSpec) -> TokenScores:
+    n, k, x = spec.max_new_tokens, len(spec.members), spec.top
+    top = TopTokens(jnp.zeros((b, n, x), jnp.int32), jnp.zeros((b, n, x))) if x else None
+    return TokenScores(jnp.zeros((b, n)), jnp.zeros((b, n, k)), top)
 
 
 def _tokens_of(prompts: Prompts, spec: DecodeSpec) -> Bool[Array, "B V"]:
@@ -166,7 +183,7 @@ def _decide(
 
     def take() -> Span:
         observation = _observe(state, prediction, spec)
-        index = last.taken if spec.span_lengths else jnp.full(state.done.shape, state.step // spec.span_length)
+        index = _spans(state, spec)
 
         def own_key(key: Key[Array, ""], index: Array) -> Key[Array, ""]:
             return jax.random.fold_in(jax.random.fold_in(key, _ACTION_STREAM), index)
@@ -190,13 +207,20 @@ def _decide_once(state: DecodeState, policy_params: Any, spec: DecodeSpec) -> De
     return state.decisions._replace(span=span, trajectory=trajectory)
 
 
+def _spans(state: DecodeState, spec: DecodeSpec) -> Int[Array, " B"]:
+    """The number of each row's span that begins now."""
+    if not spec.span_lengths:
+        return jnp.full(state.done.shape, state.step // spec.span_length)
+    options = state.rows.options
+    return state.decisions.taken if options is None else state.decisions.taken + options.spans
+
+
 def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec) -> Observation:
     """What the policy sees, as far as it reads it."""
     reads, decisions = spec.policy.reads, state.decisions
-    index: Array = jnp.full(state.done.shape, state.step // spec.span_length)
     last_length: Array | int = spec.span_length
     if decisions.span.length is not None:
-        index, last_length = decisions.taken, jnp.maximum(decisions.span.length, 1)[:, None].astype(jnp.float32)
+        last_length = jnp.maximum(decisions.span.length, 1)[:, None].astype(jnp.float32)
     hidden: tuple[Array, ...] = ()
     stats: Array | tuple[()] = ()
     if prediction is not None and "hidden" in reads:
@@ -207,7 +231,7 @@ def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec
     return Observation(
         hidden=hidden,
         stats=stats,
-        span=index if "span" in reads else (),
+        span=_spans(state, spec) if "span" in reads else (),
         prompt=() if state.rows.prompt_scores is None else state.rows.prompt_scores,
         text=spec.reader.read(text) if spec.reader is not None and text is not None else (),
     )
@@ -245,24 +269,66 @@ class _Choice(NamedTuple):
     stuck: Bool[Array, " B"]  # rows that could not go on
     ended: Bool[Array, " B"]  # rows whose token ends them
     log_prob: Float[Array, "B 1"] | None  # of the token under the fused distribution, where scores are asked for
+    top: tuple[Float[Array, "B X"], Int[Array, "B X"]] | None  # the likeliest tokens, where they are asked for
 
 
 def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, "B V"], spec: DecodeSpec) -> _Choice:
     ends = constrain(jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids)))
-    normalised = fused
-    if spec.sampling.penalised or spec.scores:
-        normalised = fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)
-    scores = spec.sampling.penalise(normalised, state.seen.tokens)
-    scores = jnp.where(ends & (state.step < spec.min_new_tokens), -jnp.inf, scores)
+    options = state.rows.options
+    normalised, scores = _scores(state, fused, spec)
+    step, least, ignored = state.step, spec.min_new_tokens, None
+    sampling: Sampling | RowSampling = spec.sampling
+    if options is not None:
+        step, sampling, least, ignored = (
+            step + options.steps,
+            options.sampling,
+            options.min_new_tokens,
+            options.ignore_eos,
+        )
+    early = jnp.reshape(step < least, (-1, 1))
+    if ignored is not None:
+        early = early & ~ignored[:, None]
+    scores = jnp.where(ends[None] & early, -jnp.inf, scores)
     if state.rows.forced is None:
-        token = choose_token(scores, state.rows.keys, state.step, spec.sampling)
+        token = choose_token(scores, state.rows.keys, step, sampling)
     else:
         token = lax.dynamic_index_in_dim(state.rows.forced, state.step, axis=1, keepdims=False)
     stuck = ~state.done & members.stuck(scores, token, state.rows.forced is not None, spec)
     written = ~state.done & ~stuck
     token = jnp.where(written, token, 0)
     log_prob = jnp.take_along_axis(normalised, token[:, None], axis=1) if spec.scores else None
-    return _Choice(token, written, stuck, written & ends[token], log_prob)
+    ended = written & ends[token] if ignored is None else written & ends[token] & ~ignored
+    return _Choice(token, written, stuck, ended, log_prob, _top(normalised, options, spec))
+
+
+def _scores(state: DecodeState, fused: Float[Array, "B V"], spec: DecodeSpec) -> tuple[Array, Array]:
+    """Log-probabilities as far as somebody looks at them, else up to their normaliser, and with penalties."""
+
+    def normalise() -> Array:
+        return fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)
+
+    options, seen = state.rows.options, state.seen.tokens
+    if options is None or seen is None:
+        normalised = normalise() if spec.sampling.penalised or spec.scores else fused
+        return normalised, spec.sampling.penalise(normalised, seen)
+    needed = options.sampling.penalised | (options.told > 0)
+
+    def where_needed() -> tuple[Array, Array]:
+        normalised = jnp.where(needed[:, None], normalise(), fused)
+        return normalised, options.sampling.penalise(normalised, seen)
+
+    found: tuple[Array, Array] = lax.cond(jnp.any(needed & ~state.done), where_needed, lambda: (fused, fused))
+    return found
+
+
+def _top(normalised: Float[Array, "B V"], options: RowOptions | None, spec: DecodeSpec) -> Any:
+    """The likeliest tokens and their log-probabilities, if a row asks for them."""
+    if not spec.top or options is None:
+        return None
+    b = len(normalised)
+    nothing = jnp.zeros((b, spec.top)), jnp.zeros((b, spec.top), jnp.int32)
+    asked = jnp.any(options.told > 1)
+    return lax.cond(asked, lambda: tuple(lax.top_k(normalised, spec.top)), lambda: nothing)
 
 
 def _record(
@@ -282,9 +348,17 @@ def _record(
         if token_log_probs is not None:
             token_log_probs = jnp.where(due[..., None], 0.0, token_log_probs) + members.observed(by_member)
         if scores is not None and choice.log_prob is not None:
+            top = scores.top
+            if top is not None and choice.top is not None:
+                log_probs, tokens = choice.top
+                top = TopTokens(
+                    lax.dynamic_update_slice(top.tokens, tokens[:, None], (0, step, 0)),
+                    lax.dynamic_update_slice(top.log_probs, log_probs[:, None], (0, step, 0)),
+                )
             scores = TokenScores(
                 lax.dynamic_update_slice(scores.fused, choice.log_prob, (0, step)),
                 lax.dynamic_update_slice(scores.members, by_member[:, None], (0, step, 0)),
+                top,
             )
     seen = state.seen
     if seen.tokens is not None:

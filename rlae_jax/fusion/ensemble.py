@@ -10,7 +10,7 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -252,6 +252,19 @@ class Ensemble:
         rows = self.codec.encode(prompts, chat)
         self.codec.check_ids(rows)
         return rows
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> Row:
+        """The ids of a chat, whose next message the answer is.
+
+        Raises:
+          InputError: messages without a role and a content that are text; what `encode` raises.
+        """
+        for i, message in enumerate(messages):
+            if not (_is_text(message.get("role")) and _is_text(message.get("content"))):
+                raise InputError(f"message {i} needs a role and a content that are text, not {message!r:.80}")
+        (row,) = self.codec.encode([messages], True)
+        self.codec.check_ids([row])
+        return row
 
     def decode(self, prompts: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[str]:
         """The text of each row's tokens, or union entries.

@@ -67,14 +67,8 @@ def read_answers(codec: Codec, job: Job, answers: Answers, *, settled: bool = Fa
     if codec.members[0].tokenizer is not None:
         texts = codec.decode(rows, chosen)
         for b, text in enumerate(texts):
-            stopped = _stopped(codec, rows[b], chosen[b], text, job.stop)
-            if stopped is not None:
-                texts[b], reasons[b] = stopped, "stop"
-                chosen[b] = _fewest_tokens(codec, rows[b], chosen[b], stopped)
-            elif settled and not answers.done[b]:
-                texts[b] = _settled(codec, rows[b], chosen[b], text, job.stop)
-            elif reasons[b] == "length":  # which may have cut a character
-                texts[b] = text.rstrip("\ufffd")
+            going = settled and not answers.done[b]
+            texts[b], chosen[b], reasons[b] = read_row(codec, rows[b], chosen[b], text, reasons[b], job.stop, going)
     scores = member_scores = None
     if answers.scores is not None:
         written = np.arange(job.spec.max_new_tokens) < answers.steps[:, None]
@@ -103,9 +97,27 @@ def _spans(job: Job, answers: Answers) -> Int[np.ndarray, "B T"]:
     return np.where(steps < answers.steps[:, None], spans, -1)
 
 
-def _fewest_tokens(codec: Codec, prompt: Row, tokens: list[int], text: str) -> list[int]:
-    """The fewest tokens whose text holds `text`."""
-    for n in range(len(tokens)):
+def read_row(
+    codec: Codec, prompt: Row, tokens: list[int], text: str, reason: str, stop: Sequence[str], going: bool
+) -> tuple[str, list[int], str]:
+    """One answer's text, tokens and the reason of its end, cut at the first stop string.
+
+    Args:
+      text: of all the tokens.
+      reason: why they end.
+      going: whether more may come; then the text is the part that this cannot change.
+    """
+    stopped = _stopped(codec, prompt, tokens, text, stop)
+    if stopped is not None:
+        return stopped, fewest_tokens(codec, prompt, tokens, stopped), "stop"
+    if going:
+        return _settled(codec, prompt, tokens, text, stop), tokens, reason
+    return text.rstrip("\ufffd") if reason == "length" else text, tokens, reason  # which may have cut a character
+
+
+def fewest_tokens(codec: Codec, prompt: Row, tokens: list[int], text: str, least: int = 0) -> list[int]:
+    """The fewest tokens, at least so many, whose text holds `text`."""
+    for n in range(least, len(tokens)):
         if codec.decode([prompt], [tokens[:n]])[0].startswith(text):
             return tokens[:n]
     return tokens

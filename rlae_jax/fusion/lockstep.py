@@ -3,6 +3,7 @@ cache, and a step is one forward."""
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.fusion.members import ForwardPass, Prediction, aligned, prompt_cache
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.models.cache import Cache, extend_cache, visible
+from rlae_jax.models.cache import Cache, LayerCache, extend_cache, put_row, visible
+
+_LARGE = 2**29
 
 
 class RowSubsets(NamedTuple):
@@ -30,6 +33,9 @@ class Lockstep(NamedTuple):
     pending: Int[Array, " B"]  # the token that each row feeds next
     lengths: Int[Array, " B"]  # tokens fed so far, which is the pending token's position
     starts: Int[Array, " B"]  # first slot in use: rows are padded on the left
+    slot: Int[
+        Array, " B"
+    ]  # the next one to be written, alike in all rows; of a cache that it has filled, it goes round
     caches: tuple[Cache, ...]  # of a shared base M batches of rows, one after another
     subsets: RowSubsets | None = None  # None: every member runs every row
 
@@ -46,7 +52,40 @@ class Lockstep(NamedTuple):
             cache = prompt_cache(run, ids[:, read], real[:, read])
             caches.append(extend_cache(cache, run.model.config, (1 if is_encoder else t) + spec.max_new_tokens))
         counts = jnp.sum(real, axis=1, dtype=jnp.int32)
-        return cls(ids[:, -1], counts - 1, t - counts, tuple(caches))
+        return cls(ids[:, -1], counts - 1, t - counts, jnp.full_like(counts, t - 1), tuple(caches))
+
+    def admit(
+        self, row: Int[Array, ""], ids: Array, mask: Array, read: tuple[Cache, ...], passes: tuple[ForwardPass, ...]
+    ) -> "Lockstep":
+        """One row begins anew, with a prompt right behind the slot that all write next.
+
+        Args:
+          ids, mask: the prompt, [1, T].
+          read: caches of this prompt alone, whose first slots hold all but its last token.
+        """
+        ids, real = aligned(ids, mask)
+        count = jnp.sum(real, dtype=jnp.int32) - 1
+        slot = self.slot[0]
+        batch, caches = len(self.pending), []
+        for run, cache, own in zip(passes, self.caches, read, strict=True):
+            for k in range(run.members):
+                of_member = dataclasses.replace(own, layers=jax.tree.map(lambda x, k=k: x[k : k + 1], own.layers))
+                cache = put_row(cache, run.model.config, of_member, row + k * batch, slot - count, count)
+            caches.append(cache)
+        return self._replace(
+            pending=self.pending.at[row].set(ids[0, -1]),
+            lengths=self.lengths.at[row].set(count),
+            starts=self.starts.at[row].set(slot - count),
+            caches=tuple(caches),
+        )
+
+    def rebase(self) -> "Lockstep":
+        """The same, with smaller numbers of slots, where they have grown so large that they would overflow one day."""
+        period = math.lcm(
+            *(held.slots for cache in self.caches for held in cache.layers if isinstance(held, LayerCache))
+        )
+        beyond = jnp.maximum(self.slot - _LARGE, 0) // period * period  # every slot keeps its place
+        return self._replace(slot=self.slot - beyond, starts=self.starts - beyond)
 
     def rows(self, members: int) -> int:
         return len(self.pending) if self.subsets is None else len(self.subsets.rows) // members
@@ -67,7 +106,7 @@ class Lockstep(NamedTuple):
             if config.encoder is not None:  # its slots hold no prompt, and it starts from a token of its own
                 pending = jnp.where(step == 0, config.start_id or 0, pending)
                 position, starts = jnp.full_like(position, step), jnp.zeros_like(starts)
-            slot = cache.slots - spec.max_new_tokens - 1 + step
+            slot = self.slot[0] if config.encoder is None else step
             of_rows = (pending, position, visible(cache, config, starts, slot))
             own = jax.tree.map(functools.partial(self._of_members, run), of_rows)
             pending, position, seen = own
@@ -75,7 +114,7 @@ class Lockstep(NamedTuple):
             caches.append(cache)
             hidden += self._by_member(run, h)
             log_probs += self._by_member(run, run.log_probs(h, spec.vocab))
-        state = self._replace(lengths=self.lengths + 1, caches=tuple(caches))
+        state = self._replace(lengths=self.lengths + 1, slot=self.slot + 1, caches=tuple(caches))
         return state, Prediction(tuple(hidden), tuple(log_probs), tuple(log_probs))
 
     def _of_members(self, run: ForwardPass, array: Array) -> Array:
@@ -117,6 +156,7 @@ class Lockstep(NamedTuple):
             pending=repeat(self.pending),
             lengths=repeat(self.lengths),
             starts=repeat(self.starts),
+            slot=repeat(self.slot),
             caches=tuple(
                 dataclasses.replace(cache, layers=jax.tree.map(repeat, cache.layers)) for cache in self.caches
             ),

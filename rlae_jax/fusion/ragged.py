@@ -25,9 +25,9 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.fusion.members import ForwardPass, Prediction, aligned, prompt_cache
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec, Spelling, UnionTables
-from rlae_jax.models import transformer
+from rlae_jax.models import ModelConfig, transformer
 from rlae_jax.models.attention import Packing
-from rlae_jax.models.cache import Cache, LayerCache, extend_cache, visible, write_chunk
+from rlae_jax.models.cache import Cache, LayerCache, extend_cache, put_row, visible, write_chunk
 from rlae_jax.sharding import constrain
 
 WIDEST = 8  # tokens of a row in one pass
@@ -51,6 +51,7 @@ class RaggedMember(NamedTuple):
     fed: Int[Array, " B"]
     lengths: Int[Array, " B"]  # prompt tokens in the cache
     starts: Int[Array, " B"]  # first slot in use: prompts are padded on the left
+    room: Int[Array, " B"]  # the most tokens that `text` may hold
     hidden: Float[Array, "B D"]  # after the last token that was fed
     cache: Cache
 
@@ -69,20 +70,37 @@ class RaggedMember(NamedTuple):
             fed=jnp.zeros((b,), jnp.int32),
             lengths=counts - 1,
             starts=t - counts,
+            room=jnp.full((b,), capacity, jnp.int32),
             hidden=jnp.zeros((b, config.hidden_width), config.dtype),
             # The filling of a pass lies beyond a row's tokens, so the last row's last pass must fit, too.
             cache=extend_cache(cache, config, t - 1 + capacity + WIDEST, WIDEST),
         )
 
+    def admit(
+        self, row: Int[Array, ""], ids: Array, mask: Array, read: Cache, room: Int[Array, ""], config: ModelConfig
+    ) -> "RaggedMember":
+        """One row begins anew, with a prompt [1, T] of which `read` holds all but the last token in its first slots."""
+        ids, real = aligned(ids, mask)
+        count = jnp.sum(real, dtype=jnp.int32) - 1
+        return RaggedMember(
+            text=self.text.at[row].set(jnp.zeros_like(self.text[0]).at[0].set(ids[0, -1])),
+            written=self.written.at[row].set(1),
+            fed=self.fed.at[row].set(0),
+            lengths=self.lengths.at[row].set(count),
+            starts=self.starts.at[row].set(0),
+            room=self.room.at[row].set(1 + room),
+            hidden=self.hidden.at[row].set(0.0),
+            cache=put_row(self.cache, config, read, row, jnp.zeros_like(count), count, WIDEST),
+        )
+
     def read(self, model: transformer.Model, needed: Bool[Array, " B"]) -> "RaggedMember":
         """Feeds the pending tokens of the rows whose prediction is needed."""
         b = len(self.fed)
-        prompt_slots = self.cache.slots - self.text.shape[1] - WIDEST
         sizes = _pass_sizes(b)
 
         def one_pass(state: "RaggedMember") -> "RaggedMember":
             pending = jnp.where(needed, state.written - state.fed, 0)
-            slot = prompt_slots + state.fed
+            slot = state.starts + state.lengths + state.fed
             behind = visible(state.cache, model.config, state.starts, slot - 1)
 
             def forward(further: int) -> tuple[Array, Array, Any]:
@@ -135,7 +153,7 @@ class RaggedMember(NamedTuple):
 
     def fits(self, spelling: Spelling, entries: Int[Array, " B"]) -> Bool[Array, " B"]:
         """Whether there is room for each row's entry."""
-        return self.written + spelling.lengths(entries) <= self.text.shape[1]
+        return self.written + spelling.lengths(entries) <= self.room
 
     def append(self, spelling: Spelling, entries: Int[Array, " B"], rows: Bool[Array, " B"]) -> "RaggedMember":
         """Adds an entry's tokens to the texts of some rows; they must fit."""
@@ -175,6 +193,21 @@ class Ragged(NamedTuple):
         rows = zip(passes, prompts.ids, prompts.mask, strict=True)
         members = tuple(RaggedMember.start(run, ids, mask, spec) for run, ids, mask in rows)
         return cls(members, jnp.zeros((prompts.batch,), jnp.int32))
+
+    def admit(
+        self,
+        row: Int[Array, ""],
+        prompts: Prompts,
+        read: tuple[Cache, ...],
+        room: Int[Array, ""],
+        passes: tuple[ForwardPass, ...],
+    ) -> "Ragged":
+        """One row begins anew; see `RaggedMember.admit`."""
+        own = zip(self.members, prompts.ids, prompts.mask, read, passes, strict=True)
+        members = tuple(
+            member.admit(row, ids, mask, cache, room, run.model.config) for member, ids, mask, cache, run in own
+        )
+        return Ragged(members, self.character.at[row].set(0))
 
     @property
     def caches(self) -> tuple[Cache, ...]:
@@ -257,6 +290,7 @@ class Ragged(NamedTuple):
         members = tuple(
             member._replace(
                 text=jnp.pad(member.text, ((0, 0), (0, room))),
+                room=member.room + room,
                 cache=extend_cache(member.cache, config, member.cache.slots + room, WIDEST),
             )
             for member, config in zip(self.members, old.members, strict=True)

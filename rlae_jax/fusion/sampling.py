@@ -5,6 +5,7 @@ its batch: argmax_v(log p_v / temperature + g_v) with g_v ~ Gumbel(0, 1) is a dr
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,11 +148,7 @@ def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
         smallest = lax.top_k(scaled_bv, sampling.top_k)[0][:, -1:]
         scaled_bv = jnp.where(scaled_bv < smallest, -jnp.inf, scaled_bv)
     if sampling.nucleus:
-        descending = -jnp.sort(-scaled_bv, axis=-1)
-        probs = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        kept = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True)
-        smallest = jnp.take_along_axis(descending, jnp.maximum(kept, 1) - 1, axis=-1)
+        smallest = _nucleus_edge(-jnp.sort(-scaled_bv, axis=-1), sampling.top_p)
         scaled_bv = jnp.where(scaled_bv < smallest, -jnp.inf, scaled_bv)
     if sampling.has_floor:
         floor = jnp.max(scaled_bv, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
@@ -159,12 +156,84 @@ def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
     return scaled_bv
 
 
+def _nucleus_edge(descending_bv: Float[Array, "B V"], top_p: Any) -> Float[Array, "B 1"]:
+    """The smallest entry of each row's nucleus."""
+    probs = jax.nn.softmax(descending_bv, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    return jnp.take_along_axis(descending_bv, jnp.maximum(kept, 1) - 1, axis=-1)
+
+
 def choose_token(
-    fused_bv: Float[Array, "B V"], row_keys: Key[Array, " B"], step: Int[Array, ""], sampling: Sampling
+    fused_bv: Float[Array, "B V"],
+    row_keys: Key[Array, " B"],
+    step: Int[Array, " *B"],
+    sampling: "Sampling | RowSampling",
 ) -> Int[Array, " B"]:
-    """One token per row; the noise of row b at a step is a function of (row_keys[b], step) alone."""
+    """One token per row; the noise of row b at a step is a function of (row_keys[b], step) alone.
+
+    Args:
+      step: of all rows, or each row's own.
+    """
+    if isinstance(sampling, RowSampling):
+        return sampling.choose(fused_bv, row_keys, step)
     if sampling.greedy:
         return argmax(fused_bv)
     truncated = truncate(fused_bv / sampling.temperature, sampling)
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), fused_bv.shape[1:]))(row_keys)
-    return argmax(truncated + noise)
+    return argmax(truncated + _noise(row_keys, step, fused_bv.shape[1]))
+
+
+def _noise(row_keys: Key[Array, " B"], step: Int[Array, " *B"], vocab: int) -> Float[Array, "B V"]:
+    def of_row(key: Key[Array, ""], step: Int[Array, ""]) -> Float[Array, " V"]:
+        return jax.random.gumbel(jax.random.fold_in(key, step), (vocab,))
+
+    return jax.vmap(of_row, in_axes=(0, 0 if step.ndim else None))(row_keys, step)
+
+
+class RowSampling(NamedTuple):
+    """As `Sampling`, with every number a row's own: of rows that are written for different requests. What no row asks
+    for is passed over while the program runs."""
+
+    temperature: Float[Array, " B"]  # 0: greedy
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+
+    @property
+    def penalised(self) -> Bool[Array, " B"]:
+        """Rows with a penalty."""
+        return self.repetition_penalty != 1
+
+    def penalise(self, log_probs_bv: Float[Array, "B V"], seen_bv: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+        """As `Sampling.penalise`."""
+        return jnp.where(seen_bv, log_probs_bv * self.repetition_penalty[:, None], log_probs_bv)
+
+    def choose(
+        self, scores_bv: Float[Array, "B V"], row_keys: Key[Array, " B"], step: Int[Array, " *B"]
+    ) -> Int[Array, " B"]:
+        """As `choose_token` with each row's `Sampling`, bit for bit."""
+        greedy = self.temperature == 0
+        v = scores_bv.shape[1]
+        limited = (self.top_k > 0) & (self.top_k < v)
+
+        def draw() -> Int[Array, " B"]:
+            scaled = scores_bv / jnp.where(greedy, 1.0, self.temperature)[:, None]
+
+            def cut() -> Float[Array, "B V"]:
+                descending = -jnp.sort(-scaled, axis=-1)
+                kth = jnp.take_along_axis(descending, jnp.clip(self.top_k - 1, 0, v - 1)[:, None], axis=-1)
+                least = jnp.where(limited[:, None], kth, -jnp.inf)
+                edge = _nucleus_edge(jnp.where(descending < least, -jnp.inf, descending), self.top_p[:, None])
+                edge = jnp.where((self.top_p < 1)[:, None], edge, -jnp.inf)
+                return jnp.where((scaled < least) | (scaled < edge), -jnp.inf, scaled)
+
+            some = jnp.any(~greedy & (limited | (self.top_p < 1)))
+            kept = lax.cond(some, cut, lambda: scaled)
+            floor = jnp.max(kept, axis=-1, keepdims=True) + jnp.log(self.min_p)[:, None]
+            kept = jnp.where(kept < floor, -jnp.inf, kept)
+            drawn = argmax(kept + _noise(row_keys, step, v))
+            return jnp.where(greedy, argmax(scores_bv), drawn)
+
+        chosen: Int[Array, " B"] = lax.cond(jnp.all(greedy), lambda: argmax(scores_bv), draw)
+        return chosen

@@ -57,6 +57,7 @@ class DecodeSpec:
     max_new_tokens: int = dataclasses.field(default=64, metadata={"static": True})
     end_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # () ends at the length only
     scores: bool = dataclasses.field(default=False, metadata={"static": True})  # keep the tokens' log-probabilities
+    top: int = dataclasses.field(default=0, metadata={"static": True})  # with scores: also of so many likeliest tokens
     union: UnionTables | None = None  # of members with different tokenizers, or of any that may be skipped
     member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
     reader: TextReader | None = None  # for policies that read "text"

@@ -15,6 +15,7 @@ from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.policy import Observation
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.reading import Text
+from rlae_jax.fusion.sampling import RowSampling
 from rlae_jax.models.cache import Cache
 
 
@@ -45,6 +46,27 @@ class TokenScores(NamedTuple):
 
     fused: Float[Array, "B N"]
     members: Float[Array, "B N K"]
+    top: "TopTokens | None" = None
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens of every step, first the most likely, and their log-probabilities."""
+
+    tokens: Int[Array, "B N X"]
+    log_probs: Float[Array, "B N X"]
+
+
+class RowOptions(NamedTuple):
+    """What rows that began at different times, for different requests, have each for itself."""
+
+    sampling: RowSampling
+    min_new_tokens: Int[Array, " B"]
+    ignore_eos: Bool[Array, " B"]
+    told: Int[Array, " B"]  # 0: tokens alone; 1: and their log-probabilities; 2: and the most likely tokens
+    span_length: Int[Array, " B"]
+    policy: Int[Array, " B"]  # which of several; of rows with fixed weights -1
+    steps: Int[Array, " B"]  # what was written, and decided, before this program began
+    spans: Int[Array, " B"]
 
 
 class RowInputs(NamedTuple):
@@ -54,6 +76,7 @@ class RowInputs(NamedTuple):
     limits: Int[Array, " B"]  # the longest answer
     forced: Int[Array, "B N"] | None  # what is written, whatever is likely
     prompt_scores: Float[Array, "B K"] | None  # see Observation.prompt
+    options: RowOptions | None = None  # None: those of the spec
 
 
 class Seen(NamedTuple):

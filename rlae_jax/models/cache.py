@@ -197,11 +197,17 @@ def cache_bytes(config: ModelConfig, slots: int, ahead: int = 0) -> int:
 
 
 def visible(cache: Cache, config: ModelConfig, start_b: Int[Array, " B"], newest: Int[Array, " *B"]) -> Visible:
-    """The slots from each row's first one up to the newest, one for all rows or one for each."""
+    """The slots from each row's first one up to the newest, one for all rows or one for each.
+
+    One for all may lie beyond the cache's end: slot s then has the place s modulo S, as in a ring, and rows see at most
+    the S last ones.
+    """
+    slots = jnp.arange(cache.slots)[None]
     if newest.ndim:
         newest = newest[:, None]
-    slots = jnp.arange(cache.slots)[None]
-    whole = (slots >= start_b[:, None]) & (slots <= newest)
+        whole = (slots >= start_b[:, None]) & (slots <= newest)
+    else:
+        whole = newest - (newest - slots) % cache.slots >= start_b[:, None]
     rings = [layer for layer in config.local_layers if layer < len(cache.layers) and cache.is_ring(layer)]
     if not rings:
         return Visible(whole)
@@ -245,6 +251,83 @@ def extend_cache(cache: Cache, config: ModelConfig, slots: int, ahead: int = 0) 
         for i, layer in enumerate(cache.layers)
     )
     return dataclasses.replace(cache, layers=layers, slots=slots)
+
+
+def empty_cache(config: ModelConfig, rows: int, slots: int, ahead: int | None = 0) -> Cache:
+    """A cache that holds nothing yet.
+
+    Args:
+      ahead: as in `layer_slots`; None where no layer is to be a ring.
+    """
+
+    def zeros(layer: int) -> LayerCache | LayerState:
+        if layer in config.recurrent_layers:
+            return zero_state(config, rows)
+        own = config.of_layer(layer)
+        shape = (
+            rows,
+            own.kv_heads,
+            own.head_width,
+            slots if ahead is None else layer_slots(config, layer, slots, ahead),
+        )
+        return LayerCache.hold(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), config)
+
+    return Cache(tuple(map(zeros, range(config.layers - config.reading_layers))), slots)
+
+
+def put_row(
+    cache: Cache,
+    config: ModelConfig,
+    read: Cache,
+    row: Int[Array, ""],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+    ahead: int = 0,
+) -> Cache:
+    """Gives one row of a cache, as its slots from `first` on, what a cache of one row without rings holds in its first
+    `count` slots; what lies behind them there will not be seen. States are those after them.
+
+    Args:
+      ahead: what the cache was made with, see `layer_slots`.
+    """
+
+    def put(layer: int, cached: Array, own: Array) -> Array:
+        places = cached.shape[-1]
+        margin = _ring(places, config.window)[1] if ahead and places < cache.slots else 0
+        length = places - 2 * margin
+        kept = min(length, own.shape[-1])
+        begin = jnp.maximum(count - kept, 0)
+        piece = lax.dynamic_slice_in_dim(own, begin, kept, axis=-1)
+        piece = jnp.pad(piece, [*[(0, 0)] * (own.ndim - 1), (0, length - kept)])
+        shift = (first + begin) % length
+        turned = lax.dynamic_slice_in_dim(jnp.concatenate([piece, piece], axis=-1), length - shift, length, axis=-1)
+        turned = jnp.pad(turned, [*[(0, 0)] * (own.ndim - 1), (margin, margin)])
+        return lax.dynamic_update_slice_in_dim(cached, turned, row, axis=0)
+
+    def put_layer(layer: int, held: LayerCache | LayerState, own: LayerCache | LayerState) -> LayerCache | LayerState:
+        if isinstance(held, LayerState):
+            state: LayerState = jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, row, axis=0), held, own)
+            return state
+        written: LayerCache = jax.tree.map(functools.partial(put, layer), held, own)
+        return written
+
+    pairs = enumerate(zip(cache.layers, read.layers, strict=True))
+    return dataclasses.replace(cache, layers=tuple(put_layer(i, *pair) for i, pair in pairs))
+
+
+def append_chunk(cache: Cache, new: Layers, slot: Int[Array, ""]) -> Cache:
+    """Puts W keys and values per row into the same slots of all rows, those from `slot` on, which must exist; in a
+    cache without rings. New states take the place of the old ones."""
+
+    def put(held: LayerCache | LayerState, added: LayerCache | LayerState) -> LayerCache | LayerState:
+        if isinstance(held, LayerState):
+            return added
+        written: LayerCache = jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, slot, axis=x.ndim - 1), held, added
+        )
+        return written
+
+    return dataclasses.replace(cache, layers=tuple(map(put, cache.layers, new)))
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.

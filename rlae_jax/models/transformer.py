@@ -353,7 +353,7 @@ class Transformer(nnx.Module):
             source = (cache.source[i], cache.source_mask) if cache.source else None
             owner = self.config.source_layer(i)
             held = cache.layers[i] if owner == i else new[owner]
-            place, seen = slot, visible.whole
+            place, seen = slot % max(cache.slots, 1), visible.whole
             if visible.ring is not None and cache.is_ring(owner):
                 assert isinstance(held, LayerCache)
                 place, seen = slot % held.slots, visible.ring >= 0

@@ -1,2 +1,1 @@
-"""The service: an engine that answers many requests at once, its HTTP interface, and the page that
-shows who wrote what."""
+"""The service: an engine that answers requests as they come, its HTTP interface, and the page that shows who wrote what."""
