@@ -1,1 +1,2 @@
-"""The service: an engine that answers requests as they come, its HTTP interface, and the page that shows who wrote what."""
+"""The service: an engine that answers requests as they come, its HTTP interface, and the page that shows who wrote
+what."""
