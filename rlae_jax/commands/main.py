@@ -16,7 +16,19 @@ from typing import Any, NoReturn
 import tyro
 
 from rlae_jax import hosts
-from rlae_jax.commands import ablate, demo, evaluate, families, generate, inspect, plan, specialists, train, watch
+from rlae_jax.commands import (
+    ablate,
+    demo,
+    evaluate,
+    families,
+    generate,
+    inspect,
+    plan,
+    serve,
+    specialists,
+    train,
+    watch,
+)
 from rlae_jax.commands.devices import on_devices
 from rlae_jax.commands.emorl import demo as emorl_demo
 from rlae_jax.commands.emorl import evaluate as emorl_evaluate
@@ -39,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": on_devices(train.train, hosts_too=True),
     "evaluate": on_devices(evaluate.evaluate, hosts_too=True),
     "ablate": on_devices(ablate.ablate),
+    "serve": serve.serve,  # an engine runs on one device
     "inspect": on_devices(inspect.inspect),
     "families": families.families,
     "plan": plan.plan,
