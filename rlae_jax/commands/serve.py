@@ -83,12 +83,12 @@ def serve(
             ensemble, slots=slots, context=context, policies=policies, prefix_bytes=prefix_mib * 2**20, queue=queue
         )
         try:
-            if warm_up:
-                with report.waiting("compiling, so that no request waits for it; --no-warm-up leaves it out"):
-                    engine.warm_up()
             created = int(time.time())
             catalogue = Catalogue.create(engine, name=name, fusion=model.fusion, policies=policies, created=created)
             app = make_app(engine, catalogue, api_key=key, limits=Limits(answer_seconds=timeout))
+            if warm_up:
+                with report.waiting("compiling, so that no request waits for it; --no-warm-up leaves it out"):
+                    engine.warm_up()
             shown = f"[{host}]" if ":" in host else host
             address = f"http://{shown}:{socket.getsockname()[1]}"
 

@@ -73,11 +73,16 @@ def shown_token(raw: bytes) -> str:
 
 
 def token_text(engine: Engine) -> TokenText:
-    """What gives a token's bytes: the engine, or the tokenizer where its tokens stand for none (WordPiece)."""
+    """What gives a token's bytes: the engine, or the tokenizer where its tokens stand for none (WordPiece).
+
+    Raises:
+      InputError: the members have no tokenizer.
+    """
+    tokenizer = engine.ensemble.tokenizer
     try:
         engine.token_text(0)
     except InputError:
-        return lambda token: str(engine.ensemble.tokenizer.decode([token])).encode()
+        return lambda token: str(tokenizer.decode([token])).encode()
     return engine.token_text
 
 

@@ -130,6 +130,7 @@ class FakeEngine:
             members=[
                 SimpleNamespace(name=n, tokenizer=SimpleNamespace(chat_template="{{ messages }}")) for n in MEMBERS
             ],
+            tokenizer=None,
             fusion=linear,
             union=None,
             split_text=lambda text: (list(text.encode()[:1]), list(text.encode()[1:])),

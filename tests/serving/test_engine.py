@@ -227,6 +227,18 @@ def test_busy_beyond_the_queue_and_cancelled_requests_free_their_slots(engine):
     assert (stats.waiting, stats.slots_in_use) == (0, 0)
 
 
+def test_the_room_for_an_answer(pair, engine):
+    assert engine.room(ask(4)) == 296
+    assert engine.submit(ask(4, 296)).cancel() is None
+    with pytest.raises(rj.InputError, match="too long"):
+        engine.submit(ask(4, 297))
+    assert engine.room(ask(300)) == 1
+    agent = BoundPolicy(Reader(), None, Dims(pair.widths, 3), 4)  # was trained for three spans of four
+    with rj.Engine(pair, policies={"agent": agent}) as other:
+        assert other.room(ask(4, weights="agent")) == 12
+        assert other.room(ask(4)) == 296
+
+
 def test_a_time_limit(engine):
     out = engine.submit(ask(4, 290, timeout=1e-3)).result(30)
     assert out.finish_reasons == ["timeout"]

@@ -29,7 +29,7 @@ def test_no_request_ends_in_a_servers_error(address, mode):
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # there is nothing to be wrong
 
-        @settings(max_examples=40, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+        @settings(max_examples=25, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case):
             case.validate_response(case.call(), checks=CHECKS)
