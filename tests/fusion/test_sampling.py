@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from rlae_jax.fusion.operators import get_operator
-from rlae_jax.fusion.sampling import Sampling, SamplingOptions, argmax, choose_token, truncate
+from rlae_jax.fusion.sampling import RowSampling, Sampling, SamplingOptions, argmax, choose_token, truncate
 from tests.helpers import reference
 from tests.helpers.tolerance import on_device
 
@@ -171,6 +171,23 @@ def test_a_draw_depends_on_the_rows_key_and_the_step_alone():
         alone = [int(choose_token(*row, jnp.int32(step), sampling)[0]) for step in range(8)]
         assert alone == [tokens[b] for tokens in whole]
         assert len(set(alone)) > 1
+
+
+def test_rows_with_numbers_of_their_own_choose_as_each_alone():
+    """Also at steps of their own, and where no row asks for a limit, or all are greedy."""
+    every = [(0.0, 0, 1.0, 0.0), (1.3, 0, 1.0, 0.0), (0.7, 4, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (2.0, 6, 0.9, 0.05)]
+    choose = jax.jit(choose_token)
+    for chosen in (every, every[:2], every[:1]):
+        rng = np.random.default_rng(len(chosen))
+        rows = [chosen[i] for i in rng.integers(len(chosen), size=40)]
+        fused = jnp.asarray(rng.normal(0, 2, (40, 9)), jnp.float32)
+        keys, steps = jax.random.split(jax.random.key(4), 40), jnp.asarray(rng.integers(0, 99, 40), jnp.int32)
+        temperature, top_k, top_p, min_p = (jnp.asarray(column) for column in zip(*rows, strict=True))
+        own = RowSampling(temperature, top_k, top_p, min_p, jnp.ones((40,)))
+        found = np.asarray(choose(fused, keys, steps, own))
+        for b, numbers in enumerate(rows):
+            alone = choose_token(fused[b : b + 1], keys[b : b + 1], steps[b], sampling_of(*numbers))
+            assert int(alone[0]) == found[b]
 
 
 def test_greedy_ignores_the_limits():

@@ -189,6 +189,21 @@ def test_long_prompts_and_known_beginnings_change_nothing(pair, engine):
         assert engine.submit(request).result(60).tokens == plain(pair, request)
 
 
+def test_years_of_steps_do_not_overflow(make_lm):
+    ensemble = same_tokens(make_lm, **WINDOWS)[0]
+    with rj.Engine(ensemble, slots=2) as engine:
+        running = engine.submit(ask(9, 30))
+        next(iter(running))
+        running.cancel()
+        running.result(60)
+        members, far = engine._state.members, CONTEXT * 5 * (2**29 // (CONTEXT * 5) + 1)
+        engine._state = engine._state._replace(members=members._replace(slot=members.slot + far))
+        requests = [ask(9, 30), ask(14, 20), ask(5, 40)]
+        for request, ticket in zip(requests, [engine.submit(request) for request in requests], strict=True):
+            assert ticket.result(60).tokens == plain(ensemble, request)
+        assert int(engine._state.members.slot[0]) < 2**29 + 2 * CONTEXT * 5
+
+
 def test_the_likeliest_tokens(pair, engine):
     request = ask(5, options={"scores": True, "temperature": 1.0}, top=3)
     ticket = engine.submit(request)
