@@ -81,6 +81,15 @@ class Codec(Protocol):
         segments the prompt alike with and without them."""
         ...
 
+    def spell(self, tokens: Sequence[int]) -> tuple[tuple[list[int], list[int]], ...]:
+        """Each member's own ids of some tokens, and how many of them each token is."""
+        ...
+
+    def split(self, text: str) -> tuple[Row, list[int]]:
+        """A text as what must be given, a token of every member at least, and the tokens behind it, in the first
+        member's segmentation."""
+        ...
+
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """The number of tokens of each prompt, of the member that needs most."""
         ...
@@ -153,6 +162,13 @@ class TokenCodec:
 
     def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
         return _continuation(self.members[0], prompt, text, joined)
+
+    def spell(self, tokens: Sequence[int]) -> tuple[tuple[list[int], list[int]], ...]:
+        return ((list(tokens), [1] * len(tokens)),) * len(self.members)
+
+    def split(self, text: str) -> tuple[Row, list[int]]:
+        (ids,) = self.encode([text], False)
+        return ids[:1], ids[1:]
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         return [max(map(len, _of_members(row, 1))) for row in rows]
@@ -229,6 +245,29 @@ class UnionCodec:
 
     def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
         return [int(self.union.own[0][i]) for i in _continuation(self.members[0], prompt, text, joined)]
+
+    def spell(self, tokens: Sequence[int]) -> tuple[tuple[list[int], list[int]], ...]:
+        spelled = []
+        for ids, offsets in zip(self.union.spell_ids, self.union.spell_offsets, strict=True):
+            each = [ids[offsets[e] : offsets[e + 1]].tolist() for e in tokens]
+            spelled.append(([i for own in each for i in own], list(map(len, each))))
+        return tuple(spelled)
+
+    def split(self, text: str) -> tuple[Row, list[int]]:
+        (rows,) = self.encode([text], False)
+        # What a tokenizer puts before a text is given; without it, or without another's, so is the first entry.
+        begins = [self._begin(k, ids) for k, ids in enumerate(rows)]
+        entries = [int(self.union.own[0][i]) for i in rows[0][len(begins[0]) :]]
+        if not all(begins):
+            begins = [own + ids for own, (ids, _) in zip(begins, self.spell(entries[:1]), strict=True)]
+            entries = entries[1:]
+        return tuple(begins), entries
+
+    def _begin(self, k: int, ids: list[int]) -> list[int]:
+        """The first ids of a member's text that stand for none of its bytes."""
+        entries = self.union.own[k][ids]
+        real = (entries >= 0) & ~self.union.control[entries]
+        return ids[: int(np.argmax(real)) if np.any(real) else len(ids)]
 
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         return [max(map(len, row)) for row in rows]

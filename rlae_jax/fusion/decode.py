@@ -120,7 +120,7 @@ def _no_decisions(keys: Key[Array, " B"], prompt_scores: Float[Array, "B K"] | N
         prompt=() if prompt_scores is None else prompt_scores,
         text=jnp.zeros((b, spec.dims.text)) if "text" in reads else (),
     )
-    shapes = jax.eval_shape(lambda: _act(spec.policy.init(keys[0], spec.dims), observation, keys, spec))
+    shapes = jax.eval_shape(lambda: act(spec.policy.init(keys[0], spec.dims), observation, keys, spec))
     span = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return Decisions(
         span=span._replace(weights=jnp.full((b, k), 1.0 / k)),
@@ -151,7 +151,16 @@ def member_stats(
     return jnp.stack([entropy, top_prob, span_log_probs, disagreement], axis=-1)
 
 
-def _act(policy_params: Any, observation: Observation, keys: Key[Array, " B"], spec: DecodeSpec) -> Span:
+def action_keys(keys: Key[Array, " B"], span: Int[Array, " B"]) -> Key[Array, " B"]:
+    """What rows draw their weights for a span with."""
+
+    def one(key: Key[Array, ""], span: Array) -> Key[Array, ""]:
+        return jax.random.fold_in(jax.random.fold_in(key, _ACTION_STREAM), span)
+
+    return jax.vmap(one)(keys, span)
+
+
+def act(policy_params: Any, observation: Observation, keys: Key[Array, " B"], spec: DecodeSpec) -> Span:
     """What the policy does about an observation; the keys are its rows' own for this span."""
     b = len(keys)
     distribution, value = spec.policy.apply(policy_params, observation)
@@ -183,12 +192,8 @@ def _decide(
 
     def take() -> Span:
         observation = _observe(state, prediction, spec)
-        index = _spans(state, spec)
-
-        def own_key(key: Key[Array, ""], index: Array) -> Key[Array, ""]:
-            return jax.random.fold_in(jax.random.fold_in(key, _ACTION_STREAM), index)
-
-        return _act(policy_params, observation, jax.vmap(own_key)(state.rows.keys, index), spec)
+        keys = action_keys(state.rows.keys, _spans(state, spec))
+        return act(policy_params, observation, keys, spec)
 
     def take_where_due() -> Span:
         return _select_rows(due, take(), last.span)
@@ -201,7 +206,7 @@ def _decide(
 def _decide_once(state: DecodeState, policy_params: Any, spec: DecodeSpec) -> Decisions:
     """All decisions of a policy whose decisions are alike, before the loop: on an accelerator a branch in every step
     costs more than such a policy."""
-    span = _act(policy_params, _observe(state, None, spec), state.rows.keys, spec)
+    span = act(policy_params, _observe(state, None, spec), state.rows.keys, spec)
     last = state.decisions.trajectory
     trajectory = jax.tree.map(lambda spans, one: jnp.broadcast_to(one[:, None], spans.shape), last, span)
     return state.decisions._replace(span=span, trajectory=trajectory)
@@ -243,7 +248,7 @@ def _select_rows(rows: Bool[Array, " B"], new: Span, old: Span) -> Span:
     return selected
 
 
-def _fuse(
+def fuse(
     passes: tuple[ForwardPass, ...],
     members: Lockstep | Ragged,
     prediction: Prediction,
@@ -412,7 +417,7 @@ def _step(passes: tuple[ForwardPass, ...], policy_params: Any, spec: DecodeSpec,
     members, prediction = state.members.read(passes, state.step, ~state.done, span.weights, spec)
     if not spec.decides_first and not spec.decides_once:
         span = _decide(state, due, prediction, policy_params, spec)
-    fused = _fuse(passes, members, prediction, span.weights, spec)
+    fused = fuse(passes, members, prediction, span.weights, spec)
     choice = _choose(state, members, fused, spec)
     return _record(state, members, prediction, due, span, choice, spec)
 

@@ -22,13 +22,14 @@ from jaxtyping import Bool, Float, Int
 
 from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.fusion import programs, vocabulary
+from rlae_jax.fusion import likelihood, programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
 from rlae_jax.fusion.generation import Continuation, Generation, read_answers
+from rlae_jax.fusion.likelihood import Likelihood
 from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.programs import Job
-from rlae_jax.fusion.prompts import Prompts, Row, batch_bucket, make_prompts, read_ids
+from rlae_jax.fusion.prompts import Prompts, Row, batch_bucket, bucket, make_prompts, read_ids
 from rlae_jax.fusion.reading import Text, TextReader, make_reader, read_prompts
 from rlae_jax.fusion.sampling import DEFAULT_SPAN_LENGTH, Sampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec
@@ -274,6 +275,16 @@ class Ensemble:
         """
         return self.codec.decode(prompts, tokens)
 
+    def split_text(self, text: str) -> tuple[Row, list[int]]:
+        """A text as `score_tokens` takes it: what must be given, at least one token of every member, and the tokens
+        behind it, in the first member's segmentation. With one tokenizer these are its first id and the others.
+
+        Raises:
+          InputError: what `encode` raises.
+        """
+        self.encode([text])
+        return self.codec.split(text)
+
     def lengths(self, rows: Sequence[Row]) -> list[int]:
         """The number of tokens of each prompt, of the member that needs most."""
         return self.codec.lengths(rows)
@@ -339,16 +350,19 @@ class Ensemble:
         seed: Any,
         limits: Int[np.ndarray, " B"] | None = None,
         forced: Sequence[Sequence[int]] | None = None,
+        rows: Sequence[Row] | None = None,
         prompt_ids: Any = None,
         prompt_mask: Any = None,
         adapters: AdapterChoice = None,
     ) -> Job:
-        """Everything of a call before anything is compiled."""
-        if (prompts is None) == (prompt_ids is None):
+        """Everything of a call before anything is compiled; `rows` where prompts were read into ids before."""
+        if rows is None and (prompts is None) == (prompt_ids is None):
             raise InputError("give either prompts or prompt_ids")
         options.check()
         stop = self._check_stop(options.stop)
-        if prompts is not None:
+        if rows is not None:
+            rows = list(rows)
+        elif prompts is not None:
             rows = self.encode(prompts, chat=options.chat)
         elif self.union is not None:
             raise InputError("the members have different tokenizers: give prompts as text")
@@ -540,41 +554,155 @@ class Ensemble:
         span_length: int | None = None,
         *,
         chat: bool = False,
+        on_progress: Callable[[int], None] = lambda done: None,
     ) -> list[Float[np.ndarray, " O"]]:
         """How likely the ensemble finds each of several continuations of each prompt: the sum of the log-probabilities
         of its tokens (entries, in the first member's segmentation) under the fused distribution. Nothing is sampled.
 
+        Each member reads a prompt and its options once, in whole sequences (see `score_tokens`).
+
         Args:
           options: per prompt, texts that continue it; each begins as a continuation does, mostly with a space.
           weights, span_length, chat: as in `generate`; weights [B, K] are one row per prompt.
+          on_progress: called with the number of prompts that are done.
 
         Raises:
           InputError: another number of lists than prompts, an option without a token; what `generate` raises.
         """
         if len(options) != len(prompts):
             raise InputError(f"{len(prompts)} prompts and {len(options)} lists of options: give one for each")
+        rows = self.encode(prompts, chat=chat)
         counts = [len(own) for own in options]
-        rows = [prompt for prompt, n in zip(prompts, counts, strict=True) for _ in range(n)]
+        prompt_of = np.repeat(np.arange(len(prompts)), counts)
         texts = [text for own in options for text in own]
         joined = not chat and self.continues
-        forced = [self.codec.continuation(row, text, joined) for row, text in zip(rows, texts, strict=True)]
-        empty = [("options without a token", repr(text)) for text, ids in zip(texts, forced, strict=True) if not ids]
+        pairs = zip(prompt_of, texts, strict=True)
+        tokens = [self.codec.continuation(prompts[b], text, joined) for b, text in pairs]
+        empty = [("options without a token", repr(text)) for text, ids in zip(texts, tokens, strict=True) if not ids]
         if empty:
             raise grouped_error("options that cannot be scored", empty, "each must have at least one token")
         if isinstance(weights, Sequence | np.ndarray | jax.Array) and not isinstance(weights, str):
             weights = np.asarray(weights)
-            weights = np.repeat(weights, counts, axis=0) if weights.ndim == 2 and len(weights) > 1 else weights
-        lengths = np.array([len(ids) for ids in forced], np.int32)
-        asked = SamplingOptions(
-            max_new_tokens=int(lengths.max()), span_length=span_length, scores=True, ignore_eos=True, chat=chat
+            weights = weights[prompt_of] if weights.ndim == 2 and len(weights) == len(prompts) else weights
+        scores = self.score_tokens(
+            *([rows[b] for b in prompt_of], tokens, weights, span_length),
+            prompts=[prompts[b] for b in prompt_of],
+            chat=chat,
+            on_progress=lambda done: on_progress(done * len(prompts) // len(tokens)),
         )
-        answers = programs.run(self._job(rows, weights, asked, seed=0, limits=lengths, forced=forced))
-        if np.any(answers.steps != lengths):
-            raise InputError("an option does not fit into the members' room")
+        totals = np.array([one.fused.sum(dtype=np.float64) for one in scores], np.float32)
+        return np.split(totals, np.cumsum(counts)[:-1])
+
+    def score_tokens(
+        self,
+        rows: Sequence[Row],
+        tokens: Sequence[Sequence[int]],
+        weights: Weights = None,
+        span_length: int | None = None,
+        *,
+        prompts: Sequence[str] | None = None,
+        chat: bool = False,
+        top: int = 0,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Likelihood]:
+        """The log-probabilities of given tokens, each behind its row and those before it, as decoding them would give
+        them (`SamplingOptions.scores`), but read in whole sequences: one forward per member and text.
+
+        Rows that are equal are read once, as far as every member can (`ModelConfig.takes_branches`), and several stand
+        in one row of a program: one call for many is faster than many. Members with keys and values in 8 bits have no
+        cache here, which would hold them so. The decoding loop is left to policies that choose how long spans are and
+        to those whose rows stand in blocks.
+
+        Args:
+          rows: ids, as `encode` gives them; several may be the same.
+          tokens: for every row the ids, or entries of the union, that continue it.
+          weights, span_length: as in `generate`; weights [B, K] are one row per row.
+          prompts: the rows as texts, where a policy reads them.
+          chat: the rows are of chat templates.
+          top: how many of the likeliest tokens of each place are told; 0 spares `linear` the whole distributions.
+          on_progress: called with the number of rows that are done.
+
+        Raises:
+          InputError: unusable rows or weights, tokens that do not exist, what does not fit the members' context.
+        """
+        rows, tokens = list(rows), [list(own) for own in tokens]
+        if len(rows) != len(tokens):
+            raise InputError(f"{len(rows)} rows and {len(tokens)} lists of tokens: give one for each")
+        given = self._given(rows, tokens)
+        longest, length = max(map(len, tokens), default=0), span_length_of(weights, span_length)
+        if not longest:
+            return [likelihood.nothing(len(self.members), top)] * len(rows)
+        policy, policy_params, sample = self.bind(weights, len(rows), -(-longest // length), length)
+        reader, text = self._read_text(weights, prompts, rows)
+        options = SamplingOptions(max_new_tokens=longest, span_length=length, scores=True, ignore_eos=True, chat=chat)
+        spec = self.spec(options, policy=policy, sample_weights=sample, reader=reader)
+        by_row = getattr(policy, "params_per_row", False)
+        if spec.span_lengths or (hasattr(policy, "slice_rows") and not by_row):
+            return self._score_written(rows, tokens, weights, options, prompts, top)
+        # Calls that differ in nothing that shapes the program share it.
+        counts_steps = not spec.decides_once or not self.continues
+        spec = dataclasses.replace(spec, max_new_tokens=bucket(longest) if counts_steps else 1, member_tokens=0)
+        found = [likelihood.nothing(len(self.members), top)] * len(rows)
+        done, params = 0, self.params_for(None, 1)
+        for batch in likelihood.plan(given, spec, text, sharding.groups_of(self.mesh)):
+            own = policy_params[batch.pairs] if by_row and len(policy_params) == len(rows) > 1 else policy_params
+            with sharding.use(self.mesh):
+                scores = programs.read_given(params, batch.texts, sharding.whole(own, self.mesh), spec, top)
+                likelihood.put_back(batch, sharding.to_host(scores), given, found)
+            done += len(batch.slots)
+            on_progress(done)
+        return found
+
+    def _given(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[likelihood.Given]:
+        """Pairs of a row and the tokens that continue it, checked."""
+        self.codec.check_ids(rows)
+        wrong = [(b, i) for b, own in enumerate(tokens) for i in own if not 0 <= i < self.codec.vocab]
+        if wrong:
+            findings = [("tokens", f"row {b} has {i}") for b, i in wrong]
+            raise grouped_error(
+                "tokens that cannot be written", findings, f"those from 0 to {self.codec.vocab} - 1 can"
+            )
+        given = []
+        for row, own in zip(rows, tokens, strict=True):
+            prompt = (row,) if isinstance(row[0], int | np.integer) else tuple(row)
+            given.append(likelihood.Given(prompt, own, self.codec.spell(own)[: len(prompt)]))
+        lengths = [
+            max(len(ids) + len(more) for ids, (more, _) in zip(one.prompt, one.spelled, strict=True)) for one in given
+        ]
+        long = [("texts", f"text {b} has {n}") for b, n in enumerate(lengths) if n > self.context]
+        if long:
+            raise grouped_error(f"too long: the context is {self.context} tokens", long)
+        return given
+
+    def _score_written(
+        self,
+        rows: Sequence[Row],
+        tokens: Sequence[Sequence[int]],
+        weights: Weights,
+        options: SamplingOptions,
+        prompts: Sequence[str] | None,
+        top: int,
+    ) -> list[Likelihood]:
+        """`score_tokens` by the decoding loop, which writes the tokens one by one."""
+        if top:
+            raise InputError("the likeliest tokens beside given ones are not told where the policy chooses its spans")
+        limits = np.array(list(map(len, tokens)), np.int32)
+        job = self._job(prompts, weights, options, seed=0, limits=limits, forced=tokens, rows=rows)
+        answers = programs.run(job)
+        if np.any(answers.steps != limits):
+            raise InputError("a text does not fit into the members' room")
         assert answers.scores is not None
-        written = np.arange(asked.max_new_tokens) < lengths[:, None]
-        totals = np.sum(np.where(written, answers.scores.fused, 0.0), axis=1)
-        return [part.astype(np.float32) for part in np.split(totals, np.cumsum(counts)[:-1])]
+        spans = answers.trajectory
+        held = np.full(spans.value.shape, job.spec.span_length) if spans.length is None else spans.length
+        held = np.where(answers.span_mask(), held, 0)
+        found = []
+        for b, n in enumerate(limits):
+            used = np.repeat(spans.weights[b], held[b], axis=0)[:n]
+            none = likelihood.nothing(len(self.members), top)
+            found.append(
+                none._replace(fused=answers.scores.fused[b, :n], members=answers.scores.members[b, :n], weights=used)
+            )
+        return found
 
     def run(
         self,

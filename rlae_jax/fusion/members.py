@@ -101,9 +101,24 @@ class ForwardPass(NamedTuple):
         """An array of rows, once per member."""
         return jnp.concatenate([array] * self.members) if self.members > 1 else array
 
+    def of_rows(self, rows_r: Int[Array, " R"]) -> "ForwardPass":
+        """The pass of some of the rows that it runs, for the head."""
+        adapters = self.model.adapters
+        if adapters is None:
+            return self
+        chosen = adapters._replace(rows=adapters.rows[rows_r])
+        return self._replace(model=dataclasses.replace(self.model, adapters=chosen))
+
     def log_probs(self, hidden: Float[Array, "R D"], vocab: int) -> Float[Array, "R V"]:
         """The members' log-probabilities of their first `vocab` tokens, from states of the rows that they run."""
         return jax.nn.log_softmax(_first(self.model.logits(hidden), vocab), axis=-1)
+
+    def chosen_log_probs(
+        self, hidden: Float[Array, "R D"], token_r: Int[Array, " R"], vocab: int
+    ) -> Float[Array, " R"]:
+        """Of `log_probs`, each row's own token's."""
+        logits = _first(self.model.logits(hidden), vocab)
+        return jnp.take_along_axis(logits, token_r[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
 
     def base_logits(self, hidden: Float[Array, "B D"], vocab: int) -> Float[Array, "B V"]:
         """What the head without adapters predicts from states of one batch, up to each row's normaliser."""

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from rlae_jax.fusion import decode as decoding
+from rlae_jax.fusion import likelihood
 from rlae_jax.fusion.decode import decoding_places, params_places
+from rlae_jax.fusion.likelihood import Scores, Texts
 from rlae_jax.fusion.prompts import Prompts, Row, fill_rows
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
@@ -119,6 +121,14 @@ def _lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, l
         decisions=state.decisions._replace(trajectory=trajectory),
         scores=jax.tree.map(grow(steps), state.scores),
     )
+
+
+@functools.partial(jax.jit, static_argnames="top")
+def read_given(params: Any, texts: Texts, policy_params: Any, spec: DecodeSpec, top: int) -> Scores:
+    """The log-probabilities of given texts."""
+    run = functools.partial(likelihood.read_given, top=top)
+    scores: Scores = by_rows(run, decoding_places(params, policy_params, spec))(params, texts, policy_params, spec)
+    return scores
 
 
 def on_host(answers: Answers, rows: int) -> Answers:

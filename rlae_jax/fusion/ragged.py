@@ -172,7 +172,7 @@ def _tables(spec: DecodeSpec) -> UnionTables:
     return spec.union
 
 
-def _to_union(k: int, log_probs: Float[Array, "B V"], spelling: Spelling) -> Float[Array, "B U"]:
+def to_union(k: int, log_probs: Float[Array, "B V"], spelling: Spelling) -> Float[Array, "B U"]:
     """A member's log-probabilities as those of the union's entries; -inf where it has no such token."""
     u = spelling.partner.shape[0]
     if k == 0:  # whose ids are the first entries
@@ -244,7 +244,7 @@ class Ragged(NamedTuple):
                 own.append(predict())
             members.append(member)
         pairs = zip(own, _tables(spec).spellings, strict=True)
-        log_probs = tuple(_to_union(k, *pair) for k, pair in enumerate(pairs))
+        log_probs = tuple(to_union(k, *pair) for k, pair in enumerate(pairs))
         hidden = tuple(member.hidden for member in members)
         return self._replace(members=tuple(members)), Prediction(hidden, tuple(own), log_probs)
 

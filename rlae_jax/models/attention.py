@@ -22,7 +22,7 @@ from rlae_jax.models.layers import LayerNorm, Linear, RMSNorm, make_norm, rotate
 from rlae_jax.models.rope import frequencies
 
 # What depends on the tokens' positions: angles [B, T, half] of each rope and head width, factors [B, T] of queries, and
-# where layers attend in chunks the positions [B, T] themselves.
+# where layers attend in chunks, or rows hold several texts, the positions [B, T] themselves.
 Angles = dict[tuple[Rope, int] | QueryGrowth | Literal["positions"], Array]
 LOWEST = float(np.finfo(np.float32).min)
 _BLOCK = 2**18  # quantised keys or values that a CPU converts at a time: 1 MiB of float32
@@ -393,9 +393,13 @@ class Attention(nnx.Module):
 
     def _near(self, t: int, angles: Angles) -> Bool[Array, "#B T T"]:
         """Which tokens of a sequence are no further from one another than this layer sees."""
+        positions_bt = angles.get("positions")
         if self.config.chunked:
-            chunk_bt = angles["positions"] // self.window
+            assert positions_bt is not None
+            chunk_bt = positions_bt // self.window
             return chunk_bt[:, :, None] == chunk_bt[:, None, :]
+        if positions_bt is not None:
+            return positions_bt[:, None, :] > positions_bt[:, :, None] - self.window
         return jnp.asarray(np.arange(t)[None, :] > np.arange(t)[:, None] - self.window)[None]
 
     def sequence(

@@ -271,6 +271,14 @@ class ModelConfig:
         return () if self.recurrent is None else self.recurrent.layers
 
     @property
+    def takes_branches(self) -> bool:
+        """Whether several texts may stand in one row (`transformer.Branches`): what a token makes of the others follows
+        from their positions, not from their places."""
+        return not (
+            self.recurrent_layers or self.relative_bias or self.disentangled or self.convolution or self.encoder
+        )
+
+    @property
     def usable_vocab(self) -> int:
         """The ids that may be chosen: those that the head and the tokenizer both have."""
         return self.vocab if self.tokens is None else min(self.vocab, self.tokens)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax.models import quantise
 from rlae_jax.models.attention import Angles, Attention, Packing, RelativeBiasTable
@@ -165,6 +165,29 @@ class Layer(nnx.Module):
         return x if self.scale is None else x * lax.broadcast_to_rank(self.scale[...], x.ndim)
 
 
+class Branches(NamedTuple):
+    """Where several texts stand in one row, each of which goes on in several ways:
+
+        token       a b c d e f  p q r s .      the texts a b, a b c d, a b e f and p q, p q r, p q s
+        text        1 1 1 1 1 1  2 2 2 2 0
+        branch      0 0 1 1 2 2  0 0 1 2 0
+        position    0 1 2 3 2 3  0 1 2 2 0
+
+    A token sees those before it of its own text, of what the branches share and of its own branch. What begins alike is
+    read once. Not for models that see places instead of positions (`ModelConfig.branches`).
+    """
+
+    positions_bt: Int[Array, "B T"]
+    text_bt: Int[Array, "B T"]  # 0 is padding
+    branch_bt: Int[Array, "B T"]  # 0 is what the branches of a text share
+
+    def visible(self) -> Bool[Array, "B T T"]:
+        """Which tokens belong to what a token sees, before it or not."""
+        text, branch = self.text_bt, self.branch_bt
+        shared_or_own = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+        return (text[:, :, None] == text[:, None, :]) & shared_or_own
+
+
 class ScoringHead(nnx.Module):
     """out(act(dense(h))) of the state h of each text's first token."""
 
@@ -288,6 +311,7 @@ class Transformer(nnx.Module):
         source: tuple[Array, Array] | None = None,
         table: Array | None = None,
         remat: bool = False,
+        branches: Branches | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Whole sequences: last hidden states, and the keys and values of every layer."""
         t = ids_bt.shape[1]
@@ -295,8 +319,12 @@ class Transformer(nnx.Module):
         mask_bts = jnp.broadcast_to(real[:, None, :], (len(ids_bt), t, t))
         if self.config.causal:
             mask_bts = mask_bts & jnp.tri(t, dtype=bool)[None]
-        positions_bt = positions(mask_bt)
+        if branches is not None:
+            mask_bts = mask_bts & branches.visible()
+        positions_bt = positions(mask_bt) if branches is None else branches.positions_bt
         angles = self._angles(positions_bt)
+        if branches is not None:  # how far tokens are apart is not how far their places are
+            angles["positions"] = positions_bt
         relative = self._relative(t)
         x = embedded = self._embed(self._table if table is None else table, ids_bt, positions_bt, types_bt)
         parts = self._parts(ids_bt, x)
@@ -576,6 +604,7 @@ class Model:
         decoder_ids: Int[Array, "R W"] | None = None,
         types_bt: Int[Array, "B T"] | None = None,
         remat: bool = False,
+        branches: Branches | None = None,
     ) -> tuple[Float[Array, "_B _T D"], Cache]:
         """Last hidden states [B, T, D] (after the final norm) and every layer's keys and values.
 
@@ -587,10 +616,11 @@ class Model:
           types_bt: segment ids, for encoders that have them.
           remat: for training, compute each layer's activations again instead of keeping them for its gradient. XLA for
             CPUs merges the two computations again, so that nothing is saved there.
+          branches: where rows hold several texts.
         """
         transformer = self._modules()
         if self.config.encoder is None:
-            return transformer.sequence(ids_bt, mask_bt, types_bt=types_bt, remat=remat)
+            return transformer.sequence(ids_bt, mask_bt, types_bt=types_bt, remat=remat, branches=branches)
         assert decoder_ids is not None
         times = len(decoder_ids) // len(ids_bt)
         states = transformer.encode(ids_bt, mask_bt, remat=remat)
