@@ -666,8 +666,10 @@ class Ensemble:
         for row, own in zip(rows, tokens, strict=True):
             prompt = (row,) if isinstance(row[0], int | np.integer) else tuple(row)
             given.append(likelihood.Given(prompt, own, self.codec.spell(own)[: len(prompt)]))
+        # The last token is not read.
         lengths = [
-            max(len(ids) + len(more) for ids, (more, _) in zip(one.prompt, one.spelled, strict=True)) for one in given
+            max(len(ids) + sum(counts[:-1]) for ids, (_, counts) in zip(one.prompt, one.spelled, strict=True))
+            for one in given
         ]
         long = [("texts", f"text {b} has {n}") for b, n in enumerate(lengths) if n > self.context]
         if long:

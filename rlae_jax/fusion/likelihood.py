@@ -11,6 +11,7 @@ gives back into the order of the call. The policy acts on what it would have see
 masks and observations these are. States are kept for all tokens of a batch, distributions for some of them at a time.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +32,17 @@ from rlae_jax.fusion.prompts import SMALLEST_PROMPT_BUCKET, bucket, smallest_bat
 from rlae_jax.fusion.ragged import Ragged, to_union
 from rlae_jax.fusion.reading import Text
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.models.transformer import Branches
-from rlae_jax.sharding import constrain
+from rlae_jax.models import ModelConfig
+from rlae_jax.models.transformer import Branches, active_bytes
+from rlae_jax.sharding import constrain, platform
 
-# Tokens of a batch. As for prompts, more would not be faster on the CPU, where activations then leave its cache.
+# Tokens of a batch, and on a CPU pairs of tokens that a layer's heads score: more would leave the processor's cache,
+# which takes half as long again.
 _TOKENS = 2048
+_PAIRS = 2**21
 # Where the branches of a text take more room than this, and than the prompt itself, the prompt is read again: what a
 # token sees is computed for all pairs of a row's tokens.
 _BRANCH_TOKENS = 512
-_LENGTHS = 4  # texts in rows of one length are at least the longest one's length divided by this
 _ALIVE = 2**24  # log-probabilities in memory at a time, about: 64 MiB
 
 
@@ -151,6 +154,46 @@ def _texts_of(given: Sequence[Given], shares: bool) -> list[_Text]:
     return texts
 
 
+def _width(size: int) -> int:
+    """The next of 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ...: a row that holds so many tokens."""
+    step = max(2 ** (max(size - 1, 1).bit_length() - 3), SMALLEST_PROMPT_BUCKET // 4)
+    return max(-(-size // step) * step, SMALLEST_PROMPT_BUCKET)
+
+
+def _even_width(members: Sequence[ModelConfig]) -> float:
+    """Of rows so wide, all pairs of tokens cost about as much as all that is done for single ones: where members are
+    small, as measured on a CPU, not much more than a sentence."""
+    single = sum(active_bytes(config, rows=_TOKENS) / jnp.dtype(config.dtype).itemsize for config in members)
+    pairs = sum(config.layers * config.heads * (50 + 3 * config.head_width) for config in members)
+    return single / pairs
+
+
+def _classes(sizes: Sequence[int], even_width: float) -> list[int]:
+    """How many of some texts, the longest first, go into rows of one width, how many of the others into those of the
+    next, and so on: wide rows are filled better, narrow ones have fewer pairs of tokens, and each width is a program."""
+    texts = collections.Counter(map(_width, sizes))
+    tokens = collections.Counter[int]()
+    for size in sizes:
+        tokens[_width(size)] += size
+    widths = sorted(texts)
+    cost, begins = [0.0], [0]
+    for j, width in enumerate(widths):
+        options = []
+        for i in range(j + 1):
+            own = widths[i : j + 1]
+            alone = sum(texts[w] for w in own if 2 * w > width)
+            rows = max(-(-sum(tokens[w] for w in own) // width), alone)
+            options.append((cost[i] + (rows * width + _TOKENS / 2) * (1 + width / even_width), i))
+        best = min(options)
+        cost.append(best[0])
+        begins.append(best[1])
+    counts, j = [], len(widths)
+    while j:
+        counts.append(sum(texts[w] for w in widths[begins[j] : j]))
+        j = begins[j]
+    return counts
+
+
 def _pack(texts: Sequence[_Text], widths: Sequence[int]) -> list[list[_Text]]:
     """Texts, the longest first, in rows of some widths: each in the first row that has room."""
     smallest = min(min(text.sizes) for text in texts)
@@ -171,10 +214,13 @@ def _pack(texts: Sequence[_Text], widths: Sequence[int]) -> list[list[_Text]]:
     return rows
 
 
-def _rows_per_batch(rows: int, widest: int, groups: int) -> int:
-    """B of each group of devices, for so many rows of texts: about `_TOKENS`, with the least filling."""
+def _rows_per_batch(rows: int, widest: int, heads: int, groups: int) -> int:
+    """B of each group of devices, for so many rows of texts: with the least filling."""
+    room = _TOKENS // widest
+    if platform() == "cpu":
+        room = min(room, _PAIRS // (heads * widest**2))
     most = 1
-    while bucket(most + 1) * widest <= _TOKENS:
+    while bucket(most + 1) <= room:
         most = bucket(most + 1)
     of_group = -(-rows // groups)
     most = max(min(most, bucket(of_group)), smallest_batch())
@@ -199,13 +245,11 @@ def plan(given: Sequence[Given], spec: DecodeSpec, seen: Text | None, groups: in
     """
     shares = all(config.takes_branches for config in spec.members)
     texts = sorted(_texts_of(given, shares), key=lambda text: -max(text.sizes))
-    while texts:
-        longest = max(texts[0].sizes)
-        n = sum(_LENGTHS * max(text.sizes) > longest for text in texts)
+    for n in _classes([max(text.sizes) for text in texts], _even_width(spec.members)):
         own, texts = texts[:n], texts[n:]
-        widths = [bucket(max(sizes), SMALLEST_PROMPT_BUCKET) for sizes in zip(*(t.sizes for t in own), strict=True)]
+        widths = [_width(max(sizes)) for sizes in zip(*(text.sizes for text in own), strict=True)]
         rows = _pack(own, widths) if shares else [[text] for text in own]
-        size = _rows_per_batch(len(rows), max(widths), groups)
+        size = _rows_per_batch(len(rows), max(widths), max(config.heads for config in spec.members), groups)
         batches = [rows[i : i + groups * size] for i in range(0, len(rows), groups * size)]
         # Rows of a batch go to the groups in turn, so that all have about as many.
         parts = [[batch[g::groups] for g in range(groups)] for batch in batches]
