@@ -36,7 +36,7 @@ from rlae_jax.models import ModelConfig
 from rlae_jax.models.transformer import Branches, active_bytes
 from rlae_jax.sharding import constrain, platform
 
-# Tokens of a batch, and on a CPU pairs of tokens that a layer's heads score: more would leave the processor's cache,
+# Tokens of a batch, and on a CPU pairs of tokens that the members' heads score: more would leave the processor's cache,
 # which takes half as long again.
 _TOKENS = 2048
 _PAIRS = 2**21
@@ -170,7 +170,7 @@ def _even_width(members: Sequence[ModelConfig]) -> float:
 
 def _classes(sizes: Sequence[int], even_width: float) -> list[int]:
     """How many of some texts, the longest first, go into rows of one width, how many of the others into those of the
-    next, and so on: wide rows are filled better, narrow ones have fewer pairs of tokens, and each width is a program."""
+    next, and so on: wide rows are filled better, narrow ones have fewer pairs of tokens, each width is a program."""
     texts = collections.Counter(map(_width, sizes))
     tokens = collections.Counter[int]()
     for size in sizes:
@@ -183,7 +183,7 @@ def _classes(sizes: Sequence[int], even_width: float) -> list[int]:
             own = widths[i : j + 1]
             alone = sum(texts[w] for w in own if 2 * w > width)
             rows = max(-(-sum(tokens[w] for w in own) // width), alone)
-            options.append((cost[i] + (rows * width + _TOKENS / 2) * (1 + width / even_width), i))
+            options.append((cost[i] + (rows * width + _TOKENS / 4) * (1 + width / even_width), i))
         best = min(options)
         cost.append(best[0])
         begins.append(best[1])
@@ -249,7 +249,7 @@ def plan(given: Sequence[Given], spec: DecodeSpec, seen: Text | None, groups: in
         own, texts = texts[:n], texts[n:]
         widths = [_width(max(sizes)) for sizes in zip(*(text.sizes for text in own), strict=True)]
         rows = _pack(own, widths) if shares else [[text] for text in own]
-        size = _rows_per_batch(len(rows), max(widths), max(config.heads for config in spec.members), groups)
+        size = _rows_per_batch(len(rows), max(widths), sum(config.heads for config in spec.members), groups)
         batches = [rows[i : i + groups * size] for i in range(0, len(rows), groups * size)]
         # Rows of a batch go to the groups in turn, so that all have about as many.
         parts = [[batch[g::groups] for g in range(groups)] for batch in batches]
