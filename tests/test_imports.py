@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ablate": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation"},
     "emorl": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation"},
     "demo": LOW | {"config", "models", "fusion", "tasks", "ppo", "evaluation", "specialists"},
+    "lm_eval": LOW | {"config", "models", "fusion", "ppo"},
     "": {"config", "errors", "fusion", "models", "ppo", "serving", "sharding", "version"},
 }
 MAY_IMPORT["commands"] = set(MAY_IMPORT)

@@ -23,6 +23,7 @@ from rlae_jax.commands import (
     families,
     generate,
     inspect,
+    lm_eval,
     plan,
     serve,
     specialists,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": on_devices(generate.generate, hosts_too=True),
     "train": on_devices(train.train, hosts_too=True),
     "evaluate": on_devices(evaluate.evaluate, hosts_too=True),
+    "lm-eval": on_devices(lm_eval.lm_eval),
     "ablate": on_devices(ablate.ablate),
     "serve": serve.serve,  # an engine runs on one device
     "inspect": on_devices(inspect.inspect),

@@ -472,7 +472,7 @@ def _in_parts(function: Callable[[Any], T], tree: Any, width: int) -> T:
         return filled.reshape(parts, size, *leaf.shape[1:])
 
     results = lax.map(function, jax.tree.map(split, tree))
-    joined: T = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:n], results)
+    joined: T = jax.tree.map(lambda leaf: leaf.reshape(parts * size, *leaf.shape[2:])[:n], results)
     return joined
 
 

@@ -1,0 +1,82 @@
+"""`rlae-jax lm-eval`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import OmitArgPrefixes, arg
+
+from rlae_jax.commands.options import ModelOptions
+from rlae_jax.errors import InputError
+
+
+def lm_eval(
+    *,
+    model: Annotated[ModelOptions, OmitArgPrefixes],
+    tasks: Annotated[tuple[str, ...], arg(metavar="TASK [TASK ...]")],
+    weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
+    policy: Annotated[str | None, arg(metavar="RUN|NAME")] = None,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    apply_chat_template: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Evaluate models that write together on tasks of lm-evaluation-harness, which are taken as they are.
+
+    Needs the package lm-eval: pip install 'rlae-jax[eval]'. From other programs the same model is `--model rlae_jax`,
+    once rlae_jax.lm_eval is imported.
+
+    Args:
+        model: which models, and how they are fused.
+        tasks: names of the harness's tasks or groups, or patterns such as mmlu_*.
+        weights: one per model, e.g. 1 2 (scaled to sum to 1). Default: equal weights.
+        policy: a run directory whose trained agent sets the weights; or the name of a policy that needs no training.
+        include_path: a directory with tasks of your own.
+        num_fewshot: examples before each question. Default: the tasks'.
+        limit: only the first so many questions of each task.
+        batch_size: prompts that are answered together; scoring makes its own batches.
+        apply_chat_template: prompts go through the models' chat template.
+        out: a file for the results, JSON.
+    """
+    try:
+        import lm_eval as harness
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise InputError(f"this needs lm-eval ({error}): pip install 'rlae-jax[eval]'") from None
+    from rlae_jax import files, report
+    from rlae_jax.lm_eval import EnsembleLM
+
+    for name, value in (("limit", limit), ("batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    if weights is not None and policy is not None:
+        raise InputError("give either --weights or --policy")
+    if include_path is not None and not include_path.is_dir():
+        raise InputError(f"--include-path {include_path}: no such directory")
+    if out is not None:
+        files.require_writable_parent(out)
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown or not tasks:
+        raise InputError(f"unknown tasks: {', '.join(unknown)}; lm-eval ls tasks lists them" if tasks else "no tasks")
+    with report.waiting(f"loading {', '.join(model.models)}"):
+        lm = EnsembleLM(model.load(), weights=weights, policy=policy, batch_size=batch_size)
+    results: dict[str, Any] = harness.simple_evaluate(
+        lm,
+        tasks=manager.match_tasks(list(tasks)),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        log_samples=False,
+    )
+    print(make_table(results))
+    if "groups" in results:
+        print(make_table(results, "groups"))
+    if out is not None:
+        kept = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
+        found = {name: results[name] for name in kept if name in results}
+        told = {"members": [one.name for one in lm.ensemble.members], "fusion": model.fusion, "weights": weights}
+        files.write_json(out, {"schema": 1, "command": "lm-eval", **told, "policy": policy, **found})
