@@ -54,9 +54,9 @@ def bare_forwards(
     while rows:
         width = -(-len(rows[0]) // 16) * 16
         n = max(min(TOKENS // width, PAIRS // (lm.config.heads * width**2)), 1)
-        own, rows = rows[:n], rows[n:]
-        ids, mask = np.zeros((2, len(own), width), np.int32)
-        for b, row in enumerate(own):
+        batch, rows = rows[:n], rows[n:]
+        ids, mask = np.zeros((2, len(batch), width), np.int32)
+        for b, row in enumerate(batch):
             ids[b, : len(row)], mask[b, : len(row)] = row, 1
         batches.append((ids, mask))
 

@@ -81,7 +81,7 @@ class EnsembleLM(TemplateLM):  # type: ignore[misc]  # the harness has no annota
             raise InputError("the harness scores continuations of prompts, which an encoder-decoder does not write")
         self.ensemble, self.weights, self.span_length = models, weights, span_length
         self.tokenizer = models.tokenizer
-        self.batch_size = int(batch_size) if str(batch_size or "").isdigit() else 32
+        self.batch_size = int(batch_size) if batch_size is not None and str(batch_size).isdigit() else 32
 
     @property
     def max_length(self) -> int:
@@ -261,15 +261,15 @@ class EnsembleLM(TemplateLM):  # type: ignore[misc]  # the harness has no annota
         longest = int(options["max_gen_toks"])
         if longest >= self.max_length:
             raise InputError(f"max_gen_toks {longest} leaves no room for a prompt: the context is {self.max_length}")
-        # What else the harness's options may hold belongs to other libraries.
-        known = {name: options[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in options}
-        asked = {
+        asked: dict[str, Any] = {
             "max_new_tokens": longest,
             "temperature": float(options.get("temperature") or 0.0),
             "span_length": self.span_length,
             "stop": [text for text in stop if text not in self._end_texts],
-            **known,
         }
+        # What else the harness's options may hold belongs to other libraries.
+        shared = ("top_k", "top_p", "min_p", "repetition_penalty")
+        asked |= {name: value for name, value in options.items() if name in shared}
         room = self.max_length - longest
         if self.ensemble.union is None:
             rows = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]

@@ -78,7 +78,7 @@ class Answers:
     finish_reasons: list[str]
     weights: list[Float[np.ndarray, "P K"]]  # of each row's own spans; of picked answers who was picked, [1, K]
     scores: Float[np.ndarray, "N M"]
-    seconds: float  # of decoding, compilation left out
+    seconds: float  # of decoding, compilation left out; of a task by likelihood, of reading and compilation
     tokens: int
 
     @property
@@ -96,14 +96,22 @@ def with_room_for_options(ensemble: Ensemble, task: Task) -> Task:
     return dataclasses.replace(task, max_new_tokens=max(ensemble.lengths(ensemble.encode(sorted(options)))))
 
 
-def answer_batch(method: Method, task: Task, examples: Examples, decoding: Decoding = GREEDY, start: int = 0) -> Batch:
+def answer_batch(
+    method: Method,
+    task: Task,
+    examples: Examples,
+    decoding: Decoding = GREEDY,
+    start: int = 0,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Batch:
     """One call's answers; of a task by likelihood, the letters of the likeliest options.
 
     Args:
       start: the first prompt's number, on which its draws depend.
+      on_progress: called with the number of prompts that are answered, where that is known before the last is.
     """
     if task.by_likelihood:
-        return _likeliest(method, task, examples)
+        return _likeliest(method, task, examples, on_progress)
     n = len(examples)
     generation = method.ensemble.generate(
         examples.prompts,
@@ -120,12 +128,14 @@ def answer_batch(method: Method, task: Task, examples: Examples, decoding: Decod
     return Batch(generation.texts, generation.finish_reasons, weights, sum(generation.steps))
 
 
-def _likeliest(method: Method, task: Task, examples: Examples) -> Batch:
+def _likeliest(method: Method, task: Task, examples: Examples, on_progress: Callable[[int], None]) -> Batch:
     """The options of the highest log-probability per byte, so that long ones are not at a disadvantage. Such an answer
     counts as one token, and its weights are not kept."""
     assert examples.options is not None
     log_likelihoods = method.ensemble.log_likelihoods(
-        examples.prompts, examples.options, method.weights, method.span_length, chat=task.chat
+        *(examples.prompts, examples.options, method.weights, method.span_length),
+        chat=task.chat,
+        on_progress=on_progress,
     )
     texts = [
         string.ascii_uppercase[np.argmax(row / [len(option.encode()) for option in options])]
@@ -166,6 +176,8 @@ class Answerer:
           method_for: gives the method for a batch of rows.
         """
         examples, size = self._examples, self._decoding.rows
+        once = self._task.by_likelihood  # which makes batches of its own, and of which most may be compilation
+        size = len(examples) if once else size
         batches: list[Batch] = []
         pending = []
         seconds = 0.0
@@ -173,11 +185,11 @@ class Answerer:
         for start in range(0, len(examples), size):
             rows = slice(start, min(start + size, len(examples)))
             method, part = method_for(rows), examples.select(range(rows.start, rows.stop))
-            if len(part) not in compiled:
+            if len(part) not in compiled and not once:
                 compiled.add(len(part))
                 answer_batch(method, self._task, part, self._decoding, start)
             began = time.perf_counter()
-            batch = answer_batch(method, self._task, part, self._decoding, start)
+            batch = answer_batch(method, self._task, part, self._decoding, start, on_progress)
             seconds += time.perf_counter() - began
             batches.append(batch)
             pending.append(self._scoring.start(part, batch.texts))

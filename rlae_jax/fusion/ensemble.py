@@ -573,7 +573,7 @@ class Ensemble:
             raise InputError(f"{len(prompts)} prompts and {len(options)} lists of options: give one for each")
         rows = self.encode(prompts, chat=chat)
         counts = [len(own) for own in options]
-        prompt_of = np.repeat(np.arange(len(prompts)), counts)
+        prompt_of = np.repeat(np.arange(len(prompts)), counts).tolist()
         texts = [text for own in options for text in own]
         joined = not chat and self.continues
         pairs = zip(prompt_of, texts, strict=True)
@@ -700,10 +700,9 @@ class Ensemble:
         found = []
         for b, n in enumerate(limits):
             used = np.repeat(spans.weights[b], held[b], axis=0)[:n]
+            fused, members = (np.asarray(leaf[b, :n]) for leaf in answers.scores)
             none = likelihood.nothing(len(self.members), top)
-            found.append(
-                none._replace(fused=answers.scores.fused[b, :n], members=answers.scores.members[b, :n], weights=used)
-            )
+            found.append(none._replace(fused=fused, members=members, weights=used))
         return found
 
     def run(

@@ -156,7 +156,7 @@ def _texts_of(given: Sequence[Given], shares: bool) -> list[_Text]:
 
 def _width(size: int) -> int:
     """The next of 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ...: a row that holds so many tokens."""
-    step = max(2 ** (max(size - 1, 1).bit_length() - 3), SMALLEST_PROMPT_BUCKET // 4)
+    step = max(1 << max(size.bit_length() - 3, 0), SMALLEST_PROMPT_BUCKET // 4)
     return max(-(-size // step) * step, SMALLEST_PROMPT_BUCKET)
 
 
@@ -312,8 +312,8 @@ def _lay_out(
     whole: Any = jax.tree.map(lambda leaf: np.asarray(leaf)[pairs], seen)
     asked_for: Any = Asked(row_of, tuple(places), token, character, answer, step)  # type: ignore[arg-type]
     answers_to: Any = Answer(pairs, text_of, prompt_tokens, first, length, whole)  # type: ignore[arg-type]
-    laid = Texts(*map(tuple, (ids, text, branch, position)), asked_for, answers_to)
-    return Batch(laid, pairs, slots)
+    of_tokens: Any = ids, text, branch, position
+    return Batch(Texts(*map(tuple, of_tokens), asked_for, answers_to), pairs, slots)  # type: ignore[call-arg, arg-type]
 
 
 def _write(
@@ -336,15 +336,15 @@ def _characters(utf8: np.ndarray, tokens: Sequence[int]) -> list[int]:
 
 def nothing(members: int, top: int) -> Likelihood:
     """Of no tokens."""
-    per_token = [np.zeros((0, n), np.float32) for n in (members, members, top, top)]
-    return Likelihood(np.zeros(0, np.float32), *per_token[:2], per_token[2].astype(np.int32), per_token[3])
+    of_members, of_top = (np.zeros((0, n), np.float32) for n in (members, top))
+    return Likelihood(np.zeros(0, np.float32), of_members, of_members, of_top.astype(np.int32), of_top)
 
 
 def put_back(batch: Batch, scores: Scores, given: Sequence[Given], into: list[Likelihood]) -> None:
     """Puts a batch's results, on the host, where the pairs have theirs."""
     for pair, start in batch.slots:
         end = start + len(given[pair].tokens)
-        into[pair] = Likelihood(*(leaf[start:end] for leaf in scores))
+        into[pair] = Likelihood(*(np.asarray(leaf[start:end]) for leaf in scores))
 
 
 def read_given(
@@ -522,7 +522,8 @@ def _weights(
         return weights
 
     weights_prk = lax.map(decide, (jnp.arange(spec.spans), _texts_at_spans(texts, spec)))
-    return weights_prk[asked.step // length, asked.answer]
+    in_force: Array = weights_prk[asked.step // length, asked.answer]
+    return in_force
 
 
 def _texts_at_spans(texts: Texts, spec: DecodeSpec) -> Text | None:

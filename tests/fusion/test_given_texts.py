@@ -238,7 +238,7 @@ def test_small_parts_are_the_whole(pair, fusion, monkeypatch):
     policy = bound(ensemble, ReadsAll(), sample=True)
     whole = ensemble.score_tokens(ROWS, TOKENS, policy)
     monkeypatch.setattr(likelihood, "_ALIVE", 23 * 3 * 5)
-    monkeypatch.setattr(likelihood, "_TOKENS", 64)
+    monkeypatch.setattr(likelihood, "_TOKENS", 32)
     monkeypatch.setattr(likelihood, "_BRANCH_TOKENS", 4)
     done = []
     same(ensemble.score_tokens(ROWS, TOKENS, policy, on_progress=done.append), whole)
@@ -291,7 +291,7 @@ def test_programs_are_used_again(pair):
     rng = np.random.default_rng(5)
     sizes = set()
     for _ in range(3):
-        rows = [rng.integers(0, 23, rng.integers(20, 24)).tolist() for _ in range(16)]
+        rows = [rng.integers(0, 23, n).tolist() for n in (22, *rng.integers(18, 23, 15))]
         tokens = [rng.integers(0, 23, 3).tolist() for _ in rows]
         ensemble.score_tokens(rows, tokens, rng.dirichlet([1, 1], 16))
         sizes.add(programs.read_given._cache_size())
