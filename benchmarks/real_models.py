@@ -24,8 +24,6 @@ import numpy as np
 import rlae_jax as rj
 from benchmarks import common
 from benchmarks.real_models_files import GEMMA3, SMOLLM2, Unavailable, find
-from rlae_jax.fusion import programs
-from rlae_jax.fusion.sampling import SamplingOptions
 
 GIVEN, TEXT = 60, 500  # characters of a text that are given, and of all of it
 TEXTS, QUICK_TEXTS = 6, 2  # of every kind
@@ -109,14 +107,12 @@ class Reading(NamedTuple):
 def read(ensemble: rj.Ensemble, texts: list[Text]) -> Reading:
     """As `Ensemble.log_likelihoods`, with the members' parts."""
     given = [text.given for text in texts]
-    forced = [ensemble.codec.continuation(text.given, text.rest, ensemble.continues) for text in texts]
-    lengths = np.array(list(map(len, forced)), np.int32)
-    asked = SamplingOptions(max_new_tokens=int(lengths.max()), scores=True, ignore_eos=True)
-    answers = programs.run(ensemble._job(given, None, asked, seed=0, limits=lengths, forced=forced))
-    assert answers.scores is not None
-    written = np.arange(asked.max_new_tokens) < lengths[:, None]
-    members = np.where(written[..., None], answers.scores.members, 0.0)
-    return Reading(members.astype(np.float64), np.where(written, answers.scores.fused, 0.0).sum(axis=1))
+    tokens = [ensemble.codec.continuation(text.given, text.rest, ensemble.continues) for text in texts]
+    scores = ensemble.score_tokens(ensemble.encode(given), tokens)
+    members = np.zeros((len(texts), max(map(len, tokens)), len(ensemble.members)))
+    for row, one in zip(members, scores, strict=True):
+        row[: len(one.members)] = one.members
+    return Reading(members, np.array([one.fused.sum(dtype=np.float64) for one in scores]))
 
 
 def read_alone(lm: rj.LM, texts: list[Text]) -> np.ndarray:

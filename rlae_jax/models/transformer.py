@@ -174,7 +174,7 @@ class Branches(NamedTuple):
         position    0 1 2 3 2 3  0 1 2 2 0
 
     A token sees those before it of its own text, of what the branches share and of its own branch. What begins alike is
-    read once. Not for models that see places instead of positions (`ModelConfig.branches`).
+    read once. Not for models that see places instead of positions (`ModelConfig.takes_branches`).
     """
 
     positions_bt: Int[Array, "B T"]

@@ -312,7 +312,7 @@ def test_it_lowers_everywhere(pair):
 def test_bad_input(pair, raises_input_error):
     ensemble = rj.Ensemble(pair)
     raises_input_error(lambda: ensemble.score_tokens([[1]], []), "1 rows", "0 lists")
-    raises_input_error(lambda: ensemble.score_tokens([[1]], [[23]]), "row 0 has 23", "0 to 22")
+    raises_input_error(lambda: ensemble.score_tokens([[1]], [[23]]), "row 0 has 23", "0 to 23 - 1")
     raises_input_error(lambda: ensemble.score_tokens([[99]], [[1]]), "99")
     raises_input_error(lambda: ensemble.score_tokens([[1] * 500], [[1] * 14]), "512", "text 0 has 513")
     raises_input_error(lambda: ensemble.score_tokens([[1]], [[1]], [0.5]), "weights")

@@ -137,9 +137,6 @@ def test_different_tokenizers(both, make_lm):
     texts = [(LETTERS[i % 10] + LETTERS[: 1 + i % 4]) for i in range(ROWS)]
     one, other = both(lambda: ensemble.generate(texts, weights, max_new_tokens=N, temperature=1.0))
     assert one.texts == other.texts
-    options = [[" a", "bc"]] * ROWS
-    one, other = both(lambda: ensemble.log_likelihoods(texts, options, weights))
-    assert_same(one, other)
 
 
 class TestHowMany:

@@ -104,6 +104,8 @@ def test_a_trained_policy_brings_its_encoder(same, encoder, raises_input_error):
     out = same.generate(PROMPTS, bound, max_new_tokens=N, ignore_eos=True)
     weights = out.weights
     assert np.ptp(weights[..., 0]) > 0.05
+    read = same.score_tokens(same.encode(PROMPTS), out.tokens, bound, prompts=PROMPTS)  # not written, but given
+    np.testing.assert_allclose([one.weights[::L] for one in read], weights, atol=1e-5)
     alone = same.generate(PROMPTS[2:3], bound, max_new_tokens=N, ignore_eos=True)
     np.testing.assert_allclose(alone.weights[0], weights[2], atol=1e-5)
     ids = [same.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:1]]
