@@ -686,11 +686,9 @@ class Ensemble:
         top: int,
     ) -> list[Likelihood]:
         """`score_tokens` by the decoding loop, which writes the tokens one by one."""
-        if top:
-            raise InputError("the likeliest tokens beside given ones are not told where the policy chooses its spans")
         limits = np.array(list(map(len, tokens)), np.int32)
         job = self._job(prompts, weights, options, seed=0, limits=limits, forced=tokens, rows=rows)
-        answers = programs.run(job)
+        answers = programs.run(dataclasses.replace(job, spec=dataclasses.replace(job.spec, top=top)))
         if np.any(answers.steps != limits):
             raise InputError("a text does not fit into the members' room")
         assert answers.scores is not None
@@ -700,9 +698,12 @@ class Ensemble:
         found = []
         for b, n in enumerate(limits):
             used = np.repeat(spans.weights[b], held[b], axis=0)[:n]
-            fused, members = (np.asarray(leaf[b, :n]) for leaf in answers.scores)
-            none = likelihood.nothing(len(self.members), top)
-            found.append(none._replace(fused=fused, members=members, weights=used))
+            fused, members = (np.asarray(leaf[b, :n]) for leaf in answers.scores[:2])
+            one = likelihood.nothing(len(self.members), top)._replace(fused=fused, members=members, weights=used)
+            if answers.scores.top is not None:
+                told = (np.asarray(leaf[b, :n]) for leaf in answers.scores.top)
+                one = one._replace(**dict(zip(("top_tokens", "top"), told, strict=True)))
+            found.append(one)
         return found
 
     def run(

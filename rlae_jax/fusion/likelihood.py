@@ -400,7 +400,7 @@ def read_given(
 def _kind(asked: Asked, spec: DecodeSpec) -> Lockstep | Ragged:
     """The members as they are where tokens are asked for, for what of them does not depend on what they have read."""
     if spec.union is None:
-        return Lockstep(asked.token, asked.token, asked.token, ())
+        return Lockstep(*(asked.token,) * 4, caches=())
     return Ragged((), asked.character)
 
 

@@ -118,15 +118,16 @@ def test_policies_see_what_they_would_have_seen(pair, policy, sample, fusion):
 
 
 @pytest.mark.rare
-def test_policies_that_choose_spans_are_left_to_the_loop(pair, raises_input_error):
+def test_policies_that_choose_spans_are_left_to_the_loop(pair):
     ensemble = rj.Ensemble(pair)
     config = AgentConfig(reads=("hidden",), projection=4, ffn_width=8, span_lengths=(1, 3))
     policy = bound(ensemble, PPOAgent(config), sample=True)
-    found = ensemble.score_tokens(ROWS, TOKENS, policy)
-    assert [one.weights.shape for one in found] == [(len(own), 2) for own in TOKENS]
-    for one in found:
-        assert np.all(np.isfinite(one.fused))
-    raises_input_error(lambda: ensemble.score_tokens(ROWS, TOKENS, policy, top=1), "likeliest")
+    found = ensemble.score_tokens(ROWS, TOKENS, policy, top=23)
+    for own, one in zip(TOKENS, found, strict=True):
+        assert one.weights.shape == (len(own), 2)
+        np.testing.assert_allclose(one.fused, np.log(np.sum(one.weights * np.exp(one.members), axis=1)), atol=1e-5)
+        np.testing.assert_allclose(np.sort(one.top)[np.arange(len(own)), -1], one.top[:, 0])
+        assert all(one.top[n][list(one.top_tokens[n]).index(t)] == one.fused[n] for n, t in enumerate(own))
 
 
 CASES = {
