@@ -328,8 +328,10 @@ def _scores(state: DecodeState, fused: Float[Array, "B V"], spec: DecodeSpec) ->
 
 def _top(normalised: Float[Array, "B V"], options: RowOptions | None, spec: DecodeSpec) -> Any:
     """The likeliest tokens and their log-probabilities, if a row asks for them."""
-    if not spec.top or options is None:
+    if not spec.top:
         return None
+    if options is None:
+        return lax.top_k(normalised, spec.top)
     b = len(normalised)
     nothing = jnp.zeros((b, spec.top)), jnp.zeros((b, spec.top), jnp.int32)
     asked = jnp.any(options.told > 1)
