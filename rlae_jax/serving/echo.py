@@ -45,7 +45,7 @@ def score_prompts(engine: Engine, requests: Sequence[Request]) -> list[Scored]:
 def _split(ensemble: Ensemble, prompt: Any) -> tuple[Row, list[int]]:
     """A prompt's beginning, which must be given, and the tokens after it."""
     if isinstance(prompt, str):
-        return ensemble.split_text(prompt)  # type: ignore[attr-defined, no-any-return]
+        return ensemble.split_text(prompt)
     return list(prompt[:1]), list(prompt[1:])
 
 
