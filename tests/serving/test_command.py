@@ -1,5 +1,7 @@
 """`rlae-jax serve` as it is used: a process of its own, the real engine, `openai`'s client, and a signal at the end."""
 
+import asyncio
+import json
 import os
 import re
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
@@ -14,6 +17,7 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.commands import main as commands
 from rlae_jax.commands import serve
+from tests.helpers.serving import eventually
 from tests.helpers.tokenizers import byte_level
 
 TEMPLATE = "{% for m in messages %}{{ m.role[:1] }}: {{ m.content }}, {% endfor %}a:"
@@ -123,16 +127,57 @@ def test_echoed_prompts_are_scored(client, ensemble):
         assert max(top.values()) >= score
 
 
-def test_no_request_waits_for_a_compilation(client):
-    def compiles():
-        text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
-        return next(line for line in text.splitlines() if line.startswith("rlae_compiles_total"))
+def test_many_clients_of_whom_some_leave(client, ensemble):
+    """What the others get is what `generate` writes, and nothing stays behind."""
+    rng = np.random.default_rng(0)
+    prompts = ["".join(rng.choice(list("abcdefgh "), rng.integers(3, 12))) for _ in range(24)]
+    address = str(client.base_url)
 
-    before = compiles()
+    async def ask(i, http):
+        fields = {
+            "model": "pair",
+            "prompt": prompts[i],
+            "max_tokens": 20,
+            "temperature": 1,
+            "seed": i,
+            "ignore_eos": True,
+        }
+        async with http.stream("POST", "completions", json=fields | {"stream": True}) as response:
+            events = []
+            async for line in response.aiter_lines():
+                if line:
+                    events.append(line.removeprefix("data: "))
+                if i % 3 == 0 and events:
+                    return None  # and closes the connection
+        assert events.pop() == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    async def ask_all():
+        headers = {"authorization": "Bearer sesame"}
+        async with httpx.AsyncClient(base_url=address, headers=headers, timeout=SECONDS) as http:
+            return await asyncio.gather(*(ask(i, http) for i in range(len(prompts))))
+
+    options = {"max_new_tokens": 20, "temperature": 1.0, "ignore_eos": True}
+    for i, text in enumerate(asyncio.run(ask_all())):
+        if i % 3:
+            assert text == ensemble.generate([prompts[i]], seed=i, **options).texts[0]
+    eventually(lambda: figures(client)["rlae_slots_in_use"] == figures(client)["rlae_queue"] == 0)
+
+
+def figures(client):
+    """The server's metrics without labels."""
+    lines = httpx.get(str(client.base_url).replace("/v1/", "/metrics")).text.splitlines()
+    return {
+        name: float(value) for name, value in (line.split() for line in lines if line[0] != "#" and "{" not in line)
+    }
+
+
+def test_no_request_waits_for_a_compilation(client):
+    before = figures(client)["rlae_compiles_total"]
     for n in (1, 7, 33, 80):
         fields = {"model": "pair", "prompt": "x" * n, "max_tokens": 96 - n - 1, "n": 1 + n % 3, "top_p": 1 / n}
         client.completions.create(**fields, logprobs=n % 5, seed=n)
-    assert compiles() == before
+    assert figures(client)["rlae_compiles_total"] == before
 
 
 def test_what_is_wrong_with_a_call_is_told_in_a_line(monkeypatch, capsys, models):
