@@ -24,8 +24,7 @@ def score_prompts(engine: Engine, requests: Sequence[Request]) -> list[Scored]:
     Raises:
       InputError: what cannot be read.
     """
-    ensemble: Any = engine.ensemble
-    first = requests[0]
+    ensemble, first = engine.ensemble, requests[0]
     named = engine.default if first.weights is None else first.weights
     weights = engine.policies[named] if isinstance(named, str) else named
     rows, tokens = zip(*(_split(ensemble, request.prompt) for request in requests), strict=True)

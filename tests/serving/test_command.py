@@ -112,7 +112,6 @@ def test_chat(client, ensemble):
     assert told.usage.prompt_tokens == length
 
 
-@pytest.mark.skipif(not hasattr(rj.Ensemble, "score_tokens"), reason="texts are not scored whole yet")
 def test_echoed_prompts_are_scored(client, ensemble):
     """As lm-eval asks for how likely an option is."""
     prompt, option = "abc", " defg"
