@@ -24,6 +24,6 @@ from rlae_jax.ppo.train import load_policy as load_policy
 from rlae_jax.ppo.train import train as train
 from rlae_jax.ppo.train import train_seeds as train_seeds
 from rlae_jax.serving.engine import Engine as Engine
-from rlae_jax.serving.engine import Request as Request
+from rlae_jax.serving.requests import Request as Request
 from rlae_jax.sharding import make_mesh as make_mesh
 from rlae_jax.version import __version__ as __version__

@@ -19,7 +19,8 @@ import numpy as np
 
 from rlae_jax.errors import InputError
 from rlae_jax.serving.api import Call
-from rlae_jax.serving.engine import Engine, Piece
+from rlae_jax.serving.engine import Engine
+from rlae_jax.serving.requests import Piece
 
 LEAST = -9999.0  # what the API has for a log-probability of minus infinity
 

@@ -17,7 +17,8 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.operators import FusionOperator, get_operator
 from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.fusion.weights import Weights, span_length_of
-from rlae_jax.serving.engine import Engine, Request
+from rlae_jax.serving.engine import Engine
+from rlae_jax.serving.requests import Request
 
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHOICES, MOST_TOP = 2048, 128, 4096, 20
 MOST_STOPS, LONGEST_STOP = 16, 256  # every text that is written is compared with their beginnings

@@ -25,6 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rlae_jax.errors import InputError
 from rlae_jax.serving import engine as engines
+from rlae_jax.serving import requests
 from rlae_jax.serving.answers import Choice, Scored, envelope, joined, nothing, token_text, usage
 from rlae_jax.serving.api import ApiError, Call, Catalogue, read_chat, read_completion, read_json
 from rlae_jax.serving.echo import prompt_text, score_prompts
@@ -55,30 +56,30 @@ class Running:
 
     def __init__(self, call: Call, metrics: Metrics):
         self.call, self.metrics, self.started = call, metrics, time.perf_counter()
-        self.tickets: list[engines.Ticket] = []
+        self.tickets: list[requests.Ticket] = []
         self.read = 0  # tokens of prompts that were scored, and not continued
         self.open = 0  # tickets that go on
         self._samples: list[int] = []  # of each ticket, those that go on
-        self._failed: engines.Ticket | None = None
+        self._failed: requests.Ticket | None = None
         self.tokens = 0
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._pieces: list[tuple[int, engines.Piece]] = []
+        self._pieces: list[tuple[int, requests.Piece]] = []
         self._times: dict[int, tuple[float, float, int]] = {}  # of each choice: first and last token, and how many
 
-    def add(self, ticket: engines.Ticket) -> None:
+    def add(self, ticket: requests.Ticket) -> None:
         number = len(self.tickets)
         self.tickets.append(ticket)
         self._samples.append(self.call.samples)
         self.open += 1
 
-        def listen(piece: engines.Piece | None) -> None:
+        def listen(piece: requests.Piece | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server was ended by force
                 self._loop.call_soon_threadsafe(self._take, number, piece)
 
         ticket.listen(listen)
 
-    def _take(self, number: int, piece: engines.Piece | None) -> None:
+    def _take(self, number: int, piece: requests.Piece | None) -> None:
         if piece is None:
             self.open -= 1
             if self._samples[number]:
@@ -90,7 +91,7 @@ class Running:
             self._time(choice, piece)
         self._news.set()
 
-    def _time(self, choice: int, piece: engines.Piece) -> None:
+    def _time(self, choice: int, piece: requests.Piece) -> None:
         self.tokens += len(piece.tokens)
         now = time.perf_counter()
         first, last, tokens = self._times.get(choice, (now, now, 0))
@@ -107,7 +108,7 @@ class Running:
         await self._news.wait()
         self._news.clear()
 
-    async def pieces(self) -> AsyncIterator[dict[int, engines.Piece]]:
+    async def pieces(self) -> AsyncIterator[dict[int, requests.Piece]]:
         """What each choice gained since the last look, until all tickets have ended: who reads slowly gets more at a
         time, and never holds more than the answers.
 
@@ -120,7 +121,7 @@ class Running:
             if self._failed is not None:
                 raise _failure(self._failed)
             taken, self._pieces = self._pieces, []
-            gained: dict[int, list[engines.Piece]] = {}
+            gained: dict[int, list[requests.Piece]] = {}
             for choice, piece in taken:
                 if piece.finish_reason == "cancelled":
                     raise ApiError(503, "the server is stopping", code="stopping")
@@ -139,16 +140,16 @@ class Running:
         return usage(self.read + sum(ticket.prompt_tokens for ticket in self.tickets), self.tokens)
 
 
-def _cancel_ticket(submitted: asyncio.Future[engines.Ticket]) -> None:
+def _cancel_ticket(submitted: asyncio.Future[requests.Ticket]) -> None:
     if submitted.exception() is None:
         submitted.result().cancel()
 
 
-def _failure(ticket: engines.Ticket) -> ApiError:
+def _failure(ticket: requests.Ticket) -> ApiError:
     """Why a ticket ended before its answers did."""
     try:
         ticket.result(0)
-    except engines.Failed as error:
+    except requests.Failed as error:
         return ApiError(500, str(error), code="engine_error")
     return ApiError(500, "the answer could not be finished", code="engine_error")
 
@@ -294,7 +295,7 @@ class Service:
             for sample in range(call.samples)
         ]
 
-    async def _submit(self, request: engines.Request, running: Running) -> engines.Ticket:
+    async def _submit(self, request: requests.Request, running: Running) -> requests.Ticket:
         """A ticket. One of several prompts waits for the others of its call where the queue is full."""
         while True:
             submitting = asyncio.get_running_loop().run_in_executor(None, self._admit, request, running.call)
@@ -303,12 +304,12 @@ class Service:
             except asyncio.CancelledError:
                 submitting.add_done_callback(_cancel_ticket)
                 raise
-            except engines.Busy as busy:
+            except requests.Busy as busy:
                 if not running.open:
                     raise ApiError(429, str(busy), code="queue_full", retry_after=_RETRY_SECONDS) from None
                 await running.wait()
 
-    def _admit(self, request: engines.Request, call: Call) -> engines.Ticket:
+    def _admit(self, request: requests.Request, call: Call) -> requests.Ticket:
         if call.longest is None:
             options = dataclasses.replace(request.options, max_new_tokens=self.engine.room(request))
             request = dataclasses.replace(request, options=options)
@@ -320,9 +321,9 @@ class Service:
             return [(text, None) for text in texts]
         return list(zip(texts, score_prompts(self.engine, call.requests), strict=True))
 
-    async def _whole(self, running: Running, choices: list[Choice]) -> list[engines.Piece]:
+    async def _whole(self, running: Running, choices: list[Choice]) -> list[requests.Piece]:
         """All that each choice gains."""
-        gained: list[list[engines.Piece]] = [[] for _ in choices]
+        gained: list[list[requests.Piece]] = [[] for _ in choices]
         async for pieces in running.pieces():
             for i, piece in pieces.items():
                 gained[i].append(piece)
@@ -333,7 +334,7 @@ class Service:
     ) -> AsyncIterator[bytes]:
         counted = {"usage": None} if call.usage else {}
 
-        def chunk(i: int, piece: engines.Piece) -> bytes:
+        def chunk(i: int, piece: requests.Piece) -> bytes:
             return _event(around | {"choices": [choices[i].gain(piece, chunk=True)]} | counted)
 
         try:
@@ -349,7 +350,7 @@ class Service:
         except ApiError as error:
             yield _event(error.body())
 
-    def _nothing(self, choice: Choice, reason: str | None = "length") -> engines.Piece:
+    def _nothing(self, choice: Choice, reason: str | None = "length") -> requests.Piece:
         """A piece without a token."""
         return nothing(choice.index % choice.call.samples, len(self.catalogue.members), reason)
 

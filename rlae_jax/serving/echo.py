@@ -8,7 +8,8 @@ import numpy as np
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Row
 from rlae_jax.serving.answers import Scored, TokenText
-from rlae_jax.serving.engine import Engine, Request
+from rlae_jax.serving.engine import Engine
+from rlae_jax.serving.requests import Request
 
 
 def prompt_text(prompt: Any, bytes_of: TokenText) -> str:
@@ -25,8 +26,7 @@ def score_prompts(engine: Engine, requests: Sequence[Request]) -> list[Scored]:
       InputError: what cannot be read.
     """
     ensemble, first = engine.ensemble, requests[0]
-    named = engine.default if first.weights is None else first.weights
-    weights = engine.policies[named] if isinstance(named, str) else named
+    weights = engine.weights_of(first)
     rows, tokens = zip(*(_split(ensemble, request.prompt) for request in requests), strict=True)
     found = ensemble.score_tokens(rows, tokens, weights, first.options.span_length, top=first.top)
     scored = []

@@ -15,7 +15,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.operators import linear
 from rlae_jax.serving.api import Catalogue
 from rlae_jax.serving.app import make_app
-from rlae_jax.serving.engine import Busy, Failed, Piece, Stats
+from rlae_jax.serving.requests import Busy, Failed, Piece, Stats
 from rlae_jax.serving.server import Server, listen
 
 MEMBERS = ("left", "right")
@@ -125,7 +125,7 @@ class FakeEngine:
 
     def __init__(self, *, slots=4, queue=8, context=512, allowed=None):
         self.slots, self.limit, self.context, self.allowed = slots, queue, context, allowed
-        self.policies, self.default = {AGENT: None}, None
+        self.policies = (AGENT,)
         self.ensemble = SimpleNamespace(
             members=[
                 SimpleNamespace(name=n, tokenizer=SimpleNamespace(chat_template="{{ messages }}")) for n in MEMBERS
@@ -156,6 +156,9 @@ class FakeEngine:
             self.tickets.append(ticket)
             self.changed.notify_all()
         return ticket
+
+    def weights_of(self, request):
+        return None if request.weights == AGENT else request.weights
 
     def room(self, request):
         return max(self.context - len(prompt_bytes(request.prompt)), 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlae_jax.serving.answers import LEAST, Choice, Scored, TextOfTokens, joined, shown_token
 from rlae_jax.serving.api import read_chat, read_completion
-from rlae_jax.serving.engine import Piece
+from rlae_jax.serving.requests import Piece
 from tests.helpers.serving import FakeEngine, make_catalogue
 
 MEMBERS = 2

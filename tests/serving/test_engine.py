@@ -12,7 +12,7 @@ import rlae_jax as rj
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.models.config import Rope
-from rlae_jax.serving.engine import Busy, Failed, Request
+from rlae_jax.serving.requests import Busy, Failed, Request
 from tests.helpers.adapters import random_adapter
 from tests.helpers.policies import Reader
 from tests.helpers.recurrent import recurrent_lm
