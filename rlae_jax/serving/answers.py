@@ -186,18 +186,19 @@ class Choice:
             shown = shown_token(self.bytes_of(token))
             told["tokens"].append(shown)
             told["token_logprobs"].append(None if score is None else _least(score))
-            told["top_logprobs"].append(None if score is None else self._top(shown, score, top))
+            told["top_logprobs"].append(None if score is None else self._top(token, score, top or {}))
             told["text_offset"].append(self._characters)
             self._characters += len(part)
         return told
 
-    def _top(self, chosen: str, score: float, top: Mapping[int, float] | None) -> dict[str, float]:
-        """The most likely tokens and the chosen one; of several that read alike the likeliest counts."""
+    def _top(self, chosen: int, score: float, top: Mapping[int, float]) -> dict[str, float]:
+        """The most likely tokens and the chosen one, which has the same number here as where it was chosen; of several
+        that read alike the likeliest counts."""
         told: dict[str, float] = {}
-        for token, value in (top or {}).items():
+        for token, value in {**top, chosen: score}.items():
             shown = shown_token(self.bytes_of(token))
             told[shown] = max(_least(value), told.get(shown, LEAST))
-        return told | {chosen: max(_least(score), told.get(chosen, LEAST))}
+        return told
 
     def _chat_logprobs(self, piece: Piece) -> dict[str, Any]:
         assert piece.scores is not None

@@ -566,7 +566,8 @@ def _call(
         samples=fields["n"],
         seed=secrets.randbits(31) if fields["seed"] is None else fields["seed"] % (INT32 + 1),
         stop=fields["stop"],
-        ignore_eos=fields["ignore_eos"],
+        # After one token it is over anyway, and so an end token is told, too: who reads echoed scores leaves one out.
+        ignore_eos=fields["ignore_eos"] or (logprobs and longest == 1),
         scores=logprobs or rlae["attribution"],
     )
     return Call(

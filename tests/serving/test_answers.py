@@ -153,3 +153,12 @@ def test_tokens_that_read_alike_and_minus_infinity(catalogue):
     told = Choice(call, 0, {97: b"a", 1: b"x", 2: b"x"}.__getitem__).gain(piece, chunk=False)["logprobs"]
     assert told["token_logprobs"] == [LEAST]
     assert told["top_logprobs"] == [{"x": -2.0, "a": LEAST}]
+
+
+def test_the_likeliest_token_has_one_number(catalogue):
+    """Clients tell by it whether the chosen token is the likeliest."""
+    piece = make_piece(np.random.default_rng(0), n=1)._replace(
+        tokens=[97], scores=np.array([-0.1]), top=[{97: -0.1 + 1e-9, 98: -2.0}]
+    )
+    told = Choice(make_call(catalogue, logprobs=2), 0, lambda t: bytes([t])).gain(piece, chunk=False)["logprobs"]
+    assert told["token_logprobs"] == [told["top_logprobs"][0]["a"]] == [max(told["top_logprobs"][0].values())]

@@ -106,6 +106,14 @@ class TestMeaning:
             assert 0 <= seed(seed=large) < 2**31
         assert len({seed() for _ in range(5)}) > 1
 
+    def test_the_only_token_with_its_log_probability_may_be_the_end(self, catalogue):
+        def goes_on(**given):
+            return read_completion(COMPLETION | given, catalogue).requests[0].options.ignore_eos
+
+        assert goes_on(max_tokens=1, logprobs=1)
+        assert not goes_on(max_tokens=1)
+        assert not goes_on(max_tokens=2, logprobs=1)
+
     def test_a_temperature_that_float32_cannot_divide_by_is_greedy(self, catalogue):
         assert read_completion(COMPLETION | {"temperature": 1e-300}, catalogue).requests[0].options.temperature == 0
 
