@@ -27,8 +27,9 @@ from rlae_jax.errors import InputError
 from rlae_jax.serving import engine as engines
 from rlae_jax.serving import requests
 from rlae_jax.serving.answers import Choice, Scored, envelope, joined, nothing, token_text, usage
-from rlae_jax.serving.api import ApiError, Call, Catalogue, read_chat, read_completion, read_json
+from rlae_jax.serving.api import Call, Catalogue, read_chat, read_completion
 from rlae_jax.serving.echo import prompt_text, score_prompts
+from rlae_jax.serving.fields import ApiError, read_json
 from rlae_jax.serving.html import PAGE, PAGE_HEADERS
 from rlae_jax.serving.metrics import Metrics
 from rlae_jax.serving.openapi import describe

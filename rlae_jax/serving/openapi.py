@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlae_jax.serving.api import CHAT, COMPLETION, Catalogue, Field
+from rlae_jax.serving.api import Catalogue
+from rlae_jax.serving.fields import CHAT, COMPLETION, Field
 from rlae_jax.version import __version__
 
 

@@ -18,8 +18,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlae_jax.errors import InputError
-from rlae_jax.serving.api import ApiError
 from rlae_jax.serving.app import App
+from rlae_jax.serving.fields import ApiError
 
 _HEAD_BYTES = 32 * 2**10  # of a request's line and headers
 _HEAD_SECONDS = 30  # for them to arrive

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlae_jax.serving import api
-from rlae_jax.serving.api import ApiError, Catalogue, read_chat, read_completion, read_json
+from rlae_jax.serving import fields as tables
+from rlae_jax.serving.api import Catalogue, read_chat, read_completion
+from rlae_jax.serving.fields import ApiError, read_json
 from tests.helpers.serving import AGENT, MEMBERS, FakeEngine, make_catalogue
 
 COMPLETION = {"model": "both", "prompt": "ab"}
@@ -254,11 +255,11 @@ def test_whatever_fields_hold_they_are_read_or_refused(data):
     engine = FakeEngine()
     catalogue = make_catalogue(engine)
     engine.close()
-    for read, fields, body in ((read_completion, api.COMPLETION, COMPLETION), (read_chat, api.CHAT, CHAT)):
-        names = data.draw(st.lists(st.sampled_from([*fields, *api.REFUSED]), max_size=3))
+    for read, fields, body in ((read_completion, tables.COMPLETION, COMPLETION), (read_chat, tables.CHAT, CHAT)):
+        names = data.draw(st.lists(st.sampled_from([*fields, *tables.REFUSED]), max_size=3))
         body = body | {name: data.draw(JSON) for name in names}
         if isinstance(body.get("rlae"), dict):
-            body["rlae"] = {name: data.draw(JSON) for name in data.draw(st.lists(st.sampled_from(sorted(api.RLAE))))}
+            body["rlae"] = {name: data.draw(JSON) for name in data.draw(st.lists(st.sampled_from(sorted(tables.RLAE))))}
         for request in _read_or_refuse(read, body, catalogue):
             request.options.check()
 

@@ -9,7 +9,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from rlae_jax.serving.api import CHAT, COMPLETION
+from rlae_jax.serving.fields import CHAT, COMPLETION
 from rlae_jax.serving.openapi import describe
 from tests.helpers.serving import FakeEngine, make_catalogue, serving
 
