@@ -1,9 +1,7 @@
 """The model of lm-evaluation-harness: its numbers are those of `log_likelihoods`, `generate` and `evaluate`."""
 
 import functools
-import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,16 +11,16 @@ import rlae_jax as rj
 from rlae_jax.commands import main as commands
 from rlae_jax.evaluation import baseline_methods, evaluate
 from rlae_jax.tasks import Examples, Task, get_reward
+from tests.helpers.harness import TASKS, asked_and_told, copy_tasks, run
 from tests.helpers.tokenizers import byte_level
 
-harness = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.registry import get_model  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
-from rlae_jax.lm_eval import EnsembleLM  # noqa: E402
+from rlae_jax.lm_eval import EnsembleLM
 
-DATA = Path(__file__).parent / "data" / "lm_eval"
 WEIGHTS = [0.3, 0.7]
 
 
@@ -44,40 +42,25 @@ def ensemble(models):
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
-    """A directory with two tasks, whose data are beside them."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    shutil.copytree(DATA, tmp_path / "tasks")
-    for path in (tmp_path / "tasks").glob("*.yaml"):
-        path.write_text(path.read_text().replace("DIRECTORY", str(tmp_path / "tasks")))
-    return tmp_path / "tasks"
+    return copy_tasks(tmp_path / "tasks")
 
 
 def instances(kind, *arguments):
     return [Instance(kind, {}, own, i) for i, own in enumerate(arguments)]
 
 
-def run(lm, tasks):
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    return harness.simple_evaluate(lm, tasks=["animals", "ways"], task_manager=manager, bootstrap_iters=0)
-
-
 def test_two_tasks(ensemble, tasks):
     """Each option's likelihood, and what `evaluate` makes of them."""
-    results = run(EnsembleLM(ensemble, weights=WEIGHTS), tasks)
-    for name in ("animals", "ways"):
-        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-        prompts = [sample["arguments"][0][0] for sample in samples]
-        options = [[text for _, text in sample["arguments"]] for sample in samples]
-        expected = ensemble.log_likelihoods(prompts, options, WEIGHTS)
-        for sample, own in zip(samples, expected, strict=True):
-            found = [resp[0][0] for resp in sample["resps"]]
-            np.testing.assert_allclose(found, own, rtol=1e-5)
-        letters = ["ABCD"[int(sample["target"])] for sample in samples]
+    results, even = (run(EnsembleLM(ensemble, weights=weights), tasks) for weights in (WEIGHTS, None))
+    for name in TASKS:
+        prompts, options, letters, told = asked_and_told(results, name)
+        np.testing.assert_allclose(told, ensemble.log_likelihoods(prompts, options, WEIGHTS), rtol=1e-5)
         examples = Examples(prompts, letters, options)
         task = Task(name, {"train": examples, "test": examples}, get_reward("multiple_choice"), by_likelihood=True)
         methods = baseline_methods(rj.Ensemble(ensemble.members), task, ["uniform"])
-        even = run(EnsembleLM(ensemble), tasks)["results"][name]["acc,none"]
-        assert evaluate(methods, task)["methods"]["uniform"]["score"] == pytest.approx(even)
+        score = evaluate(methods, task)["methods"]["uniform"]["score"]
+        assert score == pytest.approx(even["results"][name]["acc,none"])
 
 
 def test_a_text_without_context(ensemble):

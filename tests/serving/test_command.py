@@ -17,6 +17,9 @@ import pytest
 import rlae_jax as rj
 from rlae_jax.commands import main as commands
 from rlae_jax.commands import serve
+from rlae_jax.evaluation import baseline_methods, evaluate
+from rlae_jax.tasks import Examples, Task, get_reward
+from tests.helpers.harness import TASKS, asked_and_told, copy_tasks, run
 from tests.helpers.serving import eventually
 from tests.helpers.tokenizers import byte_level
 
@@ -124,6 +127,23 @@ def test_echoed_prompts_are_scored(client, ensemble):
     assert len(logprobs.tokens) == len(ids[0]) + 1
     for top, score in zip(logprobs.top_logprobs[1:], logprobs.token_logprobs[1:], strict=True):
         assert max(top.values()) >= score
+
+
+def test_lm_eval(client, ensemble, models, tmp_path, monkeypatch):
+    """Its local-completions has the numbers of the ensemble itself, which are `evaluate`'s."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    tasks = copy_tasks(tmp_path / "tasks")
+    server = {"model": "pair", "base_url": f"{client.base_url}completions", "tokenizer": models[0], "max_length": 95}
+    served = run("local-completions", tasks, model_args=server | {"tokenizer_backend": "huggingface"})
+    for name in TASKS:
+        prompts, options, letters, told = asked_and_told(served, name)
+        np.testing.assert_allclose(told, ensemble.log_likelihoods(prompts, options), rtol=0, atol=1e-4)
+        examples = Examples(prompts, letters, options)
+        task = Task(name, {"train": examples, "test": examples}, get_reward("multiple_choice"), by_likelihood=True)
+        score = evaluate(baseline_methods(ensemble, task, ["uniform"]), task)["methods"]["uniform"]["score"]
+        assert score == pytest.approx(served["results"][name]["acc,none"])
 
 
 def test_many_clients_of_whom_some_leave(client, ensemble):
