@@ -404,11 +404,13 @@ def _check_ids(lm: LM, rows: Sequence[Sequence[int]], what: str = "prompt") -> N
 def _continuation(lm: LM, prompt: str, text: str, joined: bool) -> list[int]:
     """One member's ids of a text that continues a prompt; see `Codec.continuation`."""
     tokenizer = lm.require_tokenizer()
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] | None = None
     if joined:
         before, whole = (tokenizer(t)["input_ids"] for t in (prompt, prompt + text))
         if whole[: len(before)] == before:
             ids = whole[len(before) :]
+    if ids is None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     lacking = [i for i in ids if i >= lm.config.usable_vocab]
     if lacking:
         raise InputError(f"{lm.name} can never write {text!r}: it has no embedding of its token {lacking[0]}")
