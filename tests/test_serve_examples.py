@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from rlae_jax.commands.serve import KEY_VARIABLE
+from tests.helpers.command_lines import command_lines, parse
 from tests.helpers.serving import MEMBERS, FakeEngine, answer, serving
-from tests.test_launch import command_lines, parse
 
 SERVE = Path(__file__).resolve().parents[1] / "examples" / "serve"
 SECONDS_TO_CLOSE = 10  # after the last answer, with room
