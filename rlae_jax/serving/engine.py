@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -270,7 +271,7 @@ class Engine:
             self._tell(written, answers)
         if running is None:
             return [], None
-        answers = jax.device_get(running)
+        answers = jax.device_get(_looked_at(running, occupants))
         found = []
         for row, sample in enumerate(occupants):
             if sample is None or sample.over:
@@ -434,6 +435,16 @@ class Engine:
         for ticket in tickets:
             with contextlib.suppress(Exception):  # of a listener
                 ticket.fail(error)
+
+
+def _looked_at(answers: Answers, occupants: Sequence[Sample | None]) -> Answers:
+    """What somebody waits for: every array that is fetched costs time."""
+    tickets = [sample.ticket for sample in occupants if sample is not None]
+    trajectory: Any = answers.trajectory if any(ticket.checked.policy >= 0 for ticket in tickets) else None
+    scores = answers.scores if any(ticket.request.options.scores for ticket in tickets) else None
+    if scores is not None and not any(ticket.request.top for ticket in tickets):
+        scores = scores._replace(top=None)
+    return answers._replace(trajectory=trajectory, scores=scores)
 
 
 _counted: collections.Counter[str] = collections.Counter()

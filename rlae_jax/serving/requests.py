@@ -176,12 +176,13 @@ class Ticket:
         samples = [self._over[i] for i in range(options.samples)]
         n, k, longest = options.samples, len(self._codec.members), options.max_new_tokens
         most = -(-longest // self.checked.span_length)
-        weights = np.full((n, max(most, *(len(one.decisions) for one in samples)), k), np.nan, np.float32)
+        decided = [one.weights_of_spans() for one in samples]
+        weights = np.full((n, max(most, *map(len, decided)), k), np.nan, np.float32)
         scores = np.full((n, longest), np.nan, np.float32)
         member_scores = np.full((n, longest, k), np.nan, np.float32)
         spans = np.full((n, longest), -1)
         for i, one in enumerate(samples):
-            weights[i, : len(one.decisions)] = np.reshape(one.decisions, (-1, k))
+            weights[i, : len(decided[i])] = decided[i]
             spans[i, : one.steps] = one.spans_at(0, one.steps)
             scores[i, : len(one.scores)] = one.scores
             member_scores[i, : len(one.scores)] = np.reshape(one.member_scores, (-1, k))
@@ -231,8 +232,9 @@ class Sample:
     begun: int = 0  # steps that the device has made, of which the last ones may not be taken in yet
     steps: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
-    decisions: list[np.ndarray] = dataclasses.field(default_factory=list)  # weights
-    lengths: list[int] = dataclasses.field(default_factory=list)  # in steps, for which decisions hold
+    # Of a policy: weights, and the steps for which they hold.
+    decisions: list[np.ndarray] = dataclasses.field(default_factory=list)
+    lengths: list[int] = dataclasses.field(default_factory=list)
     scores: list[float] = dataclasses.field(default_factory=list)
     member_scores: list[np.ndarray] = dataclasses.field(default_factory=list)
     top: list[dict[int, float]] = dataclasses.field(default_factory=list)
@@ -250,11 +252,7 @@ class Sample:
         n = int(answers.steps[row])
         self.steps += n
         self.tokens += answers.tokens[row, : n - bool(answers.ended[row])].tolist()
-        if checked.policy < 0:
-            while len(self.decisions) * checked.span_length < self.steps:
-                self.decisions.append(checked.weights[0])
-                self.lengths.append(checked.span_length)
-        else:
+        if checked.policy >= 0:
             taken, lengths = int(answers.decisions[row]), answers.trajectory.length
             assert lengths is not None
             self.decisions += list(answers.trajectory.weights[row, :taken])
@@ -306,10 +304,21 @@ class Sample:
 
     def spans_at(self, start: int, stop: int) -> np.ndarray:
         """[n]: the decisions that were in force at some steps."""
-        found = np.searchsorted(np.cumsum(self.lengths), np.arange(start, stop), side="right")
-        return np.minimum(found, max(len(self.lengths) - 1, 0))
+        checked, steps = self.ticket.checked, np.arange(start, stop)
+        if checked.policy < 0:
+            return steps // checked.span_length
+        return np.searchsorted(np.cumsum(self.lengths), steps, side="right")
 
     def weights_at(self, start: int, stop: int) -> np.ndarray:
         """[n, K]: those in force at some steps."""
-        decided = np.reshape(np.asarray(self.decisions, np.float32), (-1, self.ticket.checked.weights.shape[1]))
-        return decided[self.spans_at(start, stop)] if len(decided) else decided
+        checked = self.ticket.checked
+        if checked.policy < 0 or start == stop:
+            return np.broadcast_to(checked.weights, (stop - start, checked.weights.shape[1]))
+        return np.asarray(self.decisions, np.float32)[self.spans_at(start, stop)]
+
+    def weights_of_spans(self) -> np.ndarray:
+        """[P, K]: all of them."""
+        checked = self.ticket.checked
+        if checked.policy < 0:
+            return np.repeat(checked.weights, -(-self.steps // checked.span_length), axis=0)
+        return np.reshape(np.asarray(self.decisions, np.float32), (-1, checked.weights.shape[1]))
