@@ -11,8 +11,8 @@ by broadcasting: a scale has the axes of its values, of size 1 where weights sha
 
 int8 and fp8 are symmetric: the largest weight of a channel becomes the largest value (absmax: Dettmers et al., 2022,
 section 2). int4 is affine (Jacob et al., 2018, section 2.1, with a zero point that is no whole number): its sixteen
-values lie evenly between about the least and the largest weight of a group, so that the squared error is small. Only
-weights are quantised: activations keep their dtype, and sums are float32.
+values lie evenly between about the least and the largest weight of a group, so that the squared error is small; the
+kernels of values are int8 there. Only weights are quantised: activations keep their dtype, and sums are float32.
 
 No converted copy of a kernel is made in memory. Compilers for GPUs and TPUs convert while a product reads its operand;
 where they cannot, and on a CPU, a block of the kernel is converted at a time, which stays in the processor's cache.
@@ -36,6 +36,9 @@ Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e4m3fn}
 GROUPS = (32, 64, 128)
 TABLE, HEAD = ("embedding",), ("head", "kernel")  # where they stand among the parameters
+# Kernels of values, which int4 leaves in int8: they are small where heads share them, and of a real model in int4 they cost
+# two fifths of all that is lost (`benchmarks/real_models.py`); those of keys would cost as much memory and a tenth of that.
+_VALUES = (("attention", "v"), ("cross", "v"))
 ROUTER = "router"  # of experts: its scores decide, so that it is not quantised
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 # Weights converted at a time: on a CPU what its caches hold. Smaller blocks stay nearer, but every loop over blocks is
@@ -201,7 +204,7 @@ def quantise_leaf(leaf: Any, path: Sequence[Any], inputs: int, wanted: Quantisat
         return quantise_table(leaf, kind=per_token) if wanted.head else leaf
     if not inputs or path[-2] == ROUTER or (tuple(path) == HEAD and not wanted.head):
         return leaf
-    if tuple(path) == HEAD:
+    if tuple(path) == HEAD or tuple(path[-3:-1]) in _VALUES:
         return quantise_kernel(leaf, kind=per_token, inputs=inputs)
     group = wanted.group_of(math.prod(leaf.shape[stacked : stacked + inputs]))
     assert group is not None
