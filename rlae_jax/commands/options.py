@@ -32,8 +32,8 @@ class HeldOptions:
     """How weights, keys and values are held."""
 
     quantise: Literal["int8", "int4", "fp8"] | None = None
-    """kernels of linear layers in fewer bits: int8 or fp8 with a scale per output, int4 (values: int8) with a scale per group of
-    inputs. Default: as the checkpoint has them."""
+    """kernels of linear layers in fewer bits: int8 or fp8 with a scale per output, int4 with a scale per group of
+    inputs (but for the kernels of values: int8). Default: as the checkpoint has them."""
     quantise_head: bool = False
     """the output head and the embedding table, too (int8 with int4)."""
     quantise_group: Literal[32, 64, 128] = 32
