@@ -609,9 +609,9 @@ class Ensemble:
         them (`SamplingOptions.scores`), but read in whole sequences: one forward per member and text.
 
         Rows that are equal are read once, as far as every member can (`ModelConfig.takes_branches`), and several stand
-        in one row of a program: one call for many is faster than many. Members with keys and values in 8 bits have no
-        cache here, which would hold them so. The decoding loop is left to policies that choose how long spans are and
-        to those whose rows stand in blocks.
+        in one row of a program: one call for many is faster than many. The decoding loop is left to policies that
+        choose how long spans are, to those whose rows stand in blocks, and to members with keys and values in 8 bits,
+        which only a cache holds.
 
         Args:
           rows: ids, as `encode` gives them; several may be the same.
@@ -637,7 +637,8 @@ class Ensemble:
         options = SamplingOptions(max_new_tokens=longest, span_length=length, scores=True, ignore_eos=True, chat=chat)
         spec = self.spec(options, policy=policy, sample_weights=sample, reader=reader)
         by_row = getattr(policy, "params_per_row", False)
-        if spec.span_lengths or (hasattr(policy, "slice_rows") and not by_row):
+        cached = any(config.kv_dtype is not None for config in spec.members)
+        if spec.span_lengths or cached or (hasattr(policy, "slice_rows") and not by_row):
             return self._score_written(rows, tokens, weights, options, prompts, top)
         # Calls that differ in nothing that shapes the program share it.
         counts_steps = not spec.decides_once or not self.continues

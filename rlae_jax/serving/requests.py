@@ -307,14 +307,16 @@ class Sample:
         checked, steps = self.ticket.checked, np.arange(start, stop)
         if checked.policy < 0:
             return steps // checked.span_length
-        return np.searchsorted(np.cumsum(self.lengths), steps, side="right")
+        found: np.ndarray = np.searchsorted(np.cumsum(self.lengths), steps, side="right")
+        return found
 
     def weights_at(self, start: int, stop: int) -> np.ndarray:
         """[n, K]: those in force at some steps."""
         checked = self.ticket.checked
         if checked.policy < 0 or start == stop:
             return np.broadcast_to(checked.weights, (stop - start, checked.weights.shape[1]))
-        return np.asarray(self.decisions, np.float32)[self.spans_at(start, stop)]
+        decided: np.ndarray = np.asarray(self.decisions, np.float32)[self.spans_at(start, stop)]
+        return decided
 
     def weights_of_spans(self) -> np.ndarray:
         """[P, K]: all of them."""
