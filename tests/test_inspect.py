@@ -150,7 +150,7 @@ def test_how_a_checkpoint_is_held(make_lm: Callable[..., LM], tmp_path: Path, mo
     assert {member.family for member in found.members} == {"llama"}
     assert full.weights == "float32"
     assert eight.weights == "float32, 14 x int8"
-    assert four.weights == "float32, 14 x int4 in groups of 32"
+    assert four.weights == "float32, 12 x int4 in groups of 32, 2 x int8"  # values stay in int8
     assert full.parameter_bytes > 2 * eight.parameter_bytes > 2 * four.parameter_bytes
     size = (tmp_path / "plain" / "model.safetensors").stat().st_size
     assert full.disk_bytes == eight.disk_bytes == size
