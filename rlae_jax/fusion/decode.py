@@ -281,18 +281,13 @@ def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, 
     ends = constrain(jnp.asarray(np.isin(np.arange(spec.vocab), spec.end_ids)))
     options = state.rows.options
     normalised, scores = _scores(state, fused, spec)
-    step, least, ignored = state.step, spec.min_new_tokens, None
+    step, least = state.step, spec.min_new_tokens
     sampling: Sampling | RowSampling = spec.sampling
+    may_end = jnp.ones((1,), bool)
     if options is not None:
-        step, sampling, least, ignored = (
-            step + options.steps,
-            options.sampling,
-            options.min_new_tokens,
-            options.ignore_eos,
-        )
-    early = jnp.reshape(step < least, (-1, 1))
-    if ignored is not None:
-        early = early & ~ignored[:, None]
+        step, least = step + options.steps, options.min_new_tokens
+        sampling, may_end = options.sampling, ~options.ignore_eos
+    early = jnp.reshape(step < least, (-1, 1)) & may_end[:, None]
     scores = jnp.where(ends[None] & early, -jnp.inf, scores)
     if state.rows.forced is None:
         token = choose_token(scores, state.rows.keys, step, sampling)
@@ -302,7 +297,7 @@ def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, 
     written = ~state.done & ~stuck
     token = jnp.where(written, token, 0)
     log_prob = jnp.take_along_axis(normalised, token[:, None], axis=1) if spec.scores else None
-    ended = written & ends[token] if ignored is None else written & ends[token] & ~ignored
+    ended = written & ends[token] & may_end
     return _Choice(token, written, stuck, ended, log_prob, _top(normalised, options, spec))
 
 

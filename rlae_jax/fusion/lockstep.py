@@ -16,7 +16,7 @@ from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models.cache import Cache, LayerCache, extend_cache, put_row, visible
 
-_LARGE = 2**29
+_LARGE = 2**29  # slots are numbered anew beyond, before they would overflow
 
 
 class RowSubsets(NamedTuple):
@@ -33,9 +33,7 @@ class Lockstep(NamedTuple):
     pending: Int[Array, " B"]  # the token that each row feeds next
     lengths: Int[Array, " B"]  # tokens fed so far, which is the pending token's position
     starts: Int[Array, " B"]  # first slot in use: rows are padded on the left
-    slot: Int[
-        Array, " B"
-    ]  # the next one to be written, alike in all rows; of a cache that it has filled, it goes round
+    slot: Int[Array, " B"]  # the next one to be written, alike in all rows; where there are no more it goes round
     caches: tuple[Cache, ...]  # of a shared base M batches of rows, one after another
     subsets: RowSubsets | None = None  # None: every member runs every row
 

@@ -315,21 +315,6 @@ def put_row(
     return dataclasses.replace(cache, layers=tuple(put_layer(i, *pair) for i, pair in pairs))
 
 
-def append_chunk(cache: Cache, new: Layers, slot: Int[Array, ""]) -> Cache:
-    """Puts W keys and values per row into the same slots of all rows, those from `slot` on, which must exist; in a
-    cache without rings. New states take the place of the old ones."""
-
-    def put(held: LayerCache | LayerState, added: LayerCache | LayerState) -> LayerCache | LayerState:
-        if isinstance(held, LayerState):
-            return added
-        written: LayerCache = jax.tree.map(
-            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, slot, axis=x.ndim - 1), held, added
-        )
-        return written
-
-    return dataclasses.replace(cache, layers=tuple(map(put, cache.layers, new)))
-
-
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.
 _UNROLLED_ROWS = 16
 

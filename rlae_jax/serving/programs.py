@@ -26,7 +26,7 @@ from rlae_jax.fusion.sampling import RowSampling
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, RowOptions, answers_of
 from rlae_jax.models import ModelConfig, lora, transformer
-from rlae_jax.models.cache import Cache, LayerCache, append_chunk, empty_cache, visible
+from rlae_jax.models.cache import Cache, LayerCache, empty_cache, visible, write_chunk
 from rlae_jax.serving.menu import Menu
 
 # The step of the next decision of a row that takes none: beyond every answer's end.
@@ -131,7 +131,7 @@ def read_chunk(
     positions = slots[:, None] + jnp.arange(w)[None]
     counts = jnp.full((members,), count)
     _, new = model.decode_chunk(jnp.tile(ids, (members, 1)), positions, counts, cache, behind, slots)
-    return append_chunk(cache, new, slot)
+    return write_chunk(cache, new, slots)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
