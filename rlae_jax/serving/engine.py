@@ -21,11 +21,11 @@ import jax
 import numpy as np
 
 from rlae_jax.errors import InputError
+from rlae_jax.fusion import slots as programs
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.state import Answers, DecodeState
 from rlae_jax.fusion.weights import Weights
 from rlae_jax.models.cache import Cache
-from rlae_jax.serving import programs
 from rlae_jax.serving.intake import Intake
 from rlae_jax.serving.prompts import PromptReader, Reading
 from rlae_jax.serving.requests import Busy, Checked, Request, Sample, Stats, Ticket

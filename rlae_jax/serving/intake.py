@@ -9,6 +9,7 @@ import numpy as np
 
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
+from rlae_jax.fusion.menu import Menu
 from rlae_jax.fusion.operators import Hidden
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Policy
 from rlae_jax.fusion.prompts import Prompts, Row, check_seeds, pad_rows
@@ -17,7 +18,6 @@ from rlae_jax.fusion.sampling import RowSampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import RowOptions
 from rlae_jax.fusion.weights import Weights, bind_weights, named_policy, normalise_weights, span_length_of
-from rlae_jax.serving.menu import Menu
 from rlae_jax.serving.requests import TOP, Checked, Request
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlae_jax.fusion import slots as programs
 from rlae_jax.models import ModelConfig
 from rlae_jax.models.cache import Cache
-from rlae_jax.serving import programs
 from rlae_jax.serving.prefix import PrefixCache
 
 # The smallest cache that a prompt is read into, how much larger the next ones are, and the tokens that the smaller of

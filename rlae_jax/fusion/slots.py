@@ -1,4 +1,5 @@
-"""What the engine compiles: reading a part of a prompt, a newcomer's row, and a number of steps of all rows.
+"""Rows that begin at different times, as an engine's: reading a part of a prompt, a newcomer's row, and a number of
+steps of all rows.
 
     read_chunk   [1, W] tokens of one prompt into a cache of its own, which has no rings
     admit        that cache into a row of the batch's, behind the slot that all rows write next
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from rlae_jax.fusion.decode import begin, decode_spans
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, bind_members
+from rlae_jax.fusion.menu import Menu
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.ragged import WIDEST, Ragged, RaggedMember
 from rlae_jax.fusion.sampling import RowSampling
@@ -27,7 +29,6 @@ from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, RowOptions, answers_of
 from rlae_jax.models import ModelConfig, lora, transformer
 from rlae_jax.models.cache import Cache, LayerCache, empty_cache, visible, write_chunk
-from rlae_jax.serving.menu import Menu
 
 # The step of the next decision of a row that takes none: beyond every answer's end.
 NEVER = 2**30
