@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlae_jax.fusion.members import ForwardPass, Prediction, aligned, prompt_cache
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.models.cache import Cache, LayerCache, extend_cache, put_row, visible
+from rlae_jax.models.cache import Cache, LayerCache, extend_cache, put_row, resize_rings, visible
 
 _LARGE = 2**29  # slots are numbered anew beyond, before they would overflow
 
@@ -76,6 +76,12 @@ class Lockstep(NamedTuple):
             starts=self.starts.at[row].set(slot - count),
             caches=tuple(caches),
         )
+
+    def resize(self, slots: int, spec: DecodeSpec) -> "Lockstep":
+        """The same with caches of so many slots, which must hold what rows have to see."""
+        pairs = zip(self.caches, spec.members, strict=not spec.shared_base)
+        newest = self.slot[0] - 1
+        return self._replace(caches=tuple(resize_rings(cache, config, slots, newest) for cache, config in pairs))
 
     def rebase(self) -> "Lockstep":
         """The same, with smaller numbers of slots, where they have grown so large that they would overflow one day."""

@@ -299,8 +299,7 @@ def put_row(
         begin = jnp.maximum(count - kept, 0)
         piece = lax.dynamic_slice_in_dim(own, begin, kept, axis=-1)
         piece = jnp.pad(piece, [*[(0, 0)] * (own.ndim - 1), (0, length - kept)])
-        shift = (first + begin) % length
-        turned = lax.dynamic_slice_in_dim(jnp.concatenate([piece, piece], axis=-1), length - shift, length, axis=-1)
+        turned = turn(piece, -(first + begin) % length)
         turned = jnp.pad(turned, [*[(0, 0)] * (own.ndim - 1), (margin, margin)])
         return lax.dynamic_update_slice_in_dim(cached, turned, row, axis=0)
 
@@ -313,6 +312,31 @@ def put_row(
 
     pairs = enumerate(zip(cache.layers, read.layers, strict=True))
     return dataclasses.replace(cache, layers=tuple(put_layer(i, *pair) for i, pair in pairs))
+
+
+def resize_rings(cache: Cache, config: ModelConfig, slots: int, newest: Int[Array, ""]) -> Cache:
+    """A cache whose rows all write the same slot, slot s at the place s modulo S, with another number of slots: what it
+    holds of the last ones up to the newest."""
+
+    def resize(layer: int, cached: Array) -> Array:
+        old, new = cached.shape[-1], layer_slots(config, layer, slots)
+        if old == new:
+            return cached
+        in_order = turn(cached, (newest + 1) % old)
+        kept = in_order[..., max(old - new, 0) :]
+        kept = jnp.pad(kept, [*[(0, 0)] * (cached.ndim - 1), (new - kept.shape[-1], 0)])
+        return turn(kept, (-newest - 1) % new)
+
+    layers = tuple(
+        jax.tree.map(functools.partial(resize, i), layer) if isinstance(layer, LayerCache) else layer
+        for i, layer in enumerate(cache.layers)
+    )
+    return dataclasses.replace(cache, layers=layers, slots=slots)
+
+
+def turn(array: Array, first: Int[Array, ""]) -> Array:
+    """The last axis from `first` on, and then what came before."""
+    return lax.dynamic_slice_in_dim(jnp.concatenate([array, array], axis=-1), first, array.shape[-1], axis=-1)
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.

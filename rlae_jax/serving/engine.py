@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 # and what it has to wait for, too.
 _LOOK_SECONDS = 0.02
 _LEAST_STEPS, _MOST_STEPS = 4, 32
+# Slots of the smallest caches, and looks after which they get fewer, where fewer would have done.
+_FEWEST_SLOTS, _PATIENCE = 128, 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -118,6 +120,9 @@ class Engine:
         self._reading: list[_Waiting] = []
         self._rows: list[Sample | None] = [None] * slots
         self._state: DecodeState | None = None
+        self._sizes = [context] if self._intake.ragged else _cache_sizes(context)
+        self._size = self._sizes[0]  # slots of the state's caches
+        self._larger = 0  # looks for which they have been more than needed
         self._step_seconds = _LOOK_SECONDS / _LEAST_STEPS
         self._turn = 0
         self._thread = threading.Thread(target=self._run, name="rlae-jax engine", daemon=True)
@@ -135,13 +140,17 @@ class Engine:
         Args:
           told: is called with how many of how many sizes of prompts are done.
         """
-        sizes = self._prompts.sizes
-        for i, size in enumerate(sizes):
-            caches = self._prompts.warm_up(size)
-            state = self._admit(self._empty_state(), (caches, size), self._intake.stand_in(1), 0, 0, False)
+        read = [(self._prompts.warm_up(size), size) for size in self._prompts.sizes]
+        for i, slots in enumerate(self._sizes):
+            state = self._empty_state(slots)
+            for other in self._sizes[max(i - 1, 0) : i + 2]:
+                if other != slots:
+                    programs.resize(state, self._spec, other)
+            for of_prompt in read:
+                state = self._admit(state, of_prompt, self._intake.stand_in(1), 0, 0, False)
             jax.block_until_ready(self._advance(state, np.zeros(self.slots, bool), _LEAST_STEPS))
             if told is not None:
-                told(i + 1, len(sizes))
+                told(i + 1, len(self._sizes))
         self._compiled = _compilations()
 
     @property
@@ -266,7 +275,9 @@ class Engine:
         going = np.array([sample is not None for sample in occupants])
         started, running = time.perf_counter(), None
         if going.any():
-            self._state, running = self._advance(self._live_state(), going, self._next_steps())
+            steps = self._next_steps()
+            self._fit(max(sample.length for sample in occupants if sample is not None) + steps)
+            self._state, running = self._advance(self._live_state(), going, steps)
         if answers is not None:
             self._tell(written, answers)
         if running is None:
@@ -286,24 +297,41 @@ class Engine:
             self._counts.update(steps=steps, looks=1)
         return found, answers
 
-    def _empty_state(self) -> DecodeState:
+    def _empty_state(self, slots: int) -> DecodeState:
         row = self._intake.prompts(self._intake.stand_in(1), 1)
         rows = jax.tree.map(lambda leaf: np.repeat(leaf, self.slots, axis=0), row)
         keys = jax.vmap(jax.random.key)(np.zeros(self.slots, np.uint32))
         rows = rows._replace(keys=keys, active=np.zeros(self.slots, bool))
-        state: DecodeState = programs.empty_state(self._params, rows, self._spec, self.slots, self.context)
+        state: DecodeState = programs.empty_state(self._params, rows, self._spec, self.slots, slots)
         return state
 
     def _live_state(self) -> DecodeState:
         if self._state is None:
-            self._state = self._empty_state()
+            self._state = self._empty_state(self._size)
         return self._state
+
+    def _fit(self, slots: int) -> None:
+        """Gives the caches as many slots as the longest text needs, since a step reads all of them: more at once, fewer
+        after a while."""
+        slots = min(slots, self.context)
+        smallest = next(i for i, size in enumerate(self._sizes) if size >= slots)
+        i = self._sizes.index(self._size)
+        self._larger = self._larger + 1 if smallest < i else 0
+        if self._larger >= _PATIENCE:
+            self._larger, smallest = 0, i - 1
+        elif smallest < i:
+            return
+        while i != smallest:
+            i += 1 if i < smallest else -1
+            if self._state is not None:
+                self._state = programs.resize(self._state, self._spec, self._sizes[i])
+        self._size = self._sizes[i]
 
     def _next_steps(self) -> int:
         steps = int(np.clip(_LOOK_SECONDS / max(self._step_seconds, 1e-6), _LEAST_STEPS, _MOST_STEPS))
-        if self._reading or self._queue:  # somebody waits for the row that ends first
-            left = min(row.ticket.checked.limit - row.begun for row in self._rows if row is not None)
-            steps = min(steps, max(left, _LEAST_STEPS))
+        if self._reading or self._queue:  # somebody waits for a row that ends, but a look costs some steps, too
+            left = (row.ticket.checked.limit - row.begun for row in self._rows if row is not None)
+            steps = min([steps, *(n for n in left if n >= 2 * _LEAST_STEPS)])
         return steps
 
     def _advance(self, state: DecodeState, going: np.ndarray, steps: int) -> tuple[DecodeState, Answers]:
@@ -366,6 +394,8 @@ class Engine:
             while free and one.wanted:
                 row = free.pop(0)
                 sample = Sample(one.ticket, one.admitted)
+                if sample.length > self._size:
+                    self._fit(sample.length)
                 state = self._live_state()
                 self._state = self._admit(state, read, one.ticket.checked, row, sample.number, several)
                 self._rows[row] = sample
@@ -435,6 +465,16 @@ class Engine:
         for ticket in tickets:
             with contextlib.suppress(Exception):  # of a listener
                 ticket.fail(error)
+
+
+def _cache_sizes(context: int) -> list[int]:
+    """Numbers of slots, each about a quarter larger than the one before, up to the context."""
+    sizes, size = [], _FEWEST_SLOTS
+    while size < context:
+        sizes.append(size)
+        least = _FEWEST_SLOTS // 2
+        size += max(size // 4 // least, 1) * least
+    return [*sizes, context]
 
 
 def _looked_at(answers: Answers, occupants: Sequence[Sample | None]) -> Answers:

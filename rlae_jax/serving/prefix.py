@@ -34,6 +34,7 @@ class PrefixCache:
     def __init__(self, budget: int):
         self._budget = budget
         self._entries: collections.OrderedDict[int, _Entry] = collections.OrderedDict()
+        self._beginnings: dict[bytes, list[int]] = collections.defaultdict(list)  # the entries with these first ids
         self._numbers = itertools.count()
         self.bytes = 0
 
@@ -44,7 +45,8 @@ class PrefixCache:
         """How many of the first ids some prompt has, too, and its cache; None where they are hardly any."""
         wanted = np.asarray(ids, np.int32)
         best, at = 0, -1
-        for number, entry in self._entries.items():
+        for number in self._beginnings.get(_beginning(wanted), ()):
+            entry = self._entries[number]
             common = _common(entry.ids, wanted)
             if any(isinstance(layer, LayerState) for layer in entry.cache.layers) and common < len(entry.ids):
                 continue
@@ -62,14 +64,17 @@ class PrefixCache:
         if len(kept) < _LEAST or size > self._budget:
             return
         recurrent = any(isinstance(layer, LayerState) for layer in cache.layers)
-        for number, entry in list(self._entries.items()):
+        for number in list(self._beginnings.get(_beginning(kept), ())):
+            entry = self._entries[number]
             common = _common(entry.ids, kept)
             if common == len(kept) == len(entry.ids) or (common == len(kept) and not recurrent):
                 self._entries.move_to_end(number)  # which holds it already
                 return
             if common == len(entry.ids) and not recurrent:
                 self._drop(number)
-        self._entries[next(self._numbers)] = _Entry(kept, cache, size)
+        number = next(self._numbers)
+        self._entries[number] = _Entry(kept, cache, size)
+        self._beginnings[_beginning(kept)].append(number)
         self.bytes += size
         while self.bytes > self._budget:
             self._drop(next(iter(self._entries)))
@@ -77,10 +82,21 @@ class PrefixCache:
     def clear(self) -> None:
         """Forgets everything."""
         self._entries.clear()
+        self._beginnings.clear()
         self.bytes = 0
 
     def _drop(self, number: int) -> None:
-        self.bytes -= self._entries.pop(number).bytes
+        entry = self._entries.pop(number)
+        self.bytes -= entry.bytes
+        alike = self._beginnings[_beginning(entry.ids)]
+        alike.remove(number)
+        if not alike:
+            del self._beginnings[_beginning(entry.ids)]
+
+
+def _beginning(ids: np.ndarray) -> bytes:
+    """Prompts that have less than this in common are of no use to each other."""
+    return ids[:_LEAST].tobytes()
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

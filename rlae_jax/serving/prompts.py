@@ -12,10 +12,10 @@ from rlae_jax.models import ModelConfig
 from rlae_jax.models.cache import Cache
 from rlae_jax.serving.prefix import PrefixCache
 
-# The smallest cache that a prompt is read into, how much larger the next ones are, and the tokens that the smaller of
-# the two programs reads which read into one.
+# The smallest cache that a prompt is read into, and how much larger the next ones are.
 _SMALLEST, _GROWTH = 128, 8
-_NARROW = 32
+# The fewest tokens that a program reads at a time, and how many more the next ones: reading costs as much as its width.
+_NARROWEST, _WIDER = 32, 2
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,6 +56,7 @@ class PromptReader:
         self._chunk = min(chunk, context)
         self._prefixes = [PrefixCache(prefix_bytes // len(passes)) for _ in passes]
         self.sizes = [*self._smaller(context), context]
+        self._empty: dict[tuple[int, int], Cache] = {}  # by pass and size; nothing is ever written into them
 
     @staticmethod
     def _smaller(context: int) -> list[int]:
@@ -65,13 +66,16 @@ class PromptReader:
             size *= _GROWTH
         return sizes
 
-    def _widths(self, size: int) -> tuple[int, ...]:
+    def _widths(self, size: int) -> list[int]:
         """Tokens that programs read at a time into a cache of this size."""
-        wide = min(self._chunk, size)
-        return (_NARROW, wide) if wide > _NARROW else (wide,)
+        widest, width, widths = min(self._chunk, size), _NARROWEST, []
+        while width < widest:
+            widths.append(width)
+            width *= _WIDER
+        return [*widths, widest]
 
     def _slots(self, size: int) -> int:
-        return size + self._widths(size)[-1]  # what a chunk fills lies beyond a prompt's end
+        return size + self._widths(size)[0]  # what a chunk fills lies beyond a prompt's end
 
     def _size_of(self, cache: Cache) -> int:
         return next(size for size in self.sizes if self._slots(size) == cache.slots)
@@ -83,17 +87,25 @@ class PromptReader:
           ids: of each pass, or one list for all.
         """
         found = Reading([ids[p % len(ids)] for p in range(len(self._passes))], [], [], 0)
-        for ((config, members), _), own, prefix in zip(self._passes, found.ids, self._prefixes, strict=True):
-            slots = self._slots(next(size for size in self.sizes if size >= len(own)))
+        for p, (own, prefix) in enumerate(zip(found.ids, self._prefixes, strict=True)):
+            size = next(size for size in self.sizes if size >= len(own))
+            slots = self._slots(size)
             known = prefix.find(own[:-1])
             if known is None:
-                found.caches.append(programs.empty_prompt(config, members, slots))
+                found.caches.append(self._nothing(p, size))
             else:
                 cache = known[1]
                 found.caches.append(cache if cache.slots >= slots else programs.grow(cache, slots))
             found.read.append(0 if known is None else known[0])
         found.known = found.read[0]
         return found
+
+    def _nothing(self, p: int, size: int) -> Cache:
+        """A cache that holds nothing yet."""
+        if (p, size) not in self._empty:
+            config, members = self._passes[p][0]
+            self._empty[p, size] = programs.empty_prompt(config, members, self._slots(size))
+        return self._empty[p, size]
 
     def read(self, reading: Reading) -> int:
         """Reads the next tokens of a prompt, and returns how many at most by any pass."""
@@ -103,12 +115,16 @@ class PromptReader:
             left = len(ids) - 1 - at
             if left <= 0:
                 continue
-            widths = self._widths(self._size_of(cache))
+            widths = [w for w in self._widths(self._size_of(cache)) if at + w <= cache.slots]
             width = next((w for w in widths if w >= left), widths[-1])
             count = min(width, left)
-            chunk = np.zeros((1, width), np.int32)
-            chunk[0, :count] = ids[at : at + count]
-            cache = programs.read_chunk(params, cache, chunk, np.int32(at), np.int32(count), config, members)
+            chunk, own = np.zeros((1, width), np.int32), ids[at : at + count]
+            if at:
+                chunk[0, :count] = own
+                cache = programs.read_chunk(params, cache, chunk, np.int32(at), np.int32(count), config, members)
+            else:
+                chunk[0, width - count :] = own
+                cache = programs.read_first(params, chunk, np.int32(count), config, members, cache.slots)
             reading.caches[p], reading.read[p] = cache, at + count
             # A state is of use where it ends alone, so that those in between are kept, too.
             if count == left or config.recurrent_layers:
@@ -130,11 +146,13 @@ class PromptReader:
     def warm_up(self, size: int) -> tuple[Cache, ...]:
         """Compiles what reads into caches of this size, and returns some."""
         caches = []
-        for (config, members), params in self._passes:
-            cache = programs.empty_prompt(config, members, self._slots(size))
+        for p, ((config, members), params) in enumerate(self._passes):
+            cache = self._nothing(p, size)
             for width in self._widths(size):
                 ids = np.zeros((1, width), np.int32)
-                cache = programs.read_chunk(params, cache, ids, np.int32(0), np.int32(1), config, members)
+                one = np.int32(1)
+                cache = programs.read_first(params, ids, one, config, members, cache.slots)
+                cache = programs.read_chunk(params, cache, ids, one, one, config, members)
             jax.block_until_ready([programs.grow(cache, self._slots(s)) for s in self.sizes if s > size])
             caches.append(cache)
         return tuple(caches)

@@ -246,6 +246,11 @@ class Sample:
     def over(self) -> bool:
         return bool(self.reason)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer so far, as far as the device is."""
+        return max(map(len, self.ticket.checked.ids)) + self.begun
+
     def take_in(self, answers: Answers, row: int) -> int:
         """What some steps wrote in its row; returns how many it was."""
         checked, request = self.ticket.checked, self.ticket.request

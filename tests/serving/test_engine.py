@@ -1,6 +1,7 @@
 """The engine: whatever runs beside it, and whenever it comes, a request's answer is `Ensemble.generate`'s for it."""
 
 import dataclasses
+import itertools
 import threading
 import time
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
+from rlae_jax.fusion import slots
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.models.config import Rope
+from rlae_jax.serving import engine as engines
 from rlae_jax.serving.requests import Busy, Failed, Request
 from tests.helpers.adapters import random_adapter
 from tests.helpers.policies import Reader
@@ -122,8 +125,13 @@ def check(found, expected, samples, scores):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.rare] if k in RARE else []) for k in MEMBERS])
-def test_answers_are_those_of_generate_whatever_runs_beside(make_lm, kind):
+def test_answers_are_those_of_generate_whatever_runs_beside(make_lm, kind, monkeypatch):
     ensemble, prompt_of = MEMBERS[kind](make_lm)
+    sizes = []
+    if kind == "windows":  # caches that grow and shrink often
+        monkeypatch.setattr(engines, "_FEWEST_SLOTS", 16)
+        monkeypatch.setattr(engines, "_PATIENCE", 1)
+        monkeypatch.setattr(slots, "resize", lambda *args, own=slots.resize: (sizes.append(args[-1]), own(*args))[1])
     policies = {"agent": agent(ensemble), "confidence": "confidence"}
     rng = np.random.default_rng(0)
     requests = draw(rng, prompt_of, len(ensemble.members), 15, 3 if kind == "union" else len(OPTIONS))
@@ -135,6 +143,7 @@ def test_answers_are_those_of_generate_whatever_runs_beside(make_lm, kind):
                 tickets[i - 2].result(120)  # so that rows begin and end at different steps
         results = [ticket.result(120) for ticket in tickets]
         told = list(map(list, tickets))
+    assert kind != "windows" or {np.sign(b - a) for a, b in itertools.pairwise(sizes)} == {-1, 1}
     for request, found, pieces in zip(requests, results, told, strict=True):
         check(found, alone(ensemble, request, policies), request.options.samples, request.options.scores)
         for i, text in enumerate(found.decoded or []):
