@@ -74,6 +74,7 @@ _COUNTS = (
     "eval_every",
     "eval_prompts",
     "seeds",
+    "slots",
 )
 
 
@@ -96,6 +97,8 @@ class PPOConfig:
       clip, value_clip: of the probability ratio and of the value's change.
       span_length, max_new_tokens: None takes the task's.
       temperature: of the tokens; 0 writes greedily, and only the weights are drawn.
+      engine, slots: whether a rollout writes so many of an agent's answers at a time and gives a row that ends the next
+        prompt, instead of all together until the longest ends. None is `engine_slots`. The answers are the same.
       eval_every, eval_prompts: the first so many prompts of dev are scored, and a checkpoint written, every so many
         iterations. None is `dev_prompts`.
       seed, seeds: agents of the seeds seed, seed + 1, ... are trained side by side in one program.
@@ -123,6 +126,8 @@ class PPOConfig:
     span_length: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 0.0
+    engine: bool = False
+    slots: int | None = None
     eval_every: int = 10
     eval_prompts: int | None = None
     seed: int = 0
@@ -138,6 +143,8 @@ class PPOConfig:
             raise InputError(f"{', '.join(low)} must be at least 1")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.slots is not None and not self.engine:
+            raise InputError("slots are an engine's: set engine, too")
 
     @classmethod
     def demo(cls, **changes: Any) -> Self:
@@ -168,10 +175,19 @@ class PPOConfig:
         return min(bound, MOST_DEV) if self.eval_prompts is None else self.eval_prompts
 
     @property
+    def engine_slots(self) -> int | None:
+        """Answers of an agent that are written at a time, if not all: a quarter unless `slots` says so, at least 8."""
+        if not self.engine:
+            return None
+        answers = self.prompts * self.samples
+        return min(max(answers // 4, 8) if self.slots is None else self.slots, answers)
+
+    @property
     def preset(self) -> str:
-        """The preset that these settings are, or "custom". How long, from which seed and for which answers a preset
-        runs does not make it another one."""
-        neutral = ("iterations", "seed", "seeds", "span_length", "max_new_tokens", "eval_every", "eval_prompts")
+        """The preset that these settings are, or "custom". How long, from which seed, for which answers and how they
+        are written does not make it another one."""
+        of_answers = ("span_length", "max_new_tokens", "engine", "slots")
+        neutral = ("iterations", "seed", "seeds", "eval_every", "eval_prompts", *of_answers)
         for name in PRESETS:
             preset = getattr(type(self), name)
             if self == preset(**{field: getattr(self, field) for field in neutral}):

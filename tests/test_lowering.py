@@ -1,5 +1,7 @@
 """Every compiled program lowers for cpu, cuda and tpu, from any machine."""
 
+import dataclasses
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -142,6 +144,9 @@ def test_ppo_programs(ensemble):
         return ppo.rollout_for_text(*args, spec, config)
 
     assert_lowers(roll, state.params, params, batch, seed, iteration)
+    queued = dataclasses.replace(config, engine=True, slots=1)
+    rows = state.params, params, batch, seed, iteration
+    assert_lowers(lambda *args: ppo.rollout_for_text(*args, spec, queued), *rows)
     experience = jax.eval_shape(roll, state.params, params, batch, seed, iteration)
     exported = assert_lowers(
         lambda *args: ppo.learn_from_text(*args, spec, config), state, experience, jnp.ones(4), seed

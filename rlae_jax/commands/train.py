@@ -32,6 +32,11 @@ class TrainOptions(AgentOptions):
     """prompts per rollout. Default: the preset's."""
     samples: int | None = None
     """answers to each prompt of a rollout. Default: 1."""
+    engine: bool = False
+    """write a rollout as an engine does: some answers at a time, and a row that ends is given the next prompt, so that
+    one long answer does not hold up a batch. The answers are the same. Not for encoder-decoders."""
+    slots: int | None = None
+    """with --engine: answers of an agent that are written at a time. Default: a quarter of a rollout's, at least 8."""
     learning_rate: float | None = None
     """of Adam. Default: the preset's."""
     schedule: Literal["constant", "linear", "cosine"] | None = None

@@ -122,6 +122,12 @@ class Sampling:
             penalised=options.repetition_penalty != 1,
         )
 
+    def of_rows(self, rows: int) -> "RowSampling":
+        """The same for every row."""
+        numbers = (0.0 if self.greedy else self.temperature, self.top_k, self.top_p, self.min_p)
+        repeated = [jnp.full((rows,), number) for number in (*numbers, self.repetition_penalty)]
+        return RowSampling(*repeated)
+
     def penalise(self, log_probs_bv: Float[Array, "B V"], seen_bv: Bool[Array, "B V"] | None) -> Float[Array, "B V"]:
         """log p times `repetition_penalty` where a token stands in the prompt or the answer (Keskar et al., 2019, on
         log-probabilities, since the members' logits share no scale)."""

@@ -25,6 +25,7 @@ from rlae_jax.fusion.decode import begin, decode_spans
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, bind_members
 from rlae_jax.fusion.menu import Menu
+from rlae_jax.fusion.policy import Fixed
 from rlae_jax.fusion.prompts import Prompts
 from rlae_jax.fusion.ragged import WIDEST, Ragged, RaggedMember
 from rlae_jax.fusion.sampling import RowSampling
@@ -234,7 +235,7 @@ def advance(
     """All rows up to `steps` steps on, and what they wrote in these.
 
     Args:
-      policy_params: of each policy of the `Menu`, if rows may follow one.
+      policy_params: the policy's; with a `Menu` those of each of its policies; with `Fixed` weights are the rows' own.
       going: rows that are in use; what others wrote so far is given up.
     """
     state = _turn_page(state._replace(done=state.done | ~going))
@@ -244,7 +245,7 @@ def advance(
     assert options is not None
     if isinstance(spec.policy, Menu):
         policy_params = (options.policy, options.span_length, policy_params)
-    else:
+    elif isinstance(spec.policy, Fixed):
         policy_params = state.decisions.span.weights
     state = decode_spans(params, state, policy_params, spec, steps)
     return _strong(state), answers_of(state)

@@ -22,6 +22,7 @@ from rlae_jax.config import PPOConfig
 from rlae_jax.fusion.decode import decode_batch, params_places
 from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
 from rlae_jax.fusion.prompts import Prompts, row_keys
+from rlae_jax.fusion.queued import decode_queued
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
@@ -152,10 +153,14 @@ def rollout(
     prompts: Prompts,
     spec: DecodeSpec,
     samples: int = 1,
+    slots: int | None = None,
 ) -> Rollout:
     """Decodes a batch with weights drawn from the policy, recording every decision; `samples` answers to each prompt,
-    which share its prefill."""
-    answers = decode_batch(params, prompts, policy_params, spec, samples)
+    which share its prefill. `slots` of them are written at a time, by default all."""
+    if slots is None:
+        answers = decode_batch(params, prompts, policy_params, spec, samples)
+    else:
+        answers = decode_queued(params, prompts, policy_params, spec, slots, samples)
     spans = answers.trajectory
     assert spans.observation is not None
     return Rollout(
@@ -320,7 +325,8 @@ def _rollout_all(
     spec = dataclasses.replace(spec, policy=AgentsInBlocks(spec.policy, e))
 
     def run(policy_params: Any, params: tuple[Any, ...], prompts: Prompts, spec: DecodeSpec) -> Rollout:
-        return split_blocks(rollout(params, policy_params, join_blocks(prompts), spec, config.samples), e)
+        slots = None if config.engine_slots is None else e * -(-config.engine_slots // groups())
+        return split_blocks(rollout(params, policy_params, join_blocks(prompts), spec, config.samples, slots), e)
 
     # On a mesh every group of devices has rows of all agents.
     places = (WHOLE, params_places(params, spec), BLOCKS, WHOLE)

@@ -189,7 +189,8 @@ def train(
       on_progress: called after every iteration.
 
     Raises:
-      InputError: prompts that do not fit, a directory that belongs to another run. Told before any training.
+      InputError: prompts that do not fit, members that an engine cannot run, a directory that belongs to another run.
+        Told before any training.
       Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it. `Preempted` where SIGTERM or the
         platform stopped it.
     """
@@ -236,6 +237,8 @@ def train_seeds(
             f"{out} has done {done} iterations already; to go on give at least that, not {config.iterations}"
         )
     sharding.check_rows("prompts", config.prompts, ensemble.mesh)
+    if config.engine and any(lm.config.encoder is not None for lm in ensemble.members):
+        raise InputError("an engine writes answers of decoders; train encoder-decoders without engine (--engine)")
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder, mesh=ensemble.mesh)
     spec = ensemble.spec(
         policy=ppo.make_policy(config),

@@ -18,8 +18,9 @@ from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
 
 CONFIG_FILE = "config.json"
 _SECONDS_TO_APPEAR = 60.0
-# What a resumed run may change: how long it is, and where it is.
-MAY_DIFFER = ("settings.iterations ", "settings.steps ", "mesh", "processes ", "checkpoints ")
+# What a resumed run may change: how long it is, where it is, and how its answers are written.
+_SETTINGS = ("iterations", "steps", "engine", "slots")
+MAY_DIFFER = (*(f"settings.{name} " for name in _SETTINGS), "mesh", "processes ", "checkpoints ")
 
 
 def _plain(value: Any) -> Any:

@@ -48,11 +48,12 @@ AGENT = AgentConfig(projection=6, span_embedding=4, ffn_width=16)
 # A minibatch of 11 samples is divided by no mesh.
 CASES = {
     "ppo": (PPOConfig(epochs=2, minibatches=2, prompts=8, samples=2, agent=AGENT, learning_rate=3e-3), [5]),
+    "engine": (PPOConfig(epochs=2, minibatches=2, prompts=8, agent=AGENT, engine=True, slots=4), [5, 6]),
     "mappo-two-seeds": (MAPPOConfig(epochs=1, minibatches=4, prompts=8, agent=AGENT, accumulate=2), [5, 6]),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["ppo", "mappo-two-seeds", pytest.param("engine", marks=pytest.mark.rare)])
 def test_an_agent_learns_the_same(pair, mesh, case):
     """An iteration as one program, and one around a reward in Python."""
     config, seeds = CASES[case]
@@ -72,7 +73,7 @@ def test_an_agent_learns_the_same(pair, mesh, case):
         state = sharding.whole(ppo.init_learners(seeds, policy, spec.dims, config), where)
         batch = sharding.place_rows(host, where)
         with sharding.use(where):
-            if case == "ppo":
+            if case != "mappo-two-seeds":
                 state, metrics = ppo.iterate(state, ensemble.params, batch, seeds, spec, config)
             else:
                 rollout = ppo.rollout_for_text(state.params, ensemble.params, batch, seeds, np.int32(1), spec, config)

@@ -22,6 +22,13 @@ def test_a_run_may_move_to_other_devices_which_is_told(tmp_path):
         claim_directory(out, RUN, resume=True)  # as runs of earlier versions have it
 
 
+def test_a_run_may_be_longer_and_write_its_answers_otherwise(tmp_path):
+    claim_directory(tmp_path / "run", RUN, resume=False)
+    other = RUN | {"settings": RUN["settings"] | {"iterations": 5, "engine": True, "slots": 3}}
+    claim_directory(tmp_path / "run", other, resume=True)
+    assert files.read_json(tmp_path / "run" / CONFIG_FILE) == other
+
+
 def test_what_all_processes_are_told(tmp_path, monkeypatch, raises_input_error):
     """A directory that is not shared; the clock of the first process; settings that differ."""
     monkeypatch.setattr(directory, "_SECONDS_TO_APPEAR", 0.0)
