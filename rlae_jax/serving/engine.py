@@ -468,12 +468,11 @@ class Engine:
 
 
 def _cache_sizes(context: int) -> list[int]:
-    """Numbers of slots, each about a quarter larger than the one before, up to the context."""
+    """Numbers of slots: close together where texts are short, and doubling from there, since each is a program."""
     sizes, size = [], _FEWEST_SLOTS
     while size < context:
         sizes.append(size)
-        least = _FEWEST_SLOTS // 2
-        size += max(size // 4 // least, 1) * least
+        size += _FEWEST_SLOTS // 2 if size < 4 * _FEWEST_SLOTS else size
     return [*sizes, context]
 
 
