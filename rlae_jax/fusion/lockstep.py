@@ -81,7 +81,11 @@ class Lockstep(NamedTuple):
         """The same with caches of so many slots, which must hold what rows have to see."""
         pairs = zip(self.caches, spec.members, strict=not spec.shared_base)
         newest = self.slot[0] - 1
-        return self._replace(caches=tuple(resize_rings(cache, config, slots, newest) for cache, config in pairs))
+        resized = [resize_rings(cache, config, slots, newest) for cache, config in pairs]
+        more = resized[0][1] - newest  # alike for all, which have as many slots
+        return self._replace(
+            slot=self.slot + more, starts=self.starts + more, caches=tuple(cache for cache, _ in resized)
+        )
 
     def rebase(self) -> "Lockstep":
         """The same, with smaller numbers of slots, where they have grown so large that they would overflow one day."""

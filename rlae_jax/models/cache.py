@@ -314,24 +314,39 @@ def put_row(
     return dataclasses.replace(cache, layers=tuple(put_layer(i, *pair) for i, pair in pairs))
 
 
-def resize_rings(cache: Cache, config: ModelConfig, slots: int, newest: Int[Array, ""]) -> Cache:
+def resize_rings(cache: Cache, config: ModelConfig, slots: int, newest: Int[Array, ""]) -> tuple[Cache, Int[Array, ""]]:
     """A cache whose rows all write the same slot, slot s at the place s modulo S, with another number of slots: what it
-    holds of the last ones up to the newest."""
+    holds of the last ones up to the newest.
+
+    Returns it with the number that the newest slot has now: slots are numbered so that most places stay where they are,
+    which takes a fifth of the time of turning them.
+    """
+    change = slots - cache.slots
+    place = newest % cache.slots
+    kept = jnp.minimum(place, slots - 1)
+    renumbered = newest + (kept - newest) % slots
+    before = jnp.arange(slots) <= kept
+
+    def whole(cached: Array) -> Array:
+        edges = [(0, 0)] * (cached.ndim - 1)
+        if change > 0:
+            return jnp.where(before, jnp.pad(cached, [*edges, (0, change)]), jnp.pad(cached, [*edges, (change, 0)]))
+        last = lax.dynamic_slice_in_dim(cached, place - kept, slots, axis=-1)
+        return jnp.where(before, last, cached[..., -change:])
 
     def resize(layer: int, cached: Array) -> Array:
         old, new = cached.shape[-1], layer_slots(config, layer, slots)
-        if old == new:
-            return cached
-        in_order = turn(cached, (newest + 1) % old)
-        kept = in_order[..., max(old - new, 0) :]
-        kept = jnp.pad(kept, [*[(0, 0)] * (cached.ndim - 1), (new - kept.shape[-1], 0)])
-        return turn(kept, (-newest - 1) % new)
+        if (old, new) == (cache.slots, slots):
+            return whole(cached)
+        in_order = turn(cached, (newest + 1) % old)[..., max(old - new, 0) :]
+        filled = jnp.pad(in_order, [*[(0, 0)] * (cached.ndim - 1), (new - in_order.shape[-1], 0)])
+        return turn(filled, (-renumbered - 1) % new)
 
     layers = tuple(
         jax.tree.map(functools.partial(resize, i), layer) if isinstance(layer, LayerCache) else layer
         for i, layer in enumerate(cache.layers)
     )
-    return dataclasses.replace(cache, layers=layers, slots=slots)
+    return dataclasses.replace(cache, layers=layers, slots=slots), renumbered
 
 
 def turn(array: Array, first: Int[Array, ""]) -> Array:

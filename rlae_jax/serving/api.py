@@ -223,7 +223,7 @@ def _call(
         raise ApiError(400, message, param="n")
     temperature = fields["temperature"]
     options = SamplingOptions(
-        max_new_tokens=max(longest or 1, 1),
+        max_new_tokens=max(fields["min_tokens"] if longest is None else longest, 1),
         min_new_tokens=fields["min_tokens"],
         span_length=rlae["span_length"],
         temperature=temperature if temperature >= GREEDY_BELOW else 0.0,

@@ -54,6 +54,22 @@ class _Waiting:
         return self.ticket.request.options.samples - self.admitted
 
 
+@dataclasses.dataclass(eq=False)
+class _Flight:
+    """Some steps that the device makes."""
+
+    occupants: list[Sample | None]  # of the rows
+    answers: Answers
+    started: float
+    written: list[tuple[int, Sample]] = dataclasses.field(default_factory=list)  # rows, and for whom
+
+    def land(self) -> None:
+        """Waits for the end, and fetches what somebody waits for."""
+        self.answers = jax.device_get(_looked_at(self.answers, self.occupants))
+        pairs = enumerate(self.occupants)
+        self.written = [(row, one) for row, one in pairs if one is not None and not (one.over or one.written)]
+
+
 class Engine:
     """Answers requests as they come, each as `Ensemble.generate` alone would.
 
@@ -123,6 +139,8 @@ class Engine:
         self._sizes = [context] if self._intake.ragged else _cache_sizes(context)
         self._size = self._sizes[0]  # slots of the state's caches
         self._larger = 0  # looks for which they have been more than needed
+        self._flying: collections.deque[_Flight] = collections.deque()
+        self._landed = 0.0
         self._step_seconds = _LOOK_SECONDS / _LEAST_STEPS
         self._turn = 0
         self._thread = threading.Thread(target=self._run, name="rlae-jax engine", daemon=True)
@@ -244,58 +262,66 @@ class Engine:
     # From here on in the engine's thread.
 
     def _run(self) -> None:
-        written: list[tuple[Sample, int]] = []
-        answers: Answers | None = None
+        landed: _Flight | None = None
         while True:
             with self._changed:
-                if not (written or self._reading or any(self._rows)):
+                if not (landed or self._flying or self._reading or any(self._rows)):
                     self._changed.wait_for(lambda: self._queue or self._closing)
                     if self._closing and not self._queue:
                         return
             try:
-                written, answers = self._look(written, answers)
+                landed = self._look(landed)
             except Exception as error:  # whatever the device says: what is at hand is lost, the engine is not
                 _log.exception("the engine lost what was running")
-                written, answers = [], None
+                landed = None
                 self._lose(error)
 
-    def _look(
-        self, written: list[tuple[Sample, int]], answers: Answers | None
-    ) -> tuple[list[tuple[Sample, int]], Answers | None]:
-        """Ends, reads, admits, starts the next steps, tells what the last ones wrote, and waits for the next.
+    def _look(self, landed: "_Flight | None") -> "_Flight | None":
+        """Ends, reads, admits, starts the next steps, tells what those before have written, and waits for what is
+        under way.
 
-        Args:
-          written: answers that the last steps went on with, and their rows.
-          answers: what these wrote.
+        Where nobody waits for a row, the next steps are started before those under way are looked at, so that the
+        device never waits for the host.
         """
         self._expire()
         self._read_prompts()
         self._admit_ready()
-        occupants = list(self._rows)
-        going = np.array([sample is not None for sample in occupants])
-        started, running = time.perf_counter(), None
-        if going.any():
-            steps = self._next_steps()
-            self._fit(max(sample.length for sample in occupants if sample is not None) + steps)
-            self._state, running = self._advance(self._live_state(), going, steps)
-        if answers is not None:
-            self._tell(written, answers)
-        if running is None:
-            return [], None
-        answers = jax.device_get(_looked_at(running, occupants))
-        found = []
-        for row, sample in enumerate(occupants):
-            if sample is None or sample.over:
-                continue
-            found.append((sample, row))
-            sample.begun += int(answers.steps[row])
-            if answers.done[row]:
-                self._rows[row] = None
-        steps = max(int(answers.steps[going].max()), 1)
-        self._step_seconds += 0.2 * ((time.perf_counter() - started) / steps - self._step_seconds)
+        deep = 1 if self._reading or self._queue else 2
+        started = len(self._flying) < deep and self._start()
+        if landed is not None:
+            self._tell(landed)
+        if not self._flying or (started and len(self._flying) < deep):
+            return None
+        flight = self._flying.popleft()
+        flight.land()
+        for row, sample in flight.written:
+            if flight.answers.done[row]:
+                sample.written = True
+                if self._rows[row] is sample:
+                    self._rows[row] = None
+        steps = max([1, *(int(flight.answers.steps[row]) for row, _ in flight.written)])
+        now = time.perf_counter()
+        self._step_seconds += 0.2 * ((now - max(flight.started, self._landed)) / steps - self._step_seconds)
+        self._landed = now
         with self._changed:
             self._counts.update(steps=steps, looks=1)
-        return found, answers
+        return flight
+
+    def _start(self) -> bool:
+        """Starts the next steps, if there is somebody to write for."""
+        occupants = [None if sample is None or not sample.left else sample for sample in self._rows]
+        going = np.array([sample is not None for sample in occupants])
+        if not going.any():
+            return False
+        samples = [sample for sample in occupants if sample is not None]
+        steps = self._next_steps(samples)
+        self._fit(max(sample.length for sample in samples) + steps)
+        started = time.perf_counter()
+        self._state, answers = self._advance(self._live_state(), going, steps)
+        self._flying.append(_Flight(occupants, answers, started))
+        for sample in samples:
+            sample.begun += min(steps, sample.left)
+        return True
 
     def _empty_state(self, slots: int) -> DecodeState:
         row = self._intake.prompts(self._intake.stand_in(1), 1)
@@ -327,11 +353,10 @@ class Engine:
                 self._state = programs.resize(self._state, self._spec, self._sizes[i])
         self._size = self._sizes[i]
 
-    def _next_steps(self) -> int:
+    def _next_steps(self, samples: Sequence[Sample]) -> int:
         steps = int(np.clip(_LOOK_SECONDS / max(self._step_seconds, 1e-6), _LEAST_STEPS, _MOST_STEPS))
         if self._reading or self._queue:  # somebody waits for a row that ends, but a look costs some steps, too
-            left = (row.ticket.checked.limit - row.begun for row in self._rows if row is not None)
-            steps = min([steps, *(n for n in left if n >= 2 * _LEAST_STEPS)])
+            steps = min([steps, *(sample.left for sample in samples if sample.left >= 2 * _LEAST_STEPS)])
         return steps
 
     def _advance(self, state: DecodeState, going: np.ndarray, steps: int) -> tuple[DecodeState, Answers]:
@@ -430,9 +455,10 @@ class Engine:
         )
         return admitted
 
-    def _tell(self, written: list[tuple[Sample, int]], answers: Answers) -> None:
+    def _tell(self, flight: _Flight) -> None:
         """Turns what some steps wrote into text, and tells it."""
-        for sample, row in written:
+        answers = flight.answers
+        for row, sample in flight.written:
             if sample.over:
                 continue
             n = sample.take_in(answers, row)
@@ -460,6 +486,7 @@ class Engine:
             tickets += [one.ticket for one in self._reading]
             self._reading.clear()
         self._rows = [None] * self.slots
+        self._flying.clear()
         self._state = None
         self._prompts.forget()
         for ticket in tickets:

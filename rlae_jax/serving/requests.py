@@ -229,7 +229,8 @@ class Sample:
 
     ticket: Ticket
     number: int
-    begun: int = 0  # steps that the device has made, of which the last ones may not be taken in yet
+    begun: int = 0  # steps that the device was told to make
+    written: bool = False  # to its end, as the device says
     steps: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     # Of a policy: weights, and the steps for which they hold.
@@ -248,8 +249,13 @@ class Sample:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of the answer so far, as far as the device is."""
+        """Tokens of the prompt and of the answer, as far as it is begun."""
         return max(map(len, self.ticket.checked.ids)) + self.begun
+
+    @property
+    def left(self) -> int:
+        """Steps that may yet begin."""
+        return self.ticket.checked.limit - self.begun
 
     def take_in(self, answers: Answers, row: int) -> int:
         """What some steps wrote in its row; returns how many it was."""
