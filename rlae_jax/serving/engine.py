@@ -276,17 +276,17 @@ class Engine:
                 landed = None
                 self._lose(error)
 
-    def _look(self, landed: "_Flight | None") -> "_Flight | None":
+    def _look(self, landed: _Flight | None) -> _Flight | None:
         """Ends, reads, admits, starts the next steps, tells what those before have written, and waits for what is
         under way.
 
-        Where nobody waits for a row, the next steps are started before those under way are looked at, so that the
-        device never waits for the host.
+        Where all rows are in use and nobody waits for one, the next steps are started before those under way are looked
+        at, so that the device never waits for the host.
         """
         self._expire()
         self._read_prompts()
         self._admit_ready()
-        deep = 1 if self._reading or self._queue else 2
+        deep = 1 if self._reading or self._queue or not all(self._rows) else 2
         started = len(self._flying) < deep and self._start()
         if landed is not None:
             self._tell(landed)
