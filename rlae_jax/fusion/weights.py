@@ -114,8 +114,9 @@ def bind_weights(
             )
         if "span" in weights.policy.reads and dims.spans > weights.dims.spans:
             raise InputError(
-                f"{dims.spans} spans: the policy was trained for answers of at most {weights.dims.spans}; lower "
-                "max_new_tokens, or train with a larger agent.max_spans"
+                f"{dims.spans} spans of {weights.span_length} tokens: the policy was trained for answers of at most "
+                f"{weights.dims.spans}, {weights.dims.spans * weights.span_length} tokens; lower max_new_tokens, or "
+                "train with a larger agent.max_spans"
             )
         return PolicyForBatch(weights.policy, weights.params, weights.sample)
     k = dims.members

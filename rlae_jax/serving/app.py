@@ -311,10 +311,12 @@ class Service:
                 await running.wait()
 
     def _admit(self, request: requests.Request, call: Call) -> requests.Ticket:
-        if call.longest is None:
-            options = dataclasses.replace(request.options, max_new_tokens=self.engine.room(request))
-            request = dataclasses.replace(request, options=options)
-        return self.engine.submit(request)
+        options = request.options
+        # A policy that was trained for shorter answers than a client's usual limit ends them earlier, as a limit does.
+        longest = self.engine.longest(request) if call.longest else self.engine.room(request)
+        longest = min(options.max_new_tokens, longest) if call.longest else longest
+        options = dataclasses.replace(options, max_new_tokens=longest)
+        return self.engine.submit(dataclasses.replace(request, options=options))
 
     def _echoes(self, call: Call) -> list[tuple[str, Scored | None]]:
         texts = [prompt_text(request.prompt, self._bytes_of) for request in call.requests]

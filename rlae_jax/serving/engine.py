@@ -240,6 +240,10 @@ class Engine:
         """
         return self._intake.room(request)
 
+    def longest(self, request: Request) -> int:
+        """The longest answer for which a request's policy was trained; without such a bound the context."""
+        return self._intake.longest(request)
+
     def close(self, wait: bool = True) -> None:
         """Refuses further requests and ends.
 

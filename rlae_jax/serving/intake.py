@@ -149,10 +149,13 @@ class Intake:
         with self.tokenising:
             row, _ = self._encode(request)
         longest = self.context - max(self.ensemble.lengths([row]))
+        return max(min(longest, self.longest(request)), 1)
+
+    def longest(self, request: Request) -> int:
+        """See `Engine.longest`."""
         policy = self.weights_of(request)
-        if isinstance(policy, BoundPolicy) and "span" in policy.policy.reads:
-            longest = min(longest, policy.dims.spans * policy.span_length)
-        return max(longest, 1)
+        bounded = isinstance(policy, BoundPolicy) and "span" in policy.policy.reads
+        return min(policy.dims.spans * policy.span_length, self.context) if bounded else self.context
 
     def stand_in(self, tokens: int) -> Checked:
         """A request of so many tokens, for what needs one to be compiled."""

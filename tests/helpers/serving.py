@@ -160,6 +160,9 @@ class FakeEngine:
     def weights_of(self, request):
         return None if request.weights == AGENT else request.weights
 
+    def longest(self, request):
+        return 64 if request.weights == AGENT else self.context
+
     def room(self, request):
         return max(self.context - len(prompt_bytes(request.prompt)), 1)
 

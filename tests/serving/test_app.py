@@ -154,6 +154,8 @@ class TestOpenAIClient:
         assert len({chunk.id for chunk in chunks}) == 1
 
     def test_who_wrote_what(self, client):
+        long = client.completions.create(model=AGENT, prompt="a", max_tokens=100)  # as far as the agent was trained for
+        assert (long.usage.completion_tokens, long.choices[0].finish_reason) == (64, "length")
         fields = {"model": AGENT, "prompt": "a", "max_tokens": 6, "extra_body": {"rlae": {"attribution": True}}}
         told = client.completions.create(**fields).choices[0].rlae
         assert told["spans"] == [
