@@ -299,6 +299,7 @@ class Service:
     async def _submit(self, request: requests.Request, running: Running) -> requests.Ticket:
         """A ticket. One of several prompts waits for the others of its call where the queue is full."""
         while True:
+            others = running.open
             submitting = asyncio.get_running_loop().run_in_executor(None, self._admit, request, running.call)
             try:
                 return await asyncio.shield(submitting)
@@ -306,9 +307,10 @@ class Service:
                 submitting.add_done_callback(_cancel_ticket)
                 raise
             except requests.Busy as busy:
-                if not running.open:
+                if running.open:
+                    await running.wait()
+                elif not others:  # else they ended meanwhile, and made room
                     raise ApiError(429, str(busy), code="queue_full", retry_after=_RETRY_SECONDS) from None
-                await running.wait()
 
     def _admit(self, request: requests.Request, call: Call) -> requests.Ticket:
         options = request.options

@@ -154,8 +154,9 @@ class Intake:
     def longest(self, request: Request) -> int:
         """See `Engine.longest`."""
         policy = self.weights_of(request)
-        bounded = isinstance(policy, BoundPolicy) and "span" in policy.policy.reads
-        return min(policy.dims.spans * policy.span_length, self.context) if bounded else self.context
+        if isinstance(policy, BoundPolicy) and "span" in policy.policy.reads:
+            return min(policy.dims.spans * policy.span_length, self.context)
+        return self.context
 
     def stand_in(self, tokens: int) -> Checked:
         """A request of so many tokens, for what needs one to be compiled."""
