@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,8 +75,8 @@ def serve(
         raise InputError("--api-key must be printable ASCII without spaces around it, and not empty")
     policies = _policies(policy)
     with listen(host, port) as socket:
-        with report.waiting(f"loading {', '.join(model.models)}"):
-            ensemble = model.load()
+        _tell(f"loading {', '.join(model.models)}")
+        ensemble = model.load()
         for run in policy:
             if Path(run).is_dir():
                 check_members(run, ensemble)
@@ -87,8 +88,8 @@ def serve(
             catalogue = Catalogue.create(engine, name=name, fusion=model.fusion, policies=policies, created=created)
             app = make_app(engine, catalogue, api_key=key, limits=Limits(answer_seconds=timeout))
             if warm_up:
-                with report.waiting("compiling, so that no request waits for it; --no-warm-up leaves it out"):
-                    engine.warm_up()
+                _tell("compiling, so that no request waits for it; --no-warm-up leaves it out")
+                engine.warm_up(lambda done, total: _tell(f"compiled {done} of {total}"))
             shown = f"[{host}]" if ":" in host else host
             address = f"http://{shown}:{socket.getsockname()[1]}"
 
@@ -115,6 +116,11 @@ def _policies(names: tuple[str, ...]) -> "dict[str, Weights]":
         numbered = (short if i == 1 else f"{short}-{i}" for i in range(1, len(names) + 1))
         policies[next(one for one in numbered if one not in policies)] = get_policy(given)
     return policies
+
+
+def _tell(what: str) -> None:
+    """On standard error: who starts a server reads its standard output for the line that says that it is ready."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def _log_to_standard_error() -> None:
