@@ -79,6 +79,14 @@ def require(*modules: str) -> None:
         sys.exit(f"error: this benchmark needs {', '.join(missing)}; install it with: pip install 'rlae-jax[bench]'")
 
 
+def require_shared(folder: str) -> Path:
+    """A folder of the shared data, which RLAE_JAX_SHARED names; exits with status 1 and one line where it is not."""
+    path = Path(os.environ.get("RLAE_JAX_SHARED", "../shared")) / folder
+    if not path.is_dir():
+        sys.exit(f"error: {path} is not there; RLAE_JAX_SHARED names the directory of shared data")
+    return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
     """Seconds per call, one entry per round, in the order of the rounds."""

@@ -11,8 +11,6 @@ texts.
 import dataclasses
 import functools
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -322,9 +320,7 @@ def gac_cases(
 def main() -> None:
     options = common.parse_args(__doc__.splitlines()[0] if __doc__ else "")
     common.require("torch")
-    shared = Path(os.environ.get("RLAE_JAX_SHARED", "../shared"))
-    if not (shared / "tokenizers").is_dir():
-        sys.exit(f"error: no tokenizers and data in {shared}; set RLAE_JAX_SHARED to a directory that has them")
+    shared = common.require_shared("tokenizers").parent
     environment = common.environment()
     with tempfile.TemporaryDirectory() as directory:
         rows, cells, checks = forced_cases(Path(directory), shared, quick=options.quick)

@@ -13,7 +13,6 @@ import csv
 import gzip
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,9 +132,7 @@ def read_alone(lm: rj.LM, texts: list[Text]) -> np.ndarray:
 def main() -> None:
     """The command."""
     options = common.parse_args(__doc__.splitlines()[0])
-    data = Path(os.environ.get("RLAE_JAX_SHARED", "../shared")) / "data"
-    if not data.is_dir():
-        sys.exit(f"error: {data} is not there; RLAE_JAX_SHARED names the directory of shared data")
+    data = common.require_shared("data")
     try:
         paths = {"SmolLM2 135M": find(SMOLLM2), "Gemma 3 270M": find(GEMMA3)}
     except Unavailable as error:

@@ -11,10 +11,7 @@ Members are random models, prompts random ids, and an answer ends at the length 
 
 import dataclasses
 import functools
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,10 +91,7 @@ def compare(case: Case, of_data: list[tuple[int, int]]) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     options = common.parse_args(__doc__.splitlines()[0])
-    data = Path(os.environ.get("RLAE_JAX_SHARED", "../shared")) / "data"
-    if not data.is_dir():
-        sys.exit(f"error: {data} is not there; RLAE_JAX_SHARED names the directory of shared data")
-    environment, of_data = common.environment(), lengths(data)
+    environment, of_data = common.environment(), lengths(common.require_shared("data"))
     rows = [compare(case, of_data) for case in ([QUICK] if options.quick else CASES)]
     checks = []
     for row in rows:

@@ -9,8 +9,6 @@ arc_challenge, the members random.
 """
 
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,9 +93,7 @@ def measure(name: str, members: Sequence[rj.LM], data: Path) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     options = common.parse_args(__doc__.splitlines()[0])
-    shared = Path(os.environ.get("RLAE_JAX_SHARED", "../shared"))
-    if not shared.is_dir():
-        sys.exit(f"error: {shared} is not there; RLAE_JAX_SHARED names the directory of shared data")
+    shared = common.require_shared("data").parent
     environment = common.environment()
     rows = []
     tokenizers = shared / "tokenizers"

@@ -14,8 +14,6 @@ length of the answer in the data. All sides answer the same requests, greedily.
 import dataclasses
 import functools
 import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -278,9 +276,7 @@ def known_prefix(case: Case, ensemble: rj.Ensemble) -> dict[str, Any]:
 def main() -> None:
     """The command."""
     options = common.parse_args(__doc__.splitlines()[0])
-    data = Path(os.environ.get("RLAE_JAX_SHARED", "../shared")) / "data"
-    if not data.is_dir():
-        sys.exit(f"error: {data} is not there; RLAE_JAX_SHARED names the directory of shared data")
+    data = common.require_shared("data")
     environment, of_data = common.environment(), lengths(data)
     rows: list[dict[str, Any]] = []
     checks: list[dict[str, Any]] = []

@@ -290,9 +290,7 @@ def main() -> None:
     options = parser.parse_args()
     common.require_writable(parser, options.json)
     minutes = options.minutes or (2.0 if options.quick else 20.0)
-    shared = Path(os.environ.get("RLAE_JAX_SHARED", "../shared"))
-    if not (shared / "models").is_dir():
-        sys.exit(f"error: {shared / 'models'} is not there; RLAE_JAX_SHARED names the directory of shared models")
+    shared = common.require_shared("models").parent
     environment, slots = common.environment(), 8
     with tempfile.TemporaryDirectory() as directory:
         models = write_members(shared, Path(directory))

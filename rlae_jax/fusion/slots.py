@@ -32,7 +32,7 @@ from rlae_jax.fusion.sampling import RowSampling
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, RowOptions, answers_of
 from rlae_jax.models import ModelConfig, lora, transformer
-from rlae_jax.models.cache import Cache, LayerCache, empty_cache, turn, visible, write_chunk
+from rlae_jax.models.cache import Cache, LayerCache, empty_cache, visible, write_chunk
 
 # The step of the next decision of a row that takes none: beyond every answer's end.
 NEVER = 2**30
@@ -137,7 +137,7 @@ def read_first(
     params: MemberParams, ids: Int[Array, "1 W"], count: Int[Array, ""], config: ModelConfig, members: int, slots: int
 ) -> Cache:
     """A cache of one prompt after its first `count` tokens, which are the last ones of `ids`: as `generate` reads them,
-    in half of the time that `read_chunk` takes.
+    since what `read_chunk` would look for in the cache is not there.
 
     Args:
       members: that one pass runs, a row each: adapters of one base.
@@ -146,7 +146,7 @@ def read_first(
     real = jnp.arange(w)[None] >= w - count
     ids, real = (jnp.tile(array, (members, 1)) for array in (ids, real))
     cache = _model(params, config, members).read_prompt(ids, real)
-    read: Cache = grow(_of_slots(cache, lambda leaf: turn(leaf, w - count)), slots)
+    read: Cache = grow(_of_slots(cache, lambda leaf: jnp.roll(leaf, count - w, axis=-1)), slots)
     return read
 
 
@@ -193,7 +193,7 @@ def admit(
     """A row begins anew.
 
     Args:
-      read: by each forward pass, from `read_chunk`; all but the prompt's last token.
+      read: by each forward pass, from `read_first` and `read_chunk`; all but the prompt's last token.
       prompts: of one row, without keys.
       seed, sample, several: which of a request's samples the row is, and whether there are several.
       options: of this row.

@@ -299,7 +299,7 @@ def put_row(
         begin = jnp.maximum(count - kept, 0)
         piece = lax.dynamic_slice_in_dim(own, begin, kept, axis=-1)
         piece = jnp.pad(piece, [*[(0, 0)] * (own.ndim - 1), (0, length - kept)])
-        turned = turn(piece, -(first + begin) % length)
+        turned = jnp.roll(piece, first + begin, axis=-1)
         turned = jnp.pad(turned, [*[(0, 0)] * (own.ndim - 1), (margin, margin)])
         return lax.dynamic_update_slice_in_dim(cached, turned, row, axis=0)
 
@@ -318,8 +318,7 @@ def resize_rings(cache: Cache, config: ModelConfig, slots: int, newest: Int[Arra
     """A cache whose rows all write the same slot, slot s at the place s modulo S, with another number of slots: what it
     holds of the last ones up to the newest.
 
-    Returns it with the number that the newest slot has now: slots are numbered so that most places stay where they are,
-    which takes a fifth of the time of turning them.
+    Returns it with the number that the newest slot has now: slots are numbered so that most places stay where they are.
     """
     change = slots - cache.slots
     place = newest % cache.slots
@@ -338,20 +337,15 @@ def resize_rings(cache: Cache, config: ModelConfig, slots: int, newest: Int[Arra
         old, new = cached.shape[-1], layer_slots(config, layer, slots)
         if (old, new) == (cache.slots, slots):
             return whole(cached)
-        in_order = turn(cached, (newest + 1) % old)[..., max(old - new, 0) :]
+        in_order = jnp.roll(cached, -(newest + 1), axis=-1)[..., max(old - new, 0) :]
         filled = jnp.pad(in_order, [*[(0, 0)] * (cached.ndim - 1), (new - in_order.shape[-1], 0)])
-        return turn(filled, (-renumbered - 1) % new)
+        return jnp.roll(filled, renumbered + 1, axis=-1)
 
     layers = tuple(
         jax.tree.map(functools.partial(resize, i), layer) if isinstance(layer, LayerCache) else layer
         for i, layer in enumerate(cache.layers)
     )
     return dataclasses.replace(cache, layers=layers, slots=slots), renumbered
-
-
-def turn(array: Array, first: Int[Array, ""]) -> Array:
-    """The last axis from `first` on, and then what came before."""
-    return lax.dynamic_slice_in_dim(jnp.concatenate([array, array], axis=-1), first, array.shape[-1], axis=-1)
 
 
 # Up to this many rows a chunk is written by one slice update per row, which XLA does in place; beyond it by a loop.

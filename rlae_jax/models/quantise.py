@@ -36,8 +36,8 @@ Kind = Literal["int8", "int4", "fp8"]
 KINDS: dict[str, Any] = {"int8": jnp.int8, "int4": jnp.int4, "fp8": jnp.float8_e4m3fn}
 GROUPS = (32, 64, 128)
 TABLE, HEAD = ("embedding",), ("head", "kernel")  # where they stand among the parameters
-# Kernels of values, which int4 leaves in int8: they are small where heads share them. With them in int4, too, Gemma 3
-# 270M lost 4.7% of bits per byte in `benchmarks/real_models.py`, and without 2.8%.
+# Kernels of values, which int4 leaves in int8: they are small where heads share them. In int4 they would
+# add much to what `benchmarks/real_models.py` says that Gemma 3 270M loses.
 _VALUES = (("attention", "v"), ("cross", "v"))
 ROUTER = "router"  # of experts: its scores decide, so that it is not quantised
 _LARGEST = {"int8": 127.0, "fp8": 448.0}

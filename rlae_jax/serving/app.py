@@ -313,11 +313,9 @@ class Service:
                     raise ApiError(429, str(busy), code="queue_full", retry_after=_RETRY_SECONDS) from None
 
     def _admit(self, request: requests.Request, call: Call) -> requests.Ticket:
-        options = request.options
         # A policy that was trained for shorter answers than a client's usual limit ends them earlier, as a limit does.
-        longest = self.engine.longest(request) if call.longest else self.engine.room(request)
-        longest = min(options.max_new_tokens, longest) if call.longest else longest
-        options = dataclasses.replace(options, max_new_tokens=longest)
+        longest = min(call.longest, self.engine.longest(request)) if call.longest else self.engine.room(request)
+        options = dataclasses.replace(request.options, max_new_tokens=longest)
         return self.engine.submit(dataclasses.replace(request, options=options))
 
     def _echoes(self, call: Call) -> list[tuple[str, Scored | None]]:

@@ -156,7 +156,7 @@ class Engine:
         """Compiles everything, so that no request waits for it.
 
         Args:
-          told: is called with how many of how many sizes of prompts are done.
+          told: is called with how many of how many sizes of caches are done.
         """
         read = [(self._prompts.warm_up(size), size) for size in self._prompts.sizes]
         for i, slots in enumerate(self._sizes):
