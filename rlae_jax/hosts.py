@@ -30,6 +30,7 @@ CONNECT_VARIABLE, HEARTBEAT_VARIABLE = "RLAE_JAX_CONNECT_SECONDS", "RLAE_JAX_HEA
 _CONNECT_SECONDS, _CLUSTER_SECONDS, _HEARTBEAT_SECONDS = 60, 300, 30
 _SHUTDOWN_SECONDS = 600  # at the end the others wait while the first writes
 _LEAVE_SECONDS = 10
+_HEAD_START_SECONDS = 2.0
 _WEEK_MS = 7 * 24 * 3600 * 1000
 _FAILURE = "rlae_jax/failure"
 
@@ -287,6 +288,8 @@ def _leave(status: int) -> NoReturn:
     # The coordinator must not be gone before all have heard.
     with contextlib.suppress(Exception):
         _run.client.wait_at_barrier("rlae_jax/leave", _LEAVE_SECONDS * 1000)
+        if is_first():  # the runtime aborts whoever is still on the way out when the coordinator goes
+            time.sleep(_HEAD_START_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # past the runtime, which waits for all at a normal end
