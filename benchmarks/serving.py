@@ -8,7 +8,8 @@ takes when half of the slots are in use, and how much of it a prompt that is kno
     python -m benchmarks.serving [--quick] [--json PATH]
 
 Requests come as a Poisson process, faster than any of the three can answer them, with random ids; answers end at the
-length of the answer in the data. All sides answer the same requests, greedily.
+length of the answer in the data. All sides answer the same requests, greedily (of large members one at a time only the
+first ones).
 """
 
 import dataclasses
@@ -40,14 +41,15 @@ class Case:
     config: ModelConfig
     slots: int
     requests: int
+    alone: int  # of them that are answered one at a time
     rounds: int
     steps: tuple[int, int]  # short and long answers, of which the difference is timed
     probes: int  # requests whose first token is timed
 
 
 CASES = (
-    Case("0.3M", SMALL, 8, 160, 3, (16, 272), 40),
-    Case("134M", LARGE, 8, 32, 1, (8, 40), 6),
+    Case("0.3M", SMALL, 8, 160, 160, 3, (16, 272), 40),
+    Case("134M", LARGE, 16, 96, 8, 1, (8, 40), 6),
 )
 
 
@@ -112,7 +114,13 @@ def by_batches(ensemble: rj.Ensemble, asked: list[Asked], size: int) -> float:
     return time.perf_counter() - start
 
 
-def generate(ensemble: rj.Ensemble, batch: list[Asked], size: int) -> None:
+def compile_batches(ensemble: rj.Ensemble, asked: list[Asked], size: int) -> None:
+    """Runs their programs for a step each."""
+    for first in range(0, len(asked), size):
+        generate(ensemble, asked[first : first + size], size, most=1)
+
+
+def generate(ensemble: rj.Ensemble, batch: list[Asked], size: int, most: int = CONTEXT) -> None:
     """One call. The longest prompt and answer are rounded up to some of a few lengths, so that few programs are
     compiled; none of their time is counted."""
     filled = [*batch, *[Asked(batch[0].ids, 1)] * (size - len(batch))]
@@ -123,6 +131,7 @@ def generate(ensemble: rj.Ensemble, batch: list[Asked], size: int) -> None:
         row[width - len(one.ids) :] = one.ids
     limits = np.array([one.length for one in filled], np.int32)
     options = rj.SamplingOptions(max_new_tokens=-(-int(limits.max()) // 64) * 64, ignore_eos=True)
+    limits = np.minimum(limits, most)
     programs.run(ensemble._job(None, None, options, seed=0, limits=limits, prompt_ids=ids, prompt_mask=mask))
 
 
@@ -146,14 +155,14 @@ def throughput(case: Case, ensemble: rj.Ensemble, engine: rj.Engine, of_data: li
         capacity = len(at_once) / by_engine(engine, at_once)
         compiles += engine.compiles - before
         asked = draw(case, of_data, seed, 2 * capacity)
-        few = asked if case.rounds > 1 else asked[: case.slots]
+        few = asked[: case.alone]
         sides: dict[str, Callable[[], float]] = {
             "engine": functools.partial(by_engine, engine, asked),
             "batches": functools.partial(by_batches, ensemble, asked, case.slots),
             "single": functools.partial(by_batches, ensemble, few, 1),
         }
-        by_batches(ensemble, [dataclasses.replace(one, arrival=0.0) for one in asked], case.slots)  # compiles
-        by_batches(ensemble, [dataclasses.replace(one, arrival=0.0) for one in few], 1)
+        compile_batches(ensemble, asked, case.slots)
+        compile_batches(ensemble, few, 1)
         names = list(sides)[seed % 3 :] + list(sides)[: seed % 3]
         seconds.append({name: sides[name]() for name in names})
         tokens.append({name: sum(one.length for one in (few if name == "single" else asked)) for name in names})

@@ -99,6 +99,7 @@ def generate(
                     print(f"    span {p + 1}: " + " ".join(f"{weight:.3f}" for weight in row))
     if html is not None:
         files.write_text(html, generation_html(ensemble, generation, prompt, chat=sampling.chat))
+        print(f"drawn in {report.quoted(html)}", file=sys.stderr)
     _hint_where_a_member_was_full(ensemble, generation, list(prompt), sampling)
 
 

@@ -63,15 +63,22 @@ def lm_eval(
         raise InputError(f"unknown tasks: {', '.join(unknown)}; lm-eval ls tasks lists them" if tasks else "no tasks")
     with report.waiting(f"loading {', '.join(model.models)}"):
         lm = EnsembleLM(model.load(), weights=weights, policy=policy, batch_size=batch_size)
-    results: dict[str, Any] = harness.simple_evaluate(
-        lm,
-        tasks=manager.match_tasks(list(tasks)),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        log_samples=False,
-    )
+    try:
+        results: dict[str, Any] = harness.simple_evaluate(
+            lm,
+            tasks=manager.match_tasks(list(tasks)),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            log_samples=False,
+        )
+    except OSError as error:  # also what the Hub's and datasets' libraries raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"the data of {', '.join(tasks)} cannot be read: {reason} (data come from the Hub or its cache; "
+            "--include-path takes tasks with files of your own)"
+        ) from None
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))

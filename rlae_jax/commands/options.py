@@ -132,8 +132,9 @@ class TaskOptions:
     """The answer's field in the file, or a path such as answers.text; in JSON it may be a list, of which any counts."""
     reward: str | None = None
     """exact_match, last_number, gsm8k, multiple_choice, token_f1, squad_match, triviaqa_match, math_equivalence, or
-    your own module:function (or file.py:function) of a text and a reference; to evaluate multiple choice also
-    likelihood: the likeliest option is the answer. Default: the benchmark's; exact_match for a file."""
+    your own module:function (or file.py:function) of a text and a reference; to evaluate a benchmark of multiple choice
+    (mmlu, arc_challenge, piqa) also likelihood: the likeliest option is the answer. Default: the benchmark's;
+    exact_match for a file."""
     data_dir: Path | None = None
     """A directory with the benchmark's files, NAME/SPLIT.jsonl; otherwise it comes from the Hub."""
     shots: int | None = None

@@ -49,12 +49,13 @@ def serve(
       api_key: what clients must send (better in the variable RLAE_JAX_API_KEY: others see command lines).
         Default: no key is asked for.
       slots: answers that are written at a time; others wait.
-      context: the longest prompt and answer together, in tokens. Memory grows with slots x context. Default: what the
-        models were made for, at most 2048.
-      queue: requests that may wait; further ones are told to come back (429).
+      context: the longest prompt and answer together, in tokens, as far as the models' own context goes. Memory grows
+        with slots x context. Default: what the models were made for, at most 2048.
+      queue: requests that may wait for a slot; further ones are told to come back (429).
       prefix_mib: memory in MiB for the beginnings of prompts, which are then not read again.
       timeout: seconds after which an answer ends with what is written.
-      warm_up: compile everything before the first request is taken; otherwise the first ones wait for it.
+      warm_up: compile everything before the first request is taken; otherwise the first ones wait for it. What
+        scores given prompts (echo with logprobs) is compiled when it is first asked for.
     """
     try:
         from rlae_jax.serving.app import Limits, make_app

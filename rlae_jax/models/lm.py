@@ -191,7 +191,7 @@ class LM:
 
     def fingerprint(self) -> str:
         """A hash by which a run knows its members again: the configuration and the start of every tensor."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        digest = hashlib.sha256(repr(_stated(self.config)).encode())
         n = checkpoint_files.START
         noted = None if self.mesh is None else self.starts
         starts = [leaf.reshape(-1)[:n] for leaf in jax.tree.leaves(self.params)] if noted is None else []
@@ -246,6 +246,14 @@ class LM:
         if self.stack is not None:
             raise InputError(f"{self.name} has adapters beside its parameters; merge one with with_adapter, then save")
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)
+
+
+def _stated(value: Any) -> Any:
+    """What a configuration says beyond the defaults: fields that are added to it later change nothing of it."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    pairs = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return type(value).__name__, {field.name: _stated(given) for field, given in pairs if given != field.default}
 
 
 def check_text(model: str, ids: Any, mask: Any, vocab: int, what: str = "ids") -> tuple[Array, Array]:

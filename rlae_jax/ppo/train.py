@@ -99,7 +99,7 @@ def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
         return
     of_run, of_ensemble = (", ".join(name for name, _ in members) for members in (known, given))
     order = sorted(mark for _, mark in given) == sorted(mark for _, mark in known)
-    why = "in another order" if order else "and these are others, even where names are alike"
+    why = "in another order" if order else "these are others, even where names are alike, or an older version trained"
     warnings.warn(f"{run} was trained with {of_run}; given are {of_ensemble}: {why}", stacklevel=2)
 
 

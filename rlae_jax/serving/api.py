@@ -210,7 +210,7 @@ def _call(
 ) -> Call:
     """What both endpoints have in common."""
     model = catalogue.find(fields["model"])
-    rlae = read_fields(fields["rlae"] or {}, RLAE, "rlae.")
+    rlae = read_fields(fields["rlae"] or {}, RLAE, "rlae.", closed=True)
     weights, span_length = _weights(model, rlae, catalogue)
     name = "max_completion_tokens" if chat else "max_tokens"
     if longest is not None and longest >= catalogue.context:

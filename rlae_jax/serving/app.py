@@ -66,7 +66,8 @@ class Running:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._pieces: list[tuple[int, requests.Piece]] = []
-        self._times: dict[int, tuple[float, float, int]] = {}  # of each choice: first and last token, and how many
+        # Of each choice: when its first and last tokens came, and how many came after the first ones.
+        self._times: dict[int, tuple[float, float, int]] = {}
 
     def add(self, ticket: requests.Ticket) -> None:
         number = len(self.tickets)
@@ -95,14 +96,17 @@ class Running:
     def _time(self, choice: int, piece: requests.Piece) -> None:
         self.tokens += len(piece.tokens)
         now = time.perf_counter()
-        first, last, tokens = self._times.get(choice, (now, now, 0))
+        first, last, later = now, now, 0
+        if choice in self._times:
+            first, last, later = self._times[choice]
+            if piece.tokens:
+                last, later = now, later + len(piece.tokens)
+        elif piece.tokens and not self._times:
+            self.metrics.first_token.observe(now - self.started)
         if piece.tokens:
-            if not self._times:
-                self.metrics.first_token.observe(now - self.started)
-            last, tokens = now, tokens + len(piece.tokens)
-            self._times[choice] = first, last, tokens
-        if piece.finish_reason is not None and tokens > 1:
-            self.metrics.per_token.observe((last - first) / (tokens - 1))
+            self._times[choice] = first, last, later
+        if piece.finish_reason is not None and later:
+            self.metrics.per_token.observe((last - first) / later)
 
     async def wait(self) -> None:
         """Until there is something new of any ticket."""

@@ -81,7 +81,7 @@ class Engine:
       default: the weights of a request without any: None (uniform), [K], or a name of `policies`.
       chunk: tokens of prompts that are read between two looks at what is being written.
       prefix_bytes: for prompts that were read, for others that begin alike.
-      queue: requests that wait at most.
+      queue: requests that wait at most, beside those for which there are free rows.
 
     Raises:
       InputError: members or policies that cannot be served this way.
@@ -99,7 +99,9 @@ class Engine:
         prefix_bytes: int = 256 * 2**20,
         queue: int = 256,
     ):
-        context = min(ensemble.context, 2048 if context is None else context)
+        if context is not None and context > ensemble.context:
+            raise InputError(f"context is {context}; the members have {ensemble.context} tokens at most")
+        context = min(ensemble.context, 2048) if context is None else context
         for name, value, least in (
             ("slots", slots, 1),
             ("chunk", chunk, 1),
@@ -216,7 +218,8 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Busy("the engine is closing")
-            if len(self._queue) >= self._limit:
+            free = sum(row is None for row in self._rows) - sum(one.wanted for one in self._reading)
+            if len(self._queue) >= self._limit + max(free, 0):  # for whom there is a row, does not wait long
                 raise Busy(f"{self._limit} requests are waiting already")
             self._counts["requests"] += 1
             self._queue.append(_Waiting(ticket))

@@ -1,8 +1,8 @@
 """The fields of requests' bodies, as tables: what each may hold, and what is wrong where it holds something else.
 
 A field's kind says what fits in words, as a JSON schema and as a function; reading a body and describing it
-(`openapi.py`) both go by the tables. Unknown fields are ignored. Known ones that would change an answer and that the
-engine cannot do (`REFUSED`) are told, rather than answered as though they were not there.
+(`openapi.py`) both go by the tables. Unknown fields are ignored, as the API does; under `rlae`, which is ours, they are
+told, and so are known ones that would change an answer and that the engine cannot do (`REFUSED`).
 """
 
 import dataclasses
@@ -241,9 +241,10 @@ STREAM_OPTIONS: dict[str, Field] = {
 }
 
 
-def _object_of(fields: Mapping[str, Field]) -> Kind:
-    schema = {"type": "object", "properties": {name: field.kind.schema for name, field in fields.items()}}
-    return dataclasses.replace(OBJECT, schema=schema)
+def _object_of(fields: Mapping[str, Field], *, closed: bool = False) -> Kind:
+    schema: dict[str, Any] = {"type": "object"}
+    schema["properties"] = {name: field.kind.schema for name, field in fields.items()}
+    return dataclasses.replace(OBJECT, schema=schema | ({"additionalProperties": False} if closed else {}))
 
 
 _SHARED: dict[str, Field] = {
@@ -260,7 +261,7 @@ _SHARED: dict[str, Field] = {
     "ignore_eos": Field(SWITCH, "Go on after the end token.", False),
     "stream": Field(SWITCH, "Send the answer while it is written, as server-sent events.", False),
     "stream_options": Field(_object_of(STREAM_OPTIONS), "With stream.", {}),
-    "rlae": Field(_object_of(RLAE), "Weights, policy and what the answer tells of them."),
+    "rlae": Field(_object_of(RLAE, closed=True), "Weights, policy and what the answer tells of them."),
 }
 COMPLETION: dict[str, Field] = {
     **_SHARED,
@@ -324,12 +325,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def read_fields(body: Mapping[str, Any], fields: Mapping[str, Field], within: str = "") -> dict[str, Any]:
+def read_fields(
+    body: Mapping[str, Any], fields: Mapping[str, Field], within: str = "", *, closed: bool = False
+) -> dict[str, Any]:
     """The fields of an object that are known, with their defaults.
 
+    Args:
+      closed: there are no others: the API's own objects have fields that come and go, ours do not.
+
     Raises:
-      ApiError: one that is missing or does not fit.
+      ApiError: one that is missing, does not fit, or in a closed object is unknown.
     """
+    if closed and (unknown := next((name for name in body if name not in fields), None)) is not None:
+        message = f"{within}{shown(unknown)[1:-1]} does not exist; there are {', '.join(fields)}"
+        raise ApiError(400, message, param=within.rstrip("."))
     values = {}
     for name, field in fields.items():
         given, path = body.get(name), within + name

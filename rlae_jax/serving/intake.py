@@ -119,9 +119,11 @@ class Intake:
             ids = ids * len(ensemble.members)
         longest = max(map(len, ids))
         if longest + options.max_new_tokens > self.context:
+            room = self.context - longest
+            way_out = f"there is room for {room} more" if room > 0 else "shorten the prompt"
             raise InputError(
                 f"too long: the context is {self.context} tokens, the prompt has {longest} and max_new_tokens is "
-                f"{options.max_new_tokens}"
+                f"{options.max_new_tokens}; {way_out}"
             )
         room = ensemble.codec.room(options.max_new_tokens) if options.member_tokens is None else options.member_tokens
         special = ensemble.codec.special_tokens if stop else {}

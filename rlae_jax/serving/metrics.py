@@ -28,7 +28,7 @@ class Metrics:
         )
         self.per_token = Histogram(
             "rlae_time_per_token_seconds",
-            "Between a sample's tokens, as a mean over its tokens after the first.",
+            "Between a sample's tokens, as a mean over those that came after its first ones.",
             buckets=_PER_TOKEN,
             registry=self.registry,
         )

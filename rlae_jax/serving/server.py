@@ -128,6 +128,7 @@ class Server(uvicorn.Server):
         del frame
         if self.service.stopping:
             self.should_exit = self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # a traceback for every answer that is cut off
         else:
             logging.getLogger("rlae_jax.serving").info(
                 "stopping: %d answers go on, new requests are refused", self.service.active

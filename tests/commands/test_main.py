@@ -251,7 +251,7 @@ class TestMixed:
         """What the drawing is made of, token by token."""
         path = tmp_path / "new" / "out.html"
         status, out, errors = call(*arguments, "--weights", 1, 2, "--html", path)
-        assert (status, errors) == (0, "")
+        assert (status, errors) == (0, f"drawn in {path}\n")
         ensemble = rj.Ensemble([rj.load(model) for model in mixed])
         found = ensemble.generate(["ab a"], [1, 2], max_new_tokens=6, scores=True)
         assert out == f"ab a{found.texts[0]}\n"

@@ -18,6 +18,7 @@ from rlae_jax.emorl import embedded
 from rlae_jax.models import checkpoint_files, load, rope, stored, transformer
 from rlae_jax.models.config import Rope
 from rlae_jax.models.families import FAMILIES
+from rlae_jax.models.lm import _stated
 from tests.data import hf
 
 
@@ -616,3 +617,13 @@ def test_every_parameter_has_a_tensor_and_every_tensor_a_parameter(make_lm):
         named = {path for tensor in tensors for path in tensor.paths}
         leaves, _ = jax.tree_util.tree_flatten_with_path(transformer.abstract_params(config))
         assert named == {tuple(key.key for key in path) for path, _ in leaves}
+
+
+def test_fields_that_come_later_change_no_fingerprint(make_lm):
+    """Of a configuration nothing counts that is as its field's default says."""
+    stated = _stated(make_lm(0, rope=Rope(base=5e5)).config)
+    assert stated[0] == "ModelConfig"
+    assert stated[1]["rope"] == ("Rope", {"base": 5e5})
+    assert "tied_head" not in stated[1]
+    assert make_lm(0).fingerprint() == make_lm(0).fingerprint()
+    assert make_lm(0).fingerprint() != make_lm(0, rope=Rope(base=5e5)).fingerprint()

@@ -171,6 +171,7 @@ WRONG = [
     ({"rlae": {"fusion": "loglinear"}}, "rlae.fusion", "linear"),
     ({"rlae": {"fusion": "magic"}}, "rlae.fusion", "unknown"),
     ({"rlae": {"attribution": "yes"}}, "rlae.attribution", "true or false"),
+    ({"rlae": {"weihgts": [1, 1]}}, "rlae", "rlae.weihgts does not exist; there are weights"),
     ({"model": "left", "rlae": {"weights": [1, 1]}}, "rlae.weights", "both"),
 ]
 

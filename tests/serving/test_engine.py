@@ -251,6 +251,13 @@ def test_busy_beyond_the_queue_and_cancelled_requests_free_their_slots(engine):
     assert (stats.waiting, stats.slots_in_use) == (0, 0)
 
 
+def test_free_slots_count_before_the_queue(pair):
+    """Two slots and a queue of one: three requests at once, however late the engine looks."""
+    with rj.Engine(pair, slots=2, queue=1) as engine:
+        tickets = [engine.submit(ask(4)) for _ in range(3)]
+        assert all(ticket.result(60).tokens == plain(pair, ask(4)) for ticket in tickets)
+
+
 def test_the_room_for_an_answer(pair, engine):
     assert engine.room(ask(4)) == 296
     assert engine.submit(ask(4, 296)).cancel() is None
