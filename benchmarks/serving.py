@@ -49,7 +49,7 @@ class Case:
 
 CASES = (
     Case("0.3M", SMALL, 8, 160, 160, 3, (16, 272), 40),
-    Case("134M", LARGE, 16, 96, 8, 1, (8, 40), 6),
+    Case("134M", LARGE, 8, 40, 8, 1, (8, 40), 6),
 )
 
 
@@ -92,26 +92,34 @@ def request(asked: Asked, **fields: Any) -> rj.Request:
     )
 
 
-def by_engine(engine: rj.Engine, asked: list[Asked]) -> float:
-    """Seconds until all are answered."""
-    start = time.perf_counter()
-    tickets = []
+def by_engine(engine: rj.Engine, asked: list[Asked]) -> tuple[float, float]:
+    """Tokens per second until the last request has a row, after which fewer and fewer rows are in use; and until all
+    are answered."""
+    start, before = time.perf_counter(), engine.stats().tokens
+    tickets, busy = [], []
     for one in asked:
         time.sleep(max(start + one.arrival - time.perf_counter(), 0.0))
         tickets.append(engine.submit(request(one)))
+
+    def hear(piece: Any) -> None:
+        del piece
+        if not busy:
+            busy.append((engine.stats().tokens - before) / (time.perf_counter() - start))
+
+    tickets[-1].listen(hear)
     for ticket in tickets:
         ticket.result()
-    return time.perf_counter() - start
+    return busy[0], sum(one.length for one in asked) / (time.perf_counter() - start)
 
 
 def by_batches(ensemble: rj.Ensemble, asked: list[Asked], size: int) -> float:
-    """The same, of batches of so many that start and end together."""
+    """Tokens per second of batches of so many that start and end together."""
     start = time.perf_counter()
     for first in range(0, len(asked), size):
         batch = asked[first : first + size]
         time.sleep(max(start + batch[-1].arrival - time.perf_counter(), 0.0))
         generate(ensemble, batch, size)
-    return time.perf_counter() - start
+    return sum(one.length for one in asked) / (time.perf_counter() - start)
 
 
 def compile_batches(ensemble: rj.Ensemble, asked: list[Asked], size: int) -> None:
@@ -148,31 +156,33 @@ def first_token_seconds(engine: rj.Engine, asked: Asked) -> float:
 
 def throughput(case: Case, ensemble: rj.Ensemble, engine: rj.Engine, of_data: list[tuple[int, int]]) -> dict[str, Any]:
     """Tokens per second of the three."""
-    tokens, seconds, compiles = [], [], 0
+    rates: list[dict[str, float]] = []
+    compiles = 0
     for seed in range(case.rounds):
         at_once = draw(case, of_data, seed + 1000, 1e9)  # others: prompts that were read once are known
         before = engine.compiles
-        capacity = len(at_once) / by_engine(engine, at_once)
+        capacity = by_engine(engine, at_once)[0] / float(np.mean([one.length for one in at_once]))
         compiles += engine.compiles - before
         asked = draw(case, of_data, seed, 2 * capacity)
         few = asked[: case.alone]
-        sides: dict[str, Callable[[], float]] = {
+        compile_batches(ensemble, asked, case.slots)
+        compile_batches(ensemble, few, 1)
+        sides: dict[str, Callable[[], Any]] = {
             "engine": functools.partial(by_engine, engine, asked),
             "batches": functools.partial(by_batches, ensemble, asked, case.slots),
             "single": functools.partial(by_batches, ensemble, few, 1),
         }
-        compile_batches(ensemble, asked, case.slots)
-        compile_batches(ensemble, few, 1)
         names = list(sides)[seed % 3 :] + list(sides)[: seed % 3]
-        seconds.append({name: sides[name]() for name in names})
-        tokens.append({name: sum(one.length for one in (few if name == "single" else asked)) for name in names})
-    rates = {name: [n[name] / s[name] for n, s in zip(tokens, seconds, strict=True)] for name in seconds[0]}
+        found = {name: sides[name]() for name in names}
+        busy, whole = found.pop("engine")
+        rates.append(found | {"engine": busy, "engine_whole": whole})
     return (
         {"members": case.name, "slots": case.slots, "capacity": capacity, "compiles": compiles}
-        | {name: float(np.median(of_rounds)) for name, of_rounds in rates.items()}
+        | {name: float(np.median([of_round[name] for of_round in rates])) for name in rates[0]}
         | {
-            f"against_{name}": [a / b for a, b in zip(rates["engine"], rates[name], strict=True)]
+            f"against_{name}{whole}": [of_round[f"engine{whole}"] / of_round[name] for of_round in rates]
             for name in ("single", "batches")
+            for whole in ("", "_whole")
         }
     )
 
@@ -301,13 +311,15 @@ def main() -> None:
         jax.clear_caches()  # each program keeps memory mappings, of which a process may have so many
         step, prefix = overhead(case, ensemble), known_prefix(case, ensemble)
         jax.clear_caches()
+        others = ("single", "batches")
         rows.append({"throughput": speed, "first_token": first, "step": step, "prefix": prefix})
         common.print_table(
             f"Two members of {case.name}, {case.slots} slots",
             ("", "engine", "one at a time", "batches"),
             [
-                ("tokens/s", *(f"{speed[side]:,.0f}" for side in ("engine", "single", "batches"))),
-                ("against it, every round", "", *(_spread(speed[f"against_{side}"]) for side in ("single", "batches"))),
+                ("tokens/s, while requests wait", *(f"{speed[side]:,.0f}" for side in ("engine", *others))),
+                ("engine against it, every round", "", *(_spread(speed[f"against_{side}"]) for side in others)),
+                ("the same until all are answered", "", *(_spread(speed[f"against_{side}_whole"]) for side in others)),
                 ("ms a step of all rows, steady", f"{step['engine_ms']:.2f}", "", f"{step['generate_ms']:.2f}"),
                 ("ms to the first token, idle", f"{first['idle_ms']:.1f}", "", ""),
                 ("at half load (90%)", f"{first['half_load_ms']:.1f} ({first['half_load_p90_ms']:.1f})", "", ""),
