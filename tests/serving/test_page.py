@@ -70,6 +70,19 @@ def favoured(token):
     return (p.index(max(p)) if lead >= 0.1 else None), share
 
 
+# Whether an element, from its upper edge to its lower, is inside the window and nothing lies over it, once what is in
+# the page is laid out.
+SEEN = """async element => {
+  await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+  const {left, right, top, bottom} = element.getBoundingClientRect();
+  return [top + 2, bottom - 2].every(y => element.contains(document.elementFromPoint((left + right) / 2, y)));
+}"""
+
+
+def seen(locator):
+    return locator.evaluate(SEEN)
+
+
 def ask(tab, prompt, *, alone=False):
     if not alone:
         tab.get_by_role("checkbox", name="own answers").uncheck()
@@ -132,6 +145,24 @@ class TestWriting:
             expect(article.locator(".token")).to_have_count(8)
             page.keyboard.press("Escape")
             expect(page.get_by_role("status")).to_have_text("Stopped.")
+
+    def test_an_answer_below_the_form_grows_in_sight(self, tab):
+        with PageServer(text=(WORDS * 3).strip()) as server:  # higher than the window
+            page = tab(server.url, viewport={"width": 360, "height": 640})
+            for stays in (True, False):
+                server.go.clear()
+                page.evaluate("scrollTo(0, 0)")
+                article = ask(page, "wait", alone=True)
+                tokens = article.locator(".text").first.locator(".token")
+                expect(tokens).to_have_count(8)
+                assert seen(tokens.last)
+                assert seen(page.get_by_role("button", name="Stop"))
+                if not stays:
+                    page.evaluate("scrollTo(0, 0)")
+                server.go.set()
+                expect(page.get_by_role("status")).to_contain_text("Done")
+                assert seen(tokens.last) == stays
+            assert page.evaluate("scrollY") == 0
 
 
 class TestAttribution:
@@ -241,7 +272,8 @@ class TestWeights:
         for _ in range(25):
             page.keyboard.press("ArrowRight")
         expect(page.get_by_role("radio", name="Fixed")).to_be_checked()
-        expect(page.locator(".slider .value")).to_have_text(["0.80", "0.20"])
+        expect(page.locator(".slider .value")).to_have_text(["100 of 125 = 0.80", "25 of 125 = 0.20"])
+        expect(other).to_have_attribute("aria-valuetext", "25 of 125 = 0.20")
         article = ask(page, "Go")
         expect(page.get_by_role("status")).to_contain_text("Done")
         request = server.asked[-1][1]
@@ -270,11 +302,35 @@ class TestErrors:
         page = tab(server.url)
         article = ask(page, prompt)
         expect(page.get_by_role("alert")).to_have_text(told)
-        expect(article.locator(".headline .meta")).to_have_text("not finished")
-        expect(article.locator(".token")).to_have_count(0 if prompt == "busy" else 8)
+        if prompt == "busy":
+            expect(page.locator("article")).to_have_count(0)
+        else:
+            expect(article.locator(".headline .meta")).to_have_text("not finished")
+            expect(article.locator(".token")).to_have_count(8)
         ask(page, "Go")
         expect(page.get_by_role("status")).to_contain_text("Done")
         expect(page.get_by_role("alert")).to_be_hidden()
+
+    @pytest.mark.parametrize("size", [(1280, 700), (360, 640)])
+    def test_seen_where_they_happen_and_gone_with_the_next_change(self, tab, server, size):
+        page = tab(server.url, viewport=dict(zip(("width", "height"), size, strict=True)))
+        page.get_by_text("Options").click()
+        assert seen(page.get_by_label("Tokens"))
+        ask(page, "busy", alone=True)
+        alert, status = page.get_by_role("alert"), page.get_by_role("status")
+        expect(alert).to_contain_text("The server is busy")
+        assert seen(alert)
+        assert seen(page.get_by_role("button", name="Write"))
+        expect(page.get_by_text("The answer appears here")).to_be_visible()
+        page.get_by_label("Seed").fill("1")
+        expect(alert).to_be_hidden()
+        ask(page, "Go")
+        expect(status).to_contain_text("Done")
+        page.get_by_label("Tokens").fill("0")
+        expect(status).to_be_empty()
+        page.get_by_text("Options").click()
+        ask(page, "Go")
+        expect(page.get_by_label("Tokens")).to_be_focused()  # where the browser says what is wrong with it
 
     def test_a_server_that_is_gone(self, tab):
         with PageServer() as server:
@@ -418,3 +474,5 @@ class TestFile:
             expect(card).to_contain_text(f"−{-generation.scores[b, 4]:.2f}")
             expect(card).to_contain_text("0.75")
         assert page.locator("b").count() == 0
+        lefts = "items => new Set(items.map(item => item.getBoundingClientRect().left)).size"
+        assert articles[0].locator(".legend .numbers").evaluate_all(lefts) == 1  # they stand in a column

@@ -64,6 +64,10 @@ function named(text) {
   return shown === "" ? "(a part of a character, or a mark that texts leave out)" : shown;
 }
 
+/** How much of the window's height nothing covers. */
+export const visibleHeight = () =>
+  window.innerHeight - (parseFloat(getComputedStyle(document.documentElement).scrollPaddingBottom) || 0);
+
 const least = (a, b, c) => Math.max(a, Math.min(b, c));
 
 let made = 0;
@@ -277,7 +281,7 @@ export class Answer {
     const at = item.getClientRects()[0] ?? item.getBoundingClientRect();
     const size = this.card.getBoundingClientRect();
     const left = least(0, at.left - host.left - 12, Math.max(0, host.width - size.width));
-    const fits = at.bottom + 8 + size.height <= window.innerHeight || at.top - 8 - size.height < 0;
+    const fits = at.bottom + 8 + size.height <= visibleHeight() || at.top - 8 - size.height < 0;
     this.card.style.left = `${left}px`;
     this.card.style.top = `${(fits ? at.bottom + 8 : at.top - 8 - size.height) - host.top}px`;
   }

@@ -1,7 +1,7 @@
 // The page: asks the server as any client would (streamed completions) and draws what comes. Everything that arrives is
 // drawn by draw.js, as text; errors are said in plain words beside the buttons.
 
-import { Answer, element, mark } from "./draw.js";
+import { Answer, element, mark, visibleHeight } from "./draw.js";
 
 const KEPT = 12; // answers on the page
 const find = (id) => document.getElementById(id);
@@ -93,18 +93,19 @@ const seconds = (milliseconds) => `${(milliseconds / 1000).toFixed(milliseconds 
 const ensemble = () => models.find((model) => model.rlae?.kind === "ensemble");
 const chosen = () => document.querySelector("input[name='who']:checked")?.value;
 
-/** The sliders' weights, scaled to sum to 1; null if all are 0. */
+const sliderSum = () => sliders.reduce((sum, { input }) => sum + input.valueAsNumber, 0);
+
+/** Each slider's share of their sum; null if all are 0. */
 function fixedWeights() {
-  const values = sliders.map(({ input }) => Number(input.value));
-  const sum = values.reduce((a, b) => a + b, 0);
-  return sum === 0 ? null : values.map((value) => value / sum);
+  const sum = sliderSum();
+  return sum === 0 ? null : sliders.map(({ input }) => input.valueAsNumber / sum);
 }
 
 function showWeights() {
   const weights = fixedWeights();
   sliders.forEach(({ input, output }, k) => {
-    output.textContent = weights ? weights[k].toFixed(2) : "0";
-    input.setAttribute("aria-valuetext", `weight ${output.textContent}`);
+    output.textContent = `${input.value} of ${sliderSum()} = ${weights ? weights[k].toFixed(2) : "no weight"}`;
+    input.setAttribute("aria-valuetext", output.textContent);
   });
 }
 
@@ -136,7 +137,7 @@ function setUp() {
   find("choices").replaceChildren(
     ...policies.map((model, i) => choice(`model ${model.id}`, model.id, "policy", i === 0)),
     choice(`model ${whole.id}`, "Server’s default", whole.id, policies.length === 0),
-    choice("fixed", "Fixed", "by the sliders", false),
+    choice("fixed", "Fixed", "each slider’s share of their sum", false),
   );
   sliders.length = 0;
   find("sliders").replaceChildren(
@@ -164,12 +165,17 @@ function say(text) {
   find("status").textContent = text;
 }
 
+function clear() {
+  find("error").hidden = true;
+  say("");
+}
+
 function complain(error) {
   const known = error instanceof Told;
   const told = known ? error.message.trim() : `The page met something that it does not understand: ${error.message}`;
   find("error").textContent = told;
   find("error").hidden = false;
-  say("");
+  if (!running) say("");
 }
 
 async function loadModels() {
@@ -218,32 +224,48 @@ function place(request, name, alone) {
   find("empty").hidden = true;
   find("answers").prepend(article);
   for (const old of [...find("answers").querySelectorAll("article")].slice(KEPT)) old.remove();
-  if (article.getBoundingClientRect().top > window.innerHeight) article.scrollIntoView();
-  return { figure, meta, own };
+  const { top } = article.getBoundingClientRect();
+  if (top < 0 || top > window.innerHeight / 4) article.scrollIntoView();
+  return { article, figure, meta, own };
+}
+
+// Keeps the end of the newest answer's text in sight while it grows, for as long as the reader does not scroll away.
+let end = 0; // of that text, from the top of the page
+const growth = new ResizeObserver(([{ target }]) => {
+  const seen = end <= window.scrollY + visibleHeight() + 1;
+  end = window.scrollY + target.querySelector(".text").getBoundingClientRect().bottom;
+  if (seen) window.scrollBy(0, Math.max(0, end - window.scrollY - visibleHeight()));
+});
+
+function follow(figure) {
+  growth.disconnect();
+  end = 0;
+  growth.observe(figure);
 }
 
 function setRunning(now) {
-  find("ask").classList.toggle("running", now);
   find("write").disabled = now;
   find("stop").disabled = !now;
 }
 
 async function run() {
-  find("error").hidden = true;
+  clear();
   if (!models.length) await loadModels();
   const { request, name } = read();
   const alone = find("alone").checked ? models.filter((model) => model.rlae?.kind === "member") : [];
-  const { figure, meta, own } = place(request, name, alone);
+  const { article, figure, meta, own } = place(request, name, alone);
   running = new AbortController();
   const { signal } = running;
   setRunning(true);
   say("Writing…");
   let failed = false;
+  let empty = true; // nothing is written, and nothing is finished
 
   async function one(asked, root, line) {
     const view = new Answer(root, members);
     try {
       line.textContent = await write(asked, view, signal, (count) => (line.textContent = `writing, ${count} tokens`));
+      empty = false;
     } catch (error) {
       line.textContent = error.name === "AbortError" ? `stopped after ${view.tokens.length} tokens` : "not finished";
       if (error.name !== "AbortError") {
@@ -251,17 +273,21 @@ async function run() {
         complain(error);
       }
     }
+    if (view.tokens.length) empty = false;
     root.classList.remove("writing");
     return view;
   }
   const asked = (model) => ({ ...request, model: model.id, rlae: { attribution: true } });
   const fused = one(request, figure, meta); // first in the server's queue
   const others = own.map(({ model, root, told }) => one(asked(model), root, told));
+  follow(figure);
   const view = await fused;
   const means = view.meanWeights();
   if (means && models.find((model) => model.id === request.model).rlae.kind === "policy") showAgent(name, means);
   await Promise.all(others);
-  if (!failed) say(signal.aborted ? "Stopped." : `Done: ${meta.textContent}.`);
+  if (empty) article.remove();
+  find("empty").hidden = document.querySelector("article") !== null;
+  say(failed ? "" : signal.aborted ? "Stopped." : `Done: ${meta.textContent}.`);
   running = null;
   setRunning(false);
 }
@@ -272,6 +298,12 @@ find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   if (!running) run().catch(complain);
 });
+find("ask").addEventListener("input", () => {
+  if (!running) clear(); // what is said is of another request
+});
+// The browser says what is wrong with a field only where it can be seen.
+find("options").addEventListener("invalid", () => (find("options").open = true), true);
+find("options").addEventListener("toggle", ({ target }) => target.scrollIntoView({ block: "nearest" }));
 find("stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
@@ -280,7 +312,7 @@ find("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) find("ask").requestSubmit();
 });
 find("key").addEventListener("change", () => {
-  find("error").hidden = true;
+  clear();
   loadModels().catch(complain);
 });
 loadModels().catch(complain);
