@@ -156,9 +156,11 @@ def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     report.console.print(results["verdict"], highlight=False)
     pictures = [report.quoted(out / name) for name in ("weights.png", "curve.png")]
     models, policy = map(str, paths), str(out)
+    call = ["--models", *models, "--policy", policy]
+    length = ["--max-new-tokens", str(task.max_new_tokens)]  # what the agent was trained for
     commands = [
-        ["rlae-jax", "generate", "--models", *models, "--policy", policy, "--show-weights", "--prompt", "rs4821="],
-        ["rlae-jax", "serve", "--models", *models, "--policy", policy],
+        ["rlae-jax", "generate", *call, *length, "--show-weights", "--prompt", "rs4821="],
+        ["rlae-jax", "serve", *call],
     ]
     tried = "".join(f"\n  {shlex.join(command)}" for command in commands)
     report.say(f"{seconds['total']:.0f} s in all. Look at {pictures[0]} and {pictures[1]}; try{tried}")
