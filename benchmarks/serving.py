@@ -96,7 +96,8 @@ def by_engine(engine: rj.Engine, asked: list[Asked]) -> tuple[float, float]:
     """Tokens per second until the last request has a row, after which fewer and fewer rows are in use; and until all
     are answered."""
     start, before = time.perf_counter(), engine.stats().tokens
-    tickets, busy = [], []
+    tickets: list[Any] = []
+    busy: list[float] = []
     for one in asked:
         time.sleep(max(start + one.arrival - time.perf_counter(), 0.0))
         tickets.append(engine.submit(request(one)))
