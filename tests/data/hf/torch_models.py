@@ -119,7 +119,8 @@ def compute(
             arguments["decoder_input_ids"] = tensor(decoder_ids)
         else:
             arguments["position_ids"] = tensor(_positions(model, mask))
-            base = model.model if model.base_model is model else model.base_model  # Llama 4's is the whole
+            # Llama 4's is the whole, and so is a bare encoder's, which has no other.
+            base = getattr(model, "model", model) if model.base_model is model else model.base_model
             hidden = base(**arguments).last_hidden_state
         out = model(**arguments)
     result = {"hidden": hidden.float().numpy()}
