@@ -119,8 +119,8 @@ class Intake:
             ids = ids * len(ensemble.members)
         longest = max(map(len, ids))
         if longest + options.max_new_tokens > self.context:
-            room = self.context - longest
-            way_out = f"there is room for {room} more" if room > 0 else "shorten the prompt"
+            left = self.context - longest
+            way_out = f"there is room for {left} more" if left > 0 else "shorten the prompt"
             raise InputError(
                 f"too long: the context is {self.context} tokens, the prompt has {longest} and max_new_tokens is "
                 f"{options.max_new_tokens}; {way_out}"
