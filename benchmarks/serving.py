@@ -1,10 +1,10 @@
 """What the engine gives to requests that come at any time, against `generate` for one after another and for batches.
 
 In: the package, the lengths of gsm8k's questions and answers. Out: per pair of members the tokens per second of the
-engine (while requests wait, and until all are answered), of a server that answers one request at a time, and of one that
-takes what has come, up to as many as the engine has slots, and waits until all of them are answered; what a step costs
-beside `generate`'s; how long the first token takes when half of the slots are in use, and how much of it a prompt that
-is known saves.
+engine (while requests wait, and until all are answered), of a server that answers one request at a time, and of one
+that takes what has come, up to as many as the engine has slots, and waits until all of them are answered; what a step
+costs beside `generate`'s; how long the first token takes when half of the slots are in use, and how much of it a
+prompt that is known saves.
 
     python -m benchmarks.serving [--quick] [--json PATH]
 
