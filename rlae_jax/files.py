@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         check_fetched(path)
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of bytes, of JSON, of numbers and nesting without end
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")

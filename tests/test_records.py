@@ -1,0 +1,80 @@
+"""Files are checked against a shape as they are read: what is wrong is told in a line that names file and key."""
+
+import json
+from pathlib import Path
+from typing import Any, TypedDict
+
+import msgspec
+import pytest
+
+from rlae_jax import records
+from rlae_jax.errors import InputError
+
+
+class _Part(records.Record):
+    size: int
+    names: list[str] = msgspec.field(default_factory=list)
+
+
+class _File(records.Record, kw_only=True):
+    newest = 2
+    schema: int = 2
+    part: _Part
+    rate: float | None = None
+
+
+class _Foreign(TypedDict, total=False):
+    architectures: list[str]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({}, "the key part is missing"),
+        ({"part": {}}, "the key part.size is missing"),
+        ({"part": {"size": "7"}}, r"part\.size is a text \('7'\); expected int"),
+        ({"part": {"size": True}}, r"part\.size is true; expected int"),
+        ({"part": {"size": 1, "names": ["a", {}]}}, r"part\.names\[1\] is an object; expected str"),
+        ({"part": {"size": 1}, "rate": []}, r"rate is a list; expected float \| null"),
+        ({"part": {"size": 1, "colour": 3}}, r"unknown key part\.colour: written by a newer version"),
+        (
+            {"part": {"size": 1}, "schema": 3, "new": 1},
+            "schema 3 was written by a newer version; this one reads up to 2",
+        ),
+        ({"part": {"size": 1}, "schema": "x"}, r"schema is a text \('x'\); expected int"),
+        ([], "expected a JSON object, found list"),
+    ],
+)
+def test_what_is_wrong_is_told_with_file_and_key(tmp_path: Path, value: Any, told: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(InputError, match=rf"config\.json: {told}"):
+        records.read(path, _File)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 10_000, "\udc80", "null", "NaN"])
+def test_what_is_no_object_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(InputError, match=r"config\.json"):
+        records.read(path, _File)
+    path.write_bytes(text.encode("utf-8", "surrogatepass") + b"\n")
+    with pytest.raises(InputError, match=r"config\.json"):
+        records.read_lines(path, _File)
+
+
+def test_a_file_of_others_may_have_more_keys() -> None:
+    assert records.check({"architectures": ["A"], "x": 1}, _Foreign, "f") == {"architectures": ["A"]}
+    with pytest.raises(InputError, match=r"f: architectures\[0\] is an object; expected str"):
+        records.check({"architectures": [{}]}, _Foreign, "f")
+
+
+def test_lines_are_numbered_and_an_unfinished_one_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"size": 1}\n{"size": 2}\n{"si')
+    assert [row.size for row in records.read_lines(path, _Part, growing=True)] == [1, 2]
+    with pytest.raises(InputError, match=r"lines\.jsonl:3: not one JSON object"):
+        records.read_lines(path, _Part)
+    path.write_text('{"size": 1}\n[]\n')
+    with pytest.raises(InputError, match=r"lines\.jsonl:2: expected a JSON object, found a list"):
+        records.read_lines(path, _Part, growing=True)
