@@ -11,6 +11,7 @@ from typing import Any
 from rlae_jax import hosts
 from rlae_jax.errors import InputError
 
+_LONGEST_NAME = 255
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -61,6 +62,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def inside(root: Path, name: str, where: object = None) -> Path:
+    """The file that a name in some file means: in the directory `root`, or in one below.
+
+    Args:
+      where: the file that says the name; by default the directory.
+
+    Raises:
+      InputError: a name that is no relative path with plain parts, or by links leads out of the directory. (The links
+        of the Hub's cache, from its snapshots into the same repository's blobs, lead nowhere else.)
+    """
+    named = f"{root if where is None else where}: the name {name[:80]!r}"
+    parts = name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or any(c in name for c in "\\\0") or len(name) > _LONGEST_NAME:
+        raise InputError(f"{named} is no file's in {root}: it must be a relative path, without .. and \\")
+    path = root / name
+    try:
+        real, home = path.resolve(), root.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # no text for this file system; links in a circle
+        raise InputError(f"{named} cannot be followed ({error})") from None
+    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(real.is_relative_to(one) for one in homes):
+        raise InputError(f"{named} is a link that leads out of {root}")
+    return path
 
 
 def digest(value: Any) -> str:

@@ -9,7 +9,6 @@ from rlae_jax import files
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.search import SEARCH_FILE
-from rlae_jax.emorl.train import ADAPTER, OBJECTIVES
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, lora
 
@@ -40,7 +39,7 @@ def export_run(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name in names:
-            shutil.copytree(run.directory / OBJECTIVES / name / ADAPTER, partial / "adapters" / name)
+            shutil.copytree(run.adapter_directory(name), files.inside(partial / "adapters", name))
         files.write_json(
             partial / WEIGHTS_FILE, {"schema": 1, "mode": mode, "weights": chosen, "base": run.config["base"]}
         )

@@ -187,10 +187,10 @@ class Run:
         searched = config["adapters"] if "adapters" in config else [member["name"] for member in config["members"]]
         if searched == list(adapters):
             return path, None
-        kept = path.with_name(f"{name}-{'+'.join(searched)}")
-        number = 2
+        base = f"{name}-{'+'.join(searched)}"
+        kept, number = files.inside(path.parent, base, path / CONFIG_FILE), 2
         while kept.exists():
-            kept, number = path.with_name(f"{name}-{'+'.join(searched)}-{number}"), number + 1
+            kept, number = path.with_name(f"{base}-{number}"), number + 1
         hosts.wait()  # until all have seen what is there
         if hosts.is_first():
             path.rename(kept)
@@ -198,4 +198,12 @@ class Run:
 
     def adapter(self, name: str) -> Adapter:
         """An adapter, under its objective's name."""
-        return dataclasses.replace(load_adapter(self.directory / OBJECTIVES / name / ADAPTER, self.base), name=name)
+        return dataclasses.replace(load_adapter(self.adapter_directory(name), self.base), name=name)
+
+    def adapter_directory(self, name: str) -> Path:
+        """Where an adapter is. Names come from the run's files, too.
+
+        Raises:
+          InputError: a name that leads out of the run.
+        """
+        return files.inside(self.directory / OBJECTIVES, name) / ADAPTER

@@ -224,7 +224,7 @@ def train_adapters(
     ensemble = Ensemble([base.with_adapters([init_adapter(base, config.lora)])])
     train = _tokenise(ensemble, prompts.split("train"), config.max_new_tokens)
     dev = _tokenise(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
-    directories = {target.name: out / OBJECTIVES / target.name for target in targets}
+    directories = {target.name: files.inside(out / OBJECTIVES, target.name) for target in targets}
     claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
     there = [name for name in claimed if read_metrics(directories[name])]
     trained = [name for name in claimed if (directories[name] / TRAINING_FILE).is_file()]

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rlae_jax import files
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import check_fetched, read_json
 from rlae_jax.models.config import GatedDelta, ModelConfig
@@ -296,12 +297,13 @@ def tensor_files(directory: Path, name: str = "model") -> dict[str, Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
-        absent = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+        paths = {file: files.inside(directory, file, index) for file in set(weight_map.values())}
+        absent = sorted(file for file, path in paths.items() if not path.is_file())
         if absent:
             raise grouped_error(
                 f"{directory}: the index names files that are not there", [("files", file) for file in absent]
             )
-        return {key: directory / file for key, file in weight_map.items()}
+        return {key: paths[file] for key, file in weight_map.items()}
     if not single.is_file():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
         if pickled:
