@@ -40,6 +40,8 @@ class HeldOptions:
     """inputs that share a scale of int4, or the next smaller of these that divides a layer's inputs."""
     kv_dtype: Literal["int8", "fp8"] | None = None
     """keys and values in 8 bits, with a scale per token and head. Default: as --dtype."""
+    check_finite: bool = True
+    """refuse weights with a NaN or an infinity."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from rlae_jax import sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models import gguf_files, gguf_models, quantised_files
+from rlae_jax.models import finite, gguf_files, gguf_models, quantised_files
 from rlae_jax.models.config import Experts, GatedDelta, ModelConfig, ShortConvolution
 from rlae_jax.models.families import FAMILIES, REASONS, Family, made_family, nearest, wrappers
 from rlae_jax.models.families.base import settings
@@ -457,6 +457,7 @@ def read_params(
     where: Path,
     mesh: Mesh | None = None,
     quantisation: Quantisation | None = None,
+    check_finite: bool = True,
 ) -> Tensors:
     """Reads every tensor of the model, in `config.dtype`.
 
@@ -467,10 +468,11 @@ def read_params(
       where: what errors call the checkpoint.
       mesh: where the tensors go, every part straight to its devices; None: the default device.
       quantisation: how kernels are to be held that are not quantised in the checkpoint.
+      check_finite: whether weights must be finite numbers in `config.dtype`.
 
     Raises:
-      InputError: corrupt files, tensors missing, unexpected or of another shape; a quantisation of what is quantised,
-        or in groups that do not divide a layer's inputs.
+      InputError: corrupt files, tensors missing, unexpected, of another shape or with values that are not finite; a
+        quantisation of what is quantised, or in groups that do not divide a layer's inputs.
     """
     matched = _matched(tensors, source.family, config, where)
     dtype = DTYPES[config.dtype]
@@ -488,7 +490,7 @@ def read_params(
             parts = zip(tensor.paths, tensor.split(stored), strict=True)
             return [_quantised(part, tensor, path, quantisation) for path, part in parts]
 
-    def read(names: list[str]) -> list[_Leaf]:
+    def place(names: list[str]) -> list[_Leaf]:
         tensor, first = matched[names[0]], kernels_of(names[0])
         if tensor.expert is None:
             kernels = zip(tensor.paths, first, strict=True)
@@ -502,16 +504,34 @@ def read_params(
         values = _stacked(([_on_default(kernel, dtype) for kernel in kernels] for kernels in slices), len(names))
         return [_Leaf(*leaf) for leaf in zip(tensor.paths, values, starts, strict=True)]
 
+    def read(names: list[str]) -> list[_Leaf]:
+        with np.errstate(over="ignore"):  # what is beyond a dtype is told below
+            return place(names)
+
     # The tensors of a layer's experts are read together, for one array.
     together: dict[Any, list[str]] = {}
     for name, tensor in matched.items():
         together.setdefault(tensor.paths, []).append(name)
     params: Params = {}
     starts: Params = {}
+    flags: dict[tuple[Any, ...], Any] = {}
     for leaf in _ahead(read, together.values()):
         put_leaf(params, leaf.path, leaf.value)
         put_leaf(starts, leaf.path, leaf.start)
+        if check_finite:
+            flags[leaf.path] = finite.flag(leaf.value)
+    if wrong := set(finite.not_finite(flags)):
+        names = [name for name, tensor in matched.items() if wrong.intersection(tensor.paths)]
+        raise finite.refusal(where, [*_not_finite(names, tensors, dtype)])
     return Tensors(params, b"".join(jax.tree.leaves(starts)))
+
+
+def _not_finite(names: Iterable[str], tensors: TensorSource, dtype: Any) -> Iterator[tuple[str, str]]:
+    """What is wrong with the tensors of leaves that are not finite: the file says whether it had such values."""
+    for name in names:
+        stored = tensors.read(name)
+        found = finite.told(name, stored.weights() if isinstance(stored, Packed) else stored, dtype)
+        yield found or ("not finite when quantised", name)
 
 
 def _ahead(read: Callable[[list[str]], list[_Leaf]], groups: Iterable[list[str]]) -> Iterator[_Leaf]:

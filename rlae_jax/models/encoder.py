@@ -164,7 +164,12 @@ def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: An
 
 
 def load_encoder(
-    name: str | os.PathLike[str], dtype: str = "float32", *, precision: str | None = "highest", mesh: Mesh | None = None
+    name: str | os.PathLike[str],
+    dtype: str = "float32",
+    *,
+    precision: str | None = "highest",
+    mesh: Mesh | None = None,
+    check_finite: bool = True,
 ) -> Encoder:
     """Loads an encoder: a Hugging Face directory, or a Hub id through huggingface_hub's cache.
 
@@ -176,10 +181,12 @@ def load_encoder(
       dtype: of parameters and activations: "float32", "bfloat16" or "float16".
       precision: of float32 products, as in `load`.
       mesh: over which the arrays are spread, as in `load`; by default the one in force.
+      check_finite: whether weights with a NaN or an infinity are refused, as in `load`.
 
     Raises:
-      InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed.
+      InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; weights that are
+        not finite.
     """
     opened = open_checkpoint(name, encoder=True, dtype=dtype, precision=precision)
-    (params, _), mesh = opened.read_params(mesh)
+    (params, _), mesh = opened.read_params(mesh, None, check_finite)
     return Encoder(params=params, mesh=mesh, **opened._asdict())

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from rlae_jax import sharding
 from rlae_jax.errors import InputError
 from rlae_jax.files import check_fetched, read_json
-from rlae_jax.models import checkpoint_files, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
+from rlae_jax.models import checkpoint_files, finite, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import Quantisation, logical_axes
 from rlae_jax.models.tokenizer import import_transformers
@@ -65,6 +65,7 @@ class LM:
     # Of every array of `params` its first entries, where they were noted when it was read: on a mesh to look at them
     # again would bring whole arrays together.
     starts: bytes | None = dataclasses.field(default=None, repr=False)
+    check_finite: bool = True  # as `load` was told; of adapters, too
 
     def __repr__(self) -> str:
         sizes = (math.prod(leaf.shape) for leaf in jax.tree.leaves(transformer.abstract_params(self.config)))
@@ -210,10 +211,16 @@ class LM:
         """This model with an adapter merged into its parameters; see `lora.merge` for its inverse.
 
         Raises:
-          InputError: an adapter for another base.
+          InputError: an adapter for another base, or with values that are not finite, or that are not when merged.
         """
         adapter = load_adapter(adapter, self)
         params = lora.merge(self.params, lora.stack([adapter]), [1.0])
+        if self.check_finite:
+            finite.check(
+                f"the adapter {adapter.name}",
+                {path: lora.layer_at(params, path)["kernel"] for path in adapter.params},
+                f"beyond {self.config.dtype} when merged",
+            )
         return dataclasses.replace(self, params=params, name=adapter.name, starts=None)
 
     def on_mesh(self, mesh: Mesh) -> "LM":
@@ -319,6 +326,7 @@ def load(
     quantise_head: bool = False,
     quantise_group: int = 32,
     kv_dtype: str | None = None,
+    check_finite: bool = True,
 ) -> LM:
     """Loads a checkpoint: a Hugging Face directory, a GGUF file, or a Hub id through huggingface_hub's cache.
 
@@ -343,10 +351,12 @@ def load(
         the next smaller.
       kv_dtype: "int8" or "fp8" (e4m3): how keys and values are kept while a text is written, with a scale per head and
         token. None: in `dtype`. Prompts are read with their keys and values as they are.
+      check_finite: whether weights with a NaN or an infinity are refused, also those that `dtype` makes so, and those
+        of adapters given now or later. Each array is read once on its devices for this.
 
     Raises:
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; heads that the
-        mesh does not divide.
+        mesh does not divide; weights that are not finite.
     """
     quantisation = Quantisation.of(quantise, group=quantise_group, head=quantise_head)
     if quantisation is not None and adapter is not None:
@@ -358,8 +368,15 @@ def load(
     opened = opened._replace(config=hold_cache_in(opened.config, kv_dtype))
     if isinstance(adapter, str | os.PathLike):
         peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    (params, starts), mesh = opened.read_params(mesh, quantisation)
-    lm = LM(params=params, starts=starts, mesh=mesh, quantisation=quantisation, **opened._asdict())
+    (params, starts), mesh = opened.read_params(mesh, quantisation, check_finite)
+    lm = LM(
+        params=params,
+        starts=starts,
+        mesh=mesh,
+        quantisation=quantisation,
+        check_finite=check_finite,
+        **opened._asdict(),
+    )
     return lm if adapter is None else lm.with_adapter(adapter)
 
 
@@ -388,7 +405,7 @@ class Opened(NamedTuple):
     source: checkpoint_files.Source
 
     def read_params(
-        self, mesh: Mesh | None, quantisation: Quantisation | None = None
+        self, mesh: Mesh | None, quantisation: Quantisation | None = None, check_finite: bool = True
     ) -> tuple[checkpoint_files.Tensors, Mesh | None]:
         """The tensors, and the mesh on which they lie: the one given, or else the one in force."""
         mesh = sharding.mesh_in_force() if mesh is None else mesh
@@ -396,8 +413,8 @@ class Opened(NamedTuple):
             # Encoders, which score or are read, are small; of members nothing large is to be held whole unsaid.
             sharding.check_model(self.name, self.config, mesh, strict=self.config.has_head)
         tensors = checkpoint_files.open_tensors(self.path, self.source, self.config)
-        read = checkpoint_files.read_params(tensors, self.source, self.config, self.path, mesh, quantisation)
-        return read, mesh
+        kept = (mesh, quantisation, check_finite)
+        return checkpoint_files.read_params(tensors, self.source, self.config, self.path, *kept), mesh
 
 
 def open_checkpoint(
@@ -434,14 +451,19 @@ def load_adapter(adapter: str | os.PathLike[str] | lora.Adapter, lm: LM) -> lora
     """Reads a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`) for a base model.
 
     Raises:
-      InputError: a directory that holds no LoRA adapter, or one for another base.
+      InputError: a directory that holds no LoRA adapter, or one for another base; values that are not finite, unless
+        the base was loaded without a check of them.
     """
     if isinstance(adapter, lora.Adapter):
         lora.check(adapter, transformer.linears(lm.config))
+        if lm.check_finite:
+            factors = {f"{path}.{side}": leaf for path, pair in adapter.params.items() for side, leaf in pair.items()}
+            finite.check(f"the adapter {adapter.name}", factors)
         return adapter
     family = lm.source.family if lm.source is not None else None
     path = hub.resolve(adapter)
-    loaded = peft_files.read_adapter(path, _base_name(adapter, path), family, lm.config, lm.params)
+    name = _base_name(adapter, path)
+    loaded = peft_files.read_adapter(path, name, family, lm.config, lm.params, check_finite=lm.check_finite)
     made_for = peft_files.read_settings(path).get("base_model_name_or_path")
     if lm.path is not None and made_for and Path(made_for).name not in (lm.name, lm.path.name):
         warnings.warn(f"{path} was made for {made_for}; it fits {lm.name} by its shapes alone", stacklevel=2)

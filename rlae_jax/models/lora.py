@@ -272,6 +272,13 @@ def low_rank_delta(adapters: Adapters, path: str, einsum: str, precision: str | 
     return delta
 
 
+def layer_at(params: dict[Any, Any], path: str) -> dict[str, Any]:
+    """The parameters of the layer at a dotted path."""
+    for name in path.split("."):
+        params = params[int(name) if name.isdigit() else name]
+    return params
+
+
 def merge(
     params: dict[Any, Any], stack: Stack, weights: Sequence[float] | Float[Array | np.ndarray, " M"]
 ) -> dict[Any, Any]:
@@ -279,9 +286,7 @@ def merge(
     merged: dict[Any, Any] = jax.tree.map(lambda leaf: leaf, params)  # new dictionaries, the same arrays
     scaled = jnp.asarray(weights, jnp.float32) * stack.scales
     for path, leaf in stack.params.items():
-        layer = merged
-        for name in path.split("."):
-            layer = layer[int(name) if name.isdigit() else name]
+        layer = layer_at(merged, path)
         a, b = (np.asarray(leaf[side], np.float32) for side in ("a", "b"))
         a, b = a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1)
         change = np.einsum("m,mir,mro->io", np.asarray(scaled), a, b, optimize=True)

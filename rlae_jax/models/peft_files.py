@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
+from rlae_jax.models import finite
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family, made_family
 from rlae_jax.models.lora import Adapter, Factors, LoraConfig
@@ -124,11 +125,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def read_adapter(directory: Path, name: str, family: Family | None, config: ModelConfig, base: Params) -> Adapter:
+def read_adapter(
+    directory: Path,
+    name: str,
+    family: Family | None,
+    config: ModelConfig,
+    base: Params,
+    *,
+    check_finite: bool = True,
+) -> Adapter:
     """The adapter in a directory, for a base model of this family, configuration and parameters.
 
     Raises:
-      InputError: settings or files that cannot be used; tensors that do not fit the base model.
+      InputError: settings or files that cannot be used; tensors that do not fit the base model; values that are not
+        finite, if that is to be checked.
     """
     raw = read_settings(directory)
     path = directory / TENSORS
@@ -149,9 +159,13 @@ def read_adapter(directory: Path, name: str, family: Family | None, config: Mode
     alpha = float(raw["lora_alpha"]) * (math.sqrt(raw["r"]) if stabilised else 1.0)
     lora = LoraConfig(rank=raw["r"], alpha=alpha, dropout=float(raw.get("lora_dropout") or 0.0), targets=())
     params: Factors = {}
+    wrong = []
     for pair in pairs.values():
         module = known[pair.module]
-        a, b = (read_tensor(path, pair.keys[side]).astype(np.float32) for side in "AB")
+        stored = {pair.keys[side]: read_tensor(path, pair.keys[side]) for side in "AB"}
+        told = (finite.told(key, array, np.float32) for key, array in stored.items())
+        wrong += [finding for finding in told if finding is not None]
+        a, b = (array.astype(np.float32) for array in stored.values())
         rank = a.shape[0]
         own_alpha = _pattern(raw.get("alpha_pattern") or {}, pair.name, raw["lora_alpha"])
         own_scale = own_alpha / (math.sqrt(rank) if stabilised else rank)
@@ -162,6 +176,8 @@ def read_adapter(directory: Path, name: str, family: Family | None, config: Mode
             if own.any():
                 own_a = a[own].T.reshape(*module.inputs, own.sum())
                 params[our_path] = {"a": jnp.asarray(own_a), "b": jnp.asarray(part[own])}
+    if check_finite and wrong:
+        raise finite.refusal(path, wrong)
     return Adapter(dataclasses.replace(lora, targets=tuple(sorted(params))), params, name)
 
 
