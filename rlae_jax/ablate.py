@@ -34,6 +34,7 @@ from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import require_written, run_config, train_seeds
+from rlae_jax.runs import lock
 from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import t_interval
 from rlae_jax.tasks import Task
@@ -242,6 +243,7 @@ def interval_over_seeds(scores: Sequence[float]) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
+@lock.writes("out")
 def ablate(
     ensemble: Ensemble,
     task: Task,

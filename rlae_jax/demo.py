@@ -21,6 +21,7 @@ from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.models import load
 from rlae_jax.ppo.train import train
+from rlae_jax.runs import lock
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.specialists import build_pair
@@ -67,7 +68,8 @@ def _take_directory(out: Path, seed: int) -> None:
     kept, mine = (out.with_name(f"{out.name}-seed{n}") for n in (other_seed, seed))
     if kept.exists():
         raise InputError(f"{out} holds the demo of seed {other_seed}, and {kept} exists already; choose another --out")
-    out.rename(kept)
+    with lock.writing(out):  # which goes with it
+        out.rename(kept)
     report.say(f"the demo of seed {other_seed} is now in {report.quoted(kept)}")
     if mine.is_dir():
         mine.rename(out)
@@ -115,9 +117,14 @@ def verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     """Everything, from two random initialisations to a table and two pictures. Returns the content of results.json."""
-    began = time.perf_counter()
     files.require_writable_parent(out)
     _take_directory(out, seed)
+    with lock.writing(out):
+        return _run_demo(seed, out, settings)
+
+
+def _run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
+    began = time.perf_counter()
     seconds: dict[str, float] = {}
     paths = build_pair(out / "specialists", seed, settings.specialist_steps)
     seconds["specialists"] = time.perf_counter() - began

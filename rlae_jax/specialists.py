@@ -31,6 +31,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.models import LM, ModelConfig
 from rlae_jax.models.pretrain import PretrainConfig, pretrain
 from rlae_jax.models.tokenizer import fast_tokenizer
+from rlae_jax.runs import lock
 from rlae_jax.tasks import embedded, skills
 
 PAD, END, UNKNOWN = skills.PAD, skills.END, skills.UNKNOWN
@@ -249,6 +250,7 @@ def _train(name: str, seed: int, quick: bool) -> LM:
     )
 
 
+@lock.writes("directory")
 def build_pool(
     directory: str | os.PathLike[str], seed: int, names: Sequence[str] | None = None, quick: bool = False
 ) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, TaskFlags, resumable
 from rlae_jax.errors import InputError
+from rlae_jax.runs import lock
 
 Assignments = Annotated[tuple[tuple[str, ...], ...], UseAppendAction]  # --vary A --vary B C
 
@@ -31,6 +32,7 @@ class AblateOptions(AgentOptions):
     seeds; with one, over prompts."""
 
 
+@lock.writes("out")
 def ablate(
     *,
     model: Annotated[AblateModels, OmitArgPrefixes],

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import Dtype, ModelOptions, Models, TaskFlags
 from rlae_jax.errors import InputError
+from rlae_jax.runs import lock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class EvaluateModels(ModelOptions):
     """of the members' parameters."""
 
 
+@lock.writes("out")
 def evaluate(
     *,
     model: Annotated[EvaluateModels, OmitArgPrefixes],

@@ -7,8 +7,10 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import ModelOptions
 from rlae_jax.errors import InputError
+from rlae_jax.runs import lock
 
 
+@lock.writes("out", beside=True)
 def lm_eval(
     *,
     model: Annotated[ModelOptions, OmitArgPrefixes],

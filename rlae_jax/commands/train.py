@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, Models, TaskFlags, resumable
+from rlae_jax.runs import lock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class TrainOptions(AgentOptions):
     """train this many agents side by side, of seeds SEED, SEED + 1, ... Default: 1."""
 
 
+@lock.writes("out")
 def train(
     *,
     model: Annotated[TrainModels, OmitArgPrefixes],

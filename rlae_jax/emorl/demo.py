@@ -20,6 +20,7 @@ from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
 from rlae_jax.emorl.train import train_adapters
 from rlae_jax.errors import InputError
 from rlae_jax.models import load
+from rlae_jax.runs import lock
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import reflections
 
@@ -27,6 +28,7 @@ MODES = ("hidden", "probs", "params")
 TEST_PROMPTS = 128
 
 
+@lock.writes("out")
 def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
     """Everything, from a random initialisation to a table and pictures. Returns the content of results.json.
 

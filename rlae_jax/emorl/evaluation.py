@@ -37,6 +37,7 @@ from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.weights import Weights
 from rlae_jax.models import LM, Adapter
 from rlae_jax.ppo.train import load_policy
+from rlae_jax.runs import lock
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import Examples
 from rlae_jax.tasks.prompts import PromptSet
@@ -78,6 +79,7 @@ def score_by_objectives(objectives: Sequence[Objective]) -> Scoring:
     return Scoring(tuple(objective.name for objective in objectives), start)
 
 
+@lock.writes("out")
 def evaluate(
     methods: Mapping[str, Method],
     prompts: Sequence[str],
@@ -178,6 +180,7 @@ def _searched(run: Run, mode: str, singles: Sequence[str], trained: int) -> Meth
     return fusion(fused, list(weights.values()), record)
 
 
+@lock.writes("out")
 def evaluate_run(
     run: Run, split: str, limit: int | None, temperature: float, seed: int, out: Path | None
 ) -> dict[str, Any]:

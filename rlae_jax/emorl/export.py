@@ -11,10 +11,12 @@ from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.search import SEARCH_FILE
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, lora
+from rlae_jax.runs import lock
 
 WEIGHTS_FILE = "weights.json"
 
 
+@lock.writes("out", beside=True)
 def export_run(
     run: Run, out: Path, mode: str = "params", weights: Sequence[float] | None = None, adapters: Sequence[str] = ()
 ) -> list[Path]:

@@ -29,6 +29,7 @@ from rlae_jax.models import Encoder, ModelConfig, transformer
 from rlae_jax.models.checkpoint_files import Source, read_config
 from rlae_jax.models.families import FAMILIES
 from rlae_jax.models.tokenizer import import_transformers
+from rlae_jax.runs import lock
 from rlae_jax.tasks.base import SPLITS
 from rlae_jax.tasks.prompts import Graded, graded_responses
 
@@ -66,6 +67,7 @@ class _Rows(NamedTuple):
     grades: Float[Array, "P G"]
 
 
+@lock.writes("out", beside=True)
 def train_ranker(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],

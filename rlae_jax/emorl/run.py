@@ -16,6 +16,7 @@ from rlae_jax.emorl.scorers import Objective, get_objectives
 from rlae_jax.emorl.train import ADAPTER, HELD, OBJECTIVES, WEIGHTINGS, Target, check_targets
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Adapter, load, load_adapter
+from rlae_jax.runs import lock
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import reflections
 from rlae_jax.tasks.prompts import PromptSet, read_prompts
@@ -191,9 +192,10 @@ class Run:
         kept, number = files.inside(path.parent, base, path / CONFIG_FILE), 2
         while kept.exists():
             kept, number = path.with_name(f"{base}-{number}"), number + 1
-        hosts.wait()  # until all have seen what is there
-        if hosts.is_first():
-            path.rename(kept)
+        with lock.writing(path):
+            hosts.wait()  # until all have seen what is there
+            if hosts.is_first():
+                path.rename(kept)
         return path, kept
 
     def adapter(self, name: str) -> Adapter:

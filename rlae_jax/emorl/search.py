@@ -25,6 +25,7 @@ from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
 from rlae_jax.fusion.search import SearchResult
+from rlae_jax.runs import lock
 from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import rank_correlation
 
@@ -207,6 +208,7 @@ class SearchOutcome:
         return correlations
 
 
+@lock.writes("out")
 def search(
     fused: Fused,
     prompts: Sequence[str],

@@ -36,6 +36,7 @@ from rlae_jax.fusion.prompts import Prompts, Row
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
 from rlae_jax.models.lm import load_adapter
+from rlae_jax.runs import lock
 from rlae_jax.runs.checkpoints import Checkpoints
 from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
 from rlae_jax.runs.metrics import MetricsLog, read_metrics
@@ -190,6 +191,7 @@ def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[
     }
 
 
+@lock.writes("out")
 def train_adapters(
     base: LM,
     targets: Sequence[Target],

@@ -14,6 +14,7 @@ from rlae_jax import report
 from rlae_jax.evaluation.answers import GREEDY, Answerer, Answers, Decoding, Scoring, score_by_reward
 from rlae_jax.evaluation.methods import Methods, seeds_of
 from rlae_jax.evaluation.results import SCHEMA, compare_agents, method_row, predictions, rewards_of, write_results
+from rlae_jax.runs import lock
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 # What a line of predictions.jsonl tells.
@@ -45,6 +46,7 @@ def _update_from(update: report.Update, before: int, note: str, done: int) -> No
     update(before + done, note)
 
 
+@lock.writes("out")
 def evaluate(
     methods: Methods,
     task: Task,

@@ -34,6 +34,7 @@ from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
+from rlae_jax.runs import lock
 from rlae_jax.runs.checkpoints import Checkpoints
 from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
 from rlae_jax.runs.metrics import MetricsLog, load_sinks, read_metrics
@@ -210,6 +211,7 @@ def train(
     return policy
 
 
+@lock.writes("out")
 def train_seeds(
     ensemble: Ensemble,
     task: Task,

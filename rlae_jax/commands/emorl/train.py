@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from rlae_jax.commands.emorl.options import Names
 from rlae_jax.commands.options import HeldOptions, resumable
 from rlae_jax.errors import InputError
+from rlae_jax.runs import lock
 
 if TYPE_CHECKING:
     from rlae_jax.emorl.fine_tune import EMORLConfig
@@ -86,6 +87,7 @@ class TrainOptions:
         return dataclasses.replace(start, **changes, lora=dataclasses.replace(start.lora, **of_adapter))
 
 
+@lock.writes("out")
 def train(
     *,
     objective: Names,
