@@ -185,8 +185,8 @@ def _lock(file: int, target: Path, path: Path) -> bool:
     if not locked or _may_be_shared(path.parent):
         if there.get("host") != socket.gethostname():
             raise InputError(
-                f"{target} is being written by {_told(there)}, which cannot be asked from here; if it has ended, remove "
-                f"{path}"
+                f"{target} is being written by {_told(there)}, which cannot be asked from here; if it has ended, "
+                f"remove {path}"
             )
         if _lives(there):
             raise InputError(f"{target} is being written by {_told(there)}")

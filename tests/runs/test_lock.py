@@ -60,9 +60,9 @@ def test_a_second_writer_is_refused_and_a_killed_one_taken_over(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (run / lock.NAME).is_file()
-    with pytest.warns(UserWarning, match=f"process {process.pid} on .* is gone; its lock is taken over"):
-        with lock.writing(run):
-            assert json.loads((run / lock.NAME).read_text())["pid"] == os.getpid()
+    gone = f"process {process.pid} on .* is gone; its lock is taken over"
+    with pytest.warns(UserWarning, match=gone), lock.writing(run):
+        assert json.loads((run / lock.NAME).read_text())["pid"] == os.getpid()
     assert not run.exists() or not list(run.iterdir())
 
 
