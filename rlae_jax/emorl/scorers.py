@@ -20,8 +20,8 @@ from rlae_jax import hosts, sharding
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Encoder, load, load_encoder
 from rlae_jax.models.lm import require_tokenizer
-from rlae_jax.tasks.reward_worker import described, resolve
 from rlae_jax.tasks.rewards import find_function
+from rlae_jax.worker_script import described, resolve
 
 Score = Callable[[Sequence[str], Sequence[str]], Any]  # (prompts, responses) -> N numbers
 _ROWS = 64  # texts that a model reads at once

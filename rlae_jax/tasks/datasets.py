@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS, Examples, Task
 from rlae_jax.tasks.jsonl import content_hash, deal, split_of, template_fields
-from rlae_jax.tasks.reward_worker import described
 from rlae_jax.tasks.rewards import LETTERS, Reference, get_reward
 from rlae_jax.tasks.rows import SUFFIXES, Findings, Row, read_rows
+from rlae_jax.worker_script import described
 
 LIKELIHOOD = "likelihood"
 _FIELDS = ("question", "options", "subject")

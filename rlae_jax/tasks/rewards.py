@@ -5,13 +5,12 @@ A reference may be several strings: any of them counts, and the best score is ta
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.util
-import os
 import re
 import string
-import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -19,9 +18,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from rlae_jax import workers
 from rlae_jax.errors import InputError
+from rlae_jax.tasks import reward_worker
 from rlae_jax.tasks.reward_worker import Reference as Reference
-from rlae_jax.tasks.reward_worker import best, described, resolve
+from rlae_jax.tasks.reward_worker import UnusableReward, best
 
 Reward = Callable[[str, Reference], float]
 
@@ -37,6 +38,10 @@ class BatchReward(Protocol):
         ...
 
 
+# Called in the function's place in a worker.
+_WRAPPER = f"{reward_worker.__file__}:best"
+
+
 def any_of(score: Callable[[str, str], float]) -> Callable[[str, Reference], float]:
     """The same reward for several references: the best score counts."""
 
@@ -49,12 +54,27 @@ def any_of(score: Callable[[str, str], float]) -> Callable[[str, Reference], flo
 
 @dataclasses.dataclass(frozen=True)
 class NamedReward:
-    """A reward known by "module:function" or "file.py:function", so that another process can find it again."""
+    """A reward known by "module:function" or "file.py:function", which worker processes import, and never this one."""
 
     source: str
 
     def __call__(self, text: str, reference: Reference) -> float:
-        return best(resolve(self.source), text, reference)
+        """One score, by a worker of its own; `scoring.RewardPool` is for many.
+
+        Raises:
+          UnusableReward: whatever the function did but give a number in [0, 1].
+          InputError: it cannot be imported.
+        """
+        with contextlib.closing(workers.Worker(self.source, _WRAPPER)) as worker:
+            value, problem = worker.call(text, reference)
+        if problem:
+            raise UnusableReward(problem)
+        score: float = value
+        return score
+
+    def pool(self, limits: workers.Limits, n: int | None) -> workers.Pool:
+        """Processes that call it."""
+        return workers.Pool(self.source, _WRAPPER, limits, n)
 
 
 @any_of
@@ -269,8 +289,8 @@ def get_reward(name: str) -> Reward:
 
 
 def find_function(name: str, what: str) -> str:
-    """Checks that "module:function" or "file.py:function" names a function. Returns the name for `resolve`, by which
-    another process finds it, too.
+    """Checks, in a process of its own, that "module:function" or "file.py:function" names a function. Returns the name
+    by which workers find it wherever they are.
 
     Args:
       what: the beginning of a message.
@@ -283,13 +303,8 @@ def find_function(name: str, what: str) -> str:
         name = f"{Path(module).resolve()}:{function}"
     elif module == "__main__":
         raise InputError(f"{what}: no other process can import it; put the function into a file of its own")
-    elif (here := os.getcwd()) not in sys.path and "" not in sys.path:
-        # A console script's path lacks the directory that it was started in, where the user's own modules are.
-        sys.path.append(here)
     try:
-        resolve(name)
-    except LookupError as error:
-        raise InputError(f"{what}: {error}") from error
-    except Exception as error:
-        raise InputError(f"{what}: {module} cannot be imported ({described(error)})") from error
+        workers.check(name)
+    except workers.Lost as error:
+        raise InputError(f"{what}: {error}") from None
     return name

@@ -190,12 +190,15 @@ class TestProcesses:
         with RewardPool(named("is_path_clean"), workers=1) as pool:
             assert pool.submit(["p"], ["t"], ["r"]).result().tolist() == [1.0]
 
-    def test_what_a_reward_prints_goes_to_stderr(self, capfd):
+    def test_what_a_reward_prints_is_kept_apart_and_told(self, capfd):
         with RewardPool(named("by_order"), workers=1) as pool:
             assert pool.submit(["p"], ["print"], [""]).result().tolist() == [1.0]
-        out, err = capfd.readouterr()
-        assert out == ""
-        assert "printed by a reward" in err
+        assert capfd.readouterr() == ("", "")
+        assert not pool.problems.counts
+        assert pool.problems
+        assert str(pool.problems) == (
+            "the reward printed: it printed 20 bytes, which are not kept; they begin: 'printed by a reward'"
+        )
 
     def test_leaving_the_pool_ends_what_they_do_and_what_they_started(self, tmp_path):
         path = tmp_path / "pids"
