@@ -1,6 +1,7 @@
 """Errors that are the user's to mend, told in a few lines: what is wrong, where, and what would be right."""
 
 import collections
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -10,6 +11,10 @@ SHOWN_PER_KIND = 5
 
 class InputError(ValueError):
     """Unusable input. The commands print its message without a traceback and exit with status 2."""
+
+
+class OutputError(InputError):
+    """A file or directory that cannot be written: what, why, and where room is missing how much."""
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
@@ -39,7 +44,8 @@ def grouped_error(headline: str, findings: Iterable[tuple[str, str]], remedy: st
       findings: (kind, item) pairs, e.g. ("missing", "model.norm.weight").
       remedy: what would be right.
 
-    When some kind has more than five items, all of them are written to a file that the message names.
+    When some kind has more than five items, all of them are written to a temporary file that the message names, if
+    there is room for one.
     """
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for kind, item in findings:
@@ -49,10 +55,25 @@ def grouped_error(headline: str, findings: Iterable[tuple[str, str]], remedy: st
         shown = "; ".join(items[:SHOWN_PER_KIND]) + ("; ..." if len(items) > SHOWN_PER_KIND else "")
         lines.append(f"  {len(items)} {kind}: {shown}")
     if any(len(items) > SHOWN_PER_KIND for items in kinds.values()):
-        descriptor, path = tempfile.mkstemp(prefix="rlae_jax-", suffix=".txt", text=True)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(f"{kind}\t{item}\n" for kind, items in kinds.items() for item in items)
-        lines.append(f"  the full list is in {path}")
+        everything = "".join(f"{kind}\t{item}\n" for kind, items in kinds.items() for item in items)
+        with contextlib.suppress(OSError):
+            lines.append(f"  the full list is in {_temporary_file(everything)}")
     if remedy:
         lines.append(remedy)
     return InputError("\n".join(lines))
+
+
+def _temporary_file(text: str) -> str:
+    """The path of a new file with this text.
+
+    Raises:
+      OSError: there is no place for it; nothing is left of it then.
+    """
+    descriptor, path = tempfile.mkstemp(prefix="rlae_jax-", suffix=".txt")
+    try:
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        os.unlink(path)
+        raise
+    return path

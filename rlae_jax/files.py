@@ -1,28 +1,329 @@
-"""Writing files so that a reader never meets a half-written one: a temporary name first, then a rename. Of several
-processes the first one writes."""
+"""The one place through which the package writes, and what it reads as JSON.
 
+A file that is written is complete or as it was, a directory complete or absent: both are made under a temporary name
+beside their own, put on disk, and renamed. Lines that are appended are whole. What cannot be written raises an
+`OutputError`, and nothing is left of it. Of several processes the first one writes.
+"""
+
+import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterable
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlae_jax import hosts
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, OutputError, one_line
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+# Called with a path before every write to it, before it is put on disk, and before it gets its name: where tests have
+# a disk become full, or the process end.
+before_write: Callable[[Path], None] | None = None
 
 _LONGEST_NAME = 255
 _LFS_POINTER = b"version https://git-lfs"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_OS_ERROR = re.compile(r"os[ _]error(?:_code='|:? )(\d+)", re.IGNORECASE)  # as libraries in Rust and C++ tell it
+_KEPT_NAME = 200  # bytes that are taken into a temporary name; file systems allow 255
+
+
+@contextlib.contextmanager
+def writing(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
+    """A file to write into, which takes the place of the one at `path` at the end, if nothing was raised.
+
+    Args:
+      binary: bytes, not text.
+
+    Raises:
+      OutputError: it cannot be written; the file at `path` is as it was.
+    """
+    path = Path(path)
+    with _partial(path, _create_file) as partial:
+        with _told(path):
+            raw = _Raw(partial, path)
+        try:
+            file: IO[Any] = io.BufferedWriter(raw)
+            if not binary:
+                file = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+            yield file
+            file.flush()
+            _sync(path, raw.fileno())
+        finally:
+            raw.close()  # before what is buffered: of a file that failed it is not wanted
+        with _told(path):
+            _announce(path)
+            partial.replace(path)
+
+
+@contextlib.contextmanager
+def making(directory: Path) -> Iterator[Path]:
+    """An empty directory to fill, which gets the name `directory` at the end, if nothing was raised.
+
+    What fills it: the functions of this module, or other libraries within `library_write`.
+
+    Raises:
+      InputError: there is a directory (with something in it) of this name.
+      OutputError: it cannot be written.
+    """
+    directory = Path(directory)
+    with _partial(directory, Path.mkdir) as partial:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                with _told(path), path.open("rb") as file:
+                    _sync(directory, file.fileno())
+        with _told(directory):
+            _announce(directory)
+            try:
+                partial.rename(directory)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise InputError(f"{directory} exists already; choose another name or remove it") from None
+                raise
+
+
+class GrowingFile:
+    """A file that grows by whole lines, each on disk when `write` returns. What another process left without its end
+    gets one.
+
+    Raises:
+      OutputError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self._path = Path(path)
+        with _told(self._path):
+            _announce(self._path)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+b", buffering=0)
+            self._end = self._file.seek(0, os.SEEK_END)
+            if self._end:
+                self._file.seek(-1, os.SEEK_END)
+                if self._file.read(1) != b"\n":
+                    self._write(b"\n")
+
+    def write(self, line: str) -> None:
+        """One or more lines, with their ends.
+
+        Raises:
+          OutputError: they cannot be written; the file is as it was before.
+        """
+        data = line.encode()
+        with _told(self._path, len(data)):
+            _announce(self._path)
+            self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) or 0 :]
+            _announce(self._path)
+            os.fsync(self._file.fileno())
+        except BaseException:
+            self._file.truncate(self._end)
+            raise
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+        self._file.close()
+
+    def __enter__(self) -> "GrowingFile":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def library_write(path: Path, needed: int = 0) -> Iterator[None]:
+    """Around what another library writes at `path`.
+
+    Args:
+      needed: bytes, for the message.
+
+    Raises:
+      OutputError: for errors of the operating system, in whatever form the library tells them.
+    """
+    try:
+        with _told(path, needed):
+            _announce(path)
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        code = _error_code(error)
+        if code is None:
+            raise
+        raise _output_error(path, OSError(code, os.strerror(code)), needed) from error
+
+
+def _error_code(error: BaseException | None) -> int | None:
+    """The number of the operating system's error behind an exception, if there is one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if told := _OS_ERROR.search(str(error)):
+            return int(told[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _told(path: Path, needed: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(path, error, needed) from error
+
+
+def _output_error(path: Path, error: OSError, needed: int) -> OutputError:
+    reason = error.strerror or one_line(error)
+    if error.errno not in _NO_ROOM:
+        return OutputError(f"{path}: cannot be written ({reason})")
+    room = f"{_size(needed)} needed" if needed else "some"
+    with contextlib.suppress(OSError):
+        at = next(place for place in Path(path).absolute().parents if place.is_dir())
+        room += f", {_size(shutil.disk_usage(at).free)} free"
+    return OutputError(
+        f"{path}: cannot be written ({reason}: {room}); what was saved before is kept: make room and run again"
+    )
+
+
+def _size(n: float) -> str:
+    """Bytes, for people."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} GiB"
+
+
+def _announce(path: Path) -> None:
+    if before_write is not None:
+        before_write(Path(path))
+
+
+def _sync(path: Path, descriptor: int) -> None:
+    """Puts a file's content on disk."""
+    with _told(path):
+        _announce(path)
+        os.fsync(descriptor)
+
+
+class _Raw(io.FileIO):
+    """A file whose errors name its later path."""
+
+    def __init__(self, partial: Path, path: Path):
+        super().__init__(partial, "r+")
+        self._path = path
+
+    def write(self, data: Any) -> int:
+        with _told(self._path, self.tell() + memoryview(data).nbytes):
+            _announce(self._path)
+            return super().write(data)
+
+
+@contextlib.contextmanager
+def _partial(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """A temporary name beside `path` at which something was created; nothing is there at the end."""
+    name = path.name
+    if len(os.fsencode(name)) > _KEPT_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    # Not by tempfile, whose files only their owner may read. The name is known before anything has it: a signal at any
+    # moment leaves nothing behind.
+    partial = path.with_name(f".{name}.partial-{secrets.token_hex(8)}")
+    lock = None
+    try:
+        with _told(path):
+            _announce(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path.parent, f".{name}.partial-")
+            while lock is None:
+                create(partial)
+                lock = _lock(partial, wait=True)
+                if not partial.exists():  # somebody had the lock first, and took it for abandoned
+                    os.close(lock)
+                    lock = None
+        yield partial
+    finally:
+        if lock is not None:
+            os.close(lock)
+        _remove(partial)
+
+
+def _create_file(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
+def _lock(path: Path, *, wait: bool) -> int:
+    """A descriptor that holds a lock on a file or directory, where there are locks.
+
+    Raises:
+      BlockingIOError: somebody else has it, and it is not to be waited for.
+    """
+    if fcntl is None:
+        if not wait:
+            raise BlockingIOError
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if not wait:
+            os.close(descriptor)
+            raise
+        del error  # a file system without locks
+    return descriptor
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _remove_abandoned(directory: Path, prefix: str) -> None:
+    """Removes what writers of this name left that were killed: their locks are gone."""
+    with contextlib.suppress(OSError):
+        for entry in [entry for entry in os.scandir(directory) if entry.name.startswith(prefix)]:
+            with contextlib.suppress(OSError):
+                lock = _lock(Path(entry.path), wait=False)
+                _remove(Path(entry.path))
+                os.close(lock)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces the file's content at once.
+
+    Raises:
+      OutputError: it cannot be written; the file is as it was.
+    """
+    if hosts.is_first():
+        with writing(path, binary=True) as file:
+            file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file's content at once."""
-    if not hosts.is_first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Replaces the file's content at once.
+
+    Raises:
+      OutputError: it cannot be written; the file is as it was.
+    """
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

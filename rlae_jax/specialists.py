@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -228,14 +227,9 @@ def _save_once(path: Path, make: Callable[[], LM]) -> None:
     if path.is_dir():
         report.say(f"specialist {path.name}: reusing {report.quoted(path)}")
         return
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make().save(partial)
-        if not path.is_dir():  # otherwise another process was faster
-            partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    made = make()
+    if not path.is_dir():  # otherwise another process was faster
+        made.save(path)
 
 
 def _train(name: str, seed: int, quick: bool) -> LM:

@@ -37,20 +37,16 @@ def export_run(
     fused.check([values])
     if not any(values):
         raise InputError("all weights are 0: nothing but the base would be left")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with files.making(out) as partial:
         for name in names:
-            shutil.copytree(run.adapter_directory(name), files.inside(partial / "adapters", name))
+            with files.library_write(out):
+                shutil.copytree(run.adapter_directory(name), files.inside(partial / "adapters", name))
         files.write_json(
             partial / WEIGHTS_FILE, {"schema": 1, "mode": mode, "weights": chosen, "base": run.config["base"]}
         )
         if mode == "params":
             merged = lora.merge(run.base.params, lora.stack(loaded), values)
             LM(run.base.config, merged, run.base.tokenizer, source=run.base.source).save(partial / "model")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted(out.iterdir())
 
 

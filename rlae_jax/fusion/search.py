@@ -108,10 +108,9 @@ class Scores:
     def _write(self, part: Sequence[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
         if self._path is None or not hosts.is_first():
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            for key, point in part:
-                file.write(json.dumps({"point": point, "scores": self._known[key].tolist()}) + "\n")
+        rows = [{"point": point, "scores": self._known[key].tolist()} for key, point in part]
+        with files.GrowingFile(self._path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @dataclasses.dataclass(frozen=True)

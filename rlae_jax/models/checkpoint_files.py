@@ -10,11 +10,8 @@ never read: they can run code.
 
 import dataclasses
 import functools
-import json
 import math
-import os
 import re
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,9 +25,8 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
-from rlae_jax import sharding
+from rlae_jax import files, hosts, sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import finite, gguf_files, gguf_models, quantised_files
@@ -58,6 +54,7 @@ from rlae_jax.models.stored import (
     put_leaf,
     stored_tensors,
     tensor_files,
+    write_tensors,
 )
 from rlae_jax.models.transformer import Params, logical_axes
 
@@ -599,11 +596,14 @@ def write_model(
 ) -> None:
     """Writes config.json, generation_config.json, safetensors and the tokenizer's files.
 
-    The directory appears under its name only when it is complete.
+    The directory appears under its name only when it is complete. Of several processes the first one writes.
 
     Raises:
-      InputError: the directory exists already; a model made here that is not of Llama's or T5's architecture.
+      InputError: the directory exists already, or cannot be written; a model made here that is not of Llama's or T5's
+        architecture.
     """
+    if not hosts.is_first():
+        return
     if directory.exists():
         raise InputError(f"{directory} exists already; choose another name or remove it")
     source = made_source(config) if source is None else source
@@ -616,23 +616,18 @@ def write_model(
     raw |= {"dtype": config.dtype} | of_text
     if config.has_head and not source.family.head_decides_tie:
         raw["tie_word_embeddings"] = config.tied_head
-    files = {"config.json": raw}
+    documents = {"config.json": raw}
     if config.has_head:
-        files["generation_config.json"] = generation = dict(source.generation) | of_text
+        documents["generation_config.json"] = generation = dict(source.generation) | of_text
     if config.start_id is not None:
         raw["decoder_start_token_id"] = generation["decoder_start_token_id"] = config.start_id
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with files.making(directory) as partial:
         _write_tensors(partial, stored_tensors(source.family, config), params, DTYPES[config.dtype])
-        for name, content in files.items():
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, content in documents.items():
+            files.write_json(partial / name, content)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            with files.library_write(directory):
+                tokenizer.save_pretrained(partial)
 
 
 def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: Params, dtype: Any) -> None:
@@ -651,15 +646,12 @@ def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: P
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         arrays = {t.key: t.join(_host_arrays(t, params, dtype)) for t in shard}
-        save_file(
-            {key: np.ascontiguousarray(array) for key, array in arrays.items()},
-            directory / name,
-            metadata={"format": "pt"},
-        )
+        contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        write_tensors(directory / name, contiguous)
         weight_map |= dict.fromkeys(arrays, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files.write_json(directory / "model.safetensors.index.json", index)
 
 
 def _host_arrays(tensor: StoredTensor, params: Params, dtype: Any) -> list[np.ndarray]:

@@ -7,18 +7,15 @@ block-diagonal pair of higher rank, which computes the same and is taken apart a
 """
 
 import dataclasses
-import json
 import math
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
+from rlae_jax import files, hosts
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import finite
@@ -33,6 +30,7 @@ from rlae_jax.models.stored import (
     read_tensor,
     stored_tensors,
     tensor_headers,
+    write_tensors,
 )
 from rlae_jax.models.transformer import Params, linears
 
@@ -275,11 +273,15 @@ def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def write_adapter(directory: Path, adapter: Adapter, family: Family | None, config: ModelConfig, *, base: str) -> None:
-    """Writes the adapter's directory, which appears under its name only when it is complete.
+    """Writes the adapter's directory, which appears under its name only when it is complete. Of several processes the
+    first one writes.
 
     Raises:
-      InputError: the directory exists already; the adapter changes layers that the base model does not have.
+      InputError: the directory exists already, or cannot be written; the adapter changes layers that the base model
+        does not have.
     """
+    if not hosts.is_first():
+        return
     if directory.exists():
         raise InputError(f"{directory} exists already; choose another name or remove it")
     known = _modules(family, config)
@@ -314,15 +316,9 @@ def write_adapter(directory: Path, adapter: Adapter, family: Family | None, conf
         "alpha_pattern": {key: adapter.config.scale * rank for key, rank in own.items()},
         "inference_mode": True,
     }
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with files.making(directory) as partial:
+        write_tensors(partial / TENSORS, tensors)
+        files.write_json(partial / CONFIG, raw)
 
 
 def _join(module: _Module, parts: list[Any]) -> tuple[np.ndarray, np.ndarray]:

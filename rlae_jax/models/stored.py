@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from rlae_jax import files
 from rlae_jax.errors import InputError, grouped_error
@@ -345,6 +346,16 @@ def read_tensor(path: Path, key: str) -> np.ndarray:
         return tensor
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot read {key} ({error})") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file of contiguous arrays. To be called within `files.making`: it is not written at once.
+
+    Raises:
+      OutputError: it cannot be written.
+    """
+    with files.library_write(path, sum(array.nbytes for array in tensors.values())):
+        save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
 def _read_eight_bit_floats(path: Path, key: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from rlae_jax import hosts
+from rlae_jax import files, hosts
 from rlae_jax.errors import InputError
 from rlae_jax.statistics import rank_correlation
 
@@ -33,9 +33,8 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     if hosts.is_first():
-        partial = path.with_name(f".{path.name}.partial.png")
-        figure.savefig(partial)
-        partial.replace(path)
+        with files.writing(path, binary=True) as file:
+            figure.savefig(file, format="png")
     pyplot.close(figure)
 
 

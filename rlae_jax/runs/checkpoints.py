@@ -1,5 +1,6 @@
 """Checkpoints of a run through Orbax: atomic, the newest kept."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
+from rlae_jax import files, hosts
 from rlae_jax.errors import InputError
 
 DIRECTORY_NAME = "checkpoints"
@@ -27,9 +29,9 @@ class Checkpoints:
 
     def __init__(self, run: Path, at: str | None = None):
         # Orbax reports every step of every save; a failure still raises.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self.path: Any = (run / DIRECTORY_NAME).resolve() if at is None else epath.Path(at)
-        if at is not None and "://" not in at:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.path = epath.Path(run / DIRECTORY_NAME if at is None else at)
+        if at is None or "://" not in at:
             self.path = self.path.resolve()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(n=1),
@@ -46,9 +48,28 @@ class Checkpoints:
         return step
 
     def save(self, iteration: int, state: Any) -> None:
-        """Writes a checkpoint; older ones go once it is complete."""
-        if iteration != self.newest():
-            self._manager.save(iteration, args=ocp.args.StandardSave(state), force=True)
+        """Writes a checkpoint; older ones go once it is complete.
+
+        Raises:
+          OutputError: it cannot be written; the newest one is the one before, and nothing is left of this one.
+        """
+        if iteration == self.newest():
+            return
+        self._remove_incomplete()  # of a process that was killed
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        try:
+            with files.library_write(self.path / str(iteration), needed):
+                self._manager.save(iteration, args=ocp.args.StandardSave(state), force=True)
+        except BaseException:
+            self._remove_incomplete()
+            raise
+
+    def _remove_incomplete(self) -> None:
+        """What saves that did not end have left."""
+        if hosts.is_first():
+            for left in self.path.glob("*.orbax-checkpoint-tmp*"):
+                with contextlib.suppress(OSError):
+                    left.rmtree()
 
     def restore(self, iteration: int, abstract: Any) -> Any:
         """The state of an iteration.

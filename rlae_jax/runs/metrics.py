@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rlae_jax import files, hosts
 from rlae_jax.errors import InputError
@@ -126,13 +126,13 @@ class MetricsLog:
 
     def __init__(self, directory: Path, iteration: int, sinks: Iterable[str] = ()):
         modules = load_sinks(sinks)
-        self._file: IO[str] | None = None
+        self._file: files.GrowingFile | None = None
         self._sinks: list[Sink] = []
         if not hosts.is_first():
             return
         kept = [row for row in read_metrics(directory) if row["iteration"] <= iteration]
         files.write_json_lines(directory / FILE_NAME, kept)
-        self._file = (directory / FILE_NAME).open("a", encoding="utf-8")
+        self._file = files.GrowingFile(directory / FILE_NAME)
         self._sinks = [SINKS[name][1](module, directory, iteration) for name, module in modules.items()]
 
     def write(self, iteration: int, values: Mapping[str, Any]) -> None:
@@ -140,7 +140,6 @@ class MetricsLog:
         if self._file is None:
             return
         self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self._file.flush()
         for sink in self._sinks:
             sink.write(iteration, scalars_of(values))
 

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from rlae_jax.errors import InputError, grouped_error
+from rlae_jax import files
+from rlae_jax.errors import InputError, OutputError, grouped_error
 from rlae_jax.fusion.vocabulary.rows import join
 from rlae_jax.fusion.vocabulary.spelling import Speller, canonical_ids, spell
 from rlae_jax.fusion.vocabulary.tokens import backend_of, read_tokens
@@ -70,7 +71,11 @@ class UnionVocabulary:
         )
 
     def save(self, path: Path) -> None:
-        """Writes an .npz file, at once."""
+        """Writes an .npz file, at once.
+
+        Raises:
+          OutputError: it cannot be written.
+        """
         arrays: dict[str, Any] = {"format": np.array(FORMAT), "members": np.array(self.members)}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -78,11 +83,8 @@ class UnionVocabulary:
                 arrays |= {f"{field.name}.{k}": array for k, array in enumerate(value)}
             else:
                 arrays[field.name] = np.asarray(value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        with partial.open("wb") as file:
+        with files.writing(path, binary=True) as file:
             np.savez(file, **arrays)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "UnionVocabulary":
@@ -238,6 +240,6 @@ def load_or_build(
         return UnionVocabulary.load(path)
     except InputError:  # absent or broken
         union = build(tokenizers, names, ends, sizes)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OutputError):
         union.save(path)
     return union

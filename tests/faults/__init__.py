@@ -1,0 +1,1 @@
+"""What happens when a disk is full, a place is no place, a signal comes."""
