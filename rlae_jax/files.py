@@ -77,11 +77,14 @@ def making(directory: Path) -> Iterator[Path]:
     """
     directory = Path(directory)
     with _partial(directory, Path.mkdir) as partial:
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                with _told(path), path.open("rb") as file:
-                    _sync(directory, file.fileno())
+        try:
+            yield partial
+            for path in sorted(partial.rglob("*")):
+                if path.is_file():
+                    with _told(path), path.open("rb") as file:
+                        _sync(path, file.fileno())
+        except OutputError as error:
+            raise OutputError(str(error).replace(str(partial), str(directory))) from error
         with _told(directory):
             _announce(directory)
             try:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax import specialists
+from rlae_jax import files, specialists
 from rlae_jax.commands.specialists import specialists as specialists_command
 from rlae_jax.specialists import POOL, RECIPES, build_pool, make_tokenizer, sequences, vocabulary
 from rlae_jax.tasks import embedded, skills
@@ -248,23 +248,21 @@ class TestBuildPool:
         assert first.is_dir()
         assert (first / "model.safetensors").read_bytes() != (second / "model.safetensors").read_bytes()
 
-    @pytest.mark.parametrize("stage", ["pretrain", "LM"])
+    @pytest.mark.parametrize("stage", ["pretrain", "save"])
     def test_a_failure_leaves_no_directory(self, tiny, tmp_path, monkeypatch, stage):
-        class Unsaved:
-            def __init__(self, *args, **kwargs):
-                pass
+        def fail(*args, **kwargs):
+            raise RuntimeError("on the way")
 
-            def save(self, directory):
-                directory.mkdir()
-                (directory / "config.json").write_text("{")
-                raise OSError("no space left")
-
-        def pretrain(*args, **kwargs):
-            raise OSError("no space left")
+        def fail_at_the_end(path):
+            if path.name == "tokenizer.json":
+                fail()
 
         with monkeypatch.context() as patched:
-            patched.setattr(specialists, stage, pretrain if stage == "pretrain" else Unsaved)
-            with pytest.raises(OSError, match="no space"):
+            if stage == "pretrain":
+                patched.setattr(specialists, "pretrain", fail)
+            else:
+                patched.setattr(files, "before_write", fail_at_the_end)
+            with pytest.raises(RuntimeError, match="on the way"):
                 build_pool(tmp_path, 0, ["noisy"])
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
         assert not list(tmp_path.rglob("*noisy*"))
