@@ -27,13 +27,14 @@ import numpy as np
 import rich.markup
 import rich.table
 
-from rlae_jax import files, report
+from rlae_jax import files, ranges, report
 from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import require_written, run_config, train_seeds
+from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import t_interval
@@ -115,7 +116,7 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
     Raises:
       InputError: it is no such value.
     """
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     if text == NOTHING and type(None) in options:
         return None
     (kind,) = (option for option in options if option is not type(None))
@@ -252,7 +253,7 @@ def ablate(
     out: str | os.PathLike[str] = "runs/ablate",
     *,
     split: str = "dev",
-    limit: int | None = None,
+    limit: Count | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Trains and scores agents under every combination of some settings; returns the content of results.json.
@@ -271,6 +272,7 @@ def ablate(
       InputError: settings that no cell can have, a directory of something else; every cell failed.
       Interrupted: Ctrl-C while a cell was trained; `resume=True` goes on from there.
     """
+    ranges.check_arguments(ablate, limit=limit)
     out = Path(out)
     require_written(task)
     cells = make_cells(base, vary)

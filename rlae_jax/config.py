@@ -7,8 +7,21 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Self
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.policy import OBSERVATION_PARTS
+from rlae_jax.ranges import (
+    Count,
+    CountOr0,
+    LearningRate,
+    Positive,
+    PositiveOr0,
+    Seed,
+    Share,
+    Spans,
+    Temperature,
+    Width,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,23 +46,24 @@ class AgentConfig:
     """
 
     reads: tuple[str, ...] = ("hidden", "stats", "span")
-    projection: int = 64
-    span_embedding: int = 64
-    ffn_width: int = 256
-    concentration_floor: float = 0.05
-    initial_concentration: float = 1.0
+    projection: Width = 64
+    span_embedding: Width = 64
+    ffn_width: Width = 256
+    concentration_floor: PositiveOr0 = 0.05
+    initial_concentration: Positive = 1.0
     distribution: str = "dirichlet"
     share_actors: bool = False
-    span_lengths: tuple[int, ...] = ()
+    span_lengths: tuple[Count, ...] = ()
     encoder: str | None = None
-    text_tokens: int = 512
-    max_spans: int = 0
+    text_tokens: Count = 512
+    max_spans: Spans = 0
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if self.distribution not in ("dirichlet", "logistic_normal"):
             raise InputError(f"distribution must be dirichlet or logistic_normal, not {self.distribution!r}")
-        if len(set(self.span_lengths)) != len(self.span_lengths) or any(n < 1 for n in self.span_lengths):
-            raise InputError(f"span_lengths must be different positive numbers, not {list(self.span_lengths)}")
+        if len(set(self.span_lengths)) != len(self.span_lengths):
+            raise InputError(f"span_lengths must be different numbers, not {list(self.span_lengths)}")
         unknown = [part for part in self.reads if part not in OBSERVATION_PARTS]
         if unknown or not self.reads:
             raise InputError(f"reads must name some of {', '.join(OBSERVATION_PARTS)}, not {list(self.reads)}")
@@ -64,18 +78,6 @@ class AgentConfig:
 # what those of a rollout cost; the fewest and the most.
 DEV_SHARE, FEWEST_DEV, MOST_DEV = 4, 32, 512
 SCHEDULES = ("constant", "linear", "cosine")  # see rlae_jax.schedules
-_COUNTS = (
-    "iterations",
-    "prompts",
-    "samples",
-    "epochs",
-    "minibatches",
-    "accumulate",
-    "eval_every",
-    "eval_prompts",
-    "seeds",
-    "slots",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,43 +106,42 @@ class PPOConfig:
       seed, seeds: agents of the seeds seed, seed + 1, ... are trained side by side in one program.
     """
 
-    iterations: int = 200
-    prompts: int = 512
-    samples: int = 1
-    epochs: int = 4
-    minibatches: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-3
+    iterations: Count = 200
+    prompts: Count = 512
+    samples: Count = 1
+    epochs: Count = 4
+    minibatches: Count = 4
+    accumulate: Count = 1
+    learning_rate: LearningRate = 1e-3
     schedule: str = "constant"
-    warmup: int = 0
-    target_kl: float | None = None
-    discount: float = 1.0
-    gae_lambda: float = 0.95
-    clip: float = 0.2
-    value_clip: float = 0.2
-    value_weight: float = 0.5
-    entropy_weight: float = 0.003
-    gradient_norm: float = 1.0
-    member_cost: float = 0.0
-    length_cost: float = 0.0
-    span_length: int | None = None
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
+    warmup: CountOr0 = 0
+    target_kl: Positive | None = None
+    discount: Share = 1.0
+    gae_lambda: Share = 0.95
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
+    value_weight: PositiveOr0 = 0.5
+    entropy_weight: PositiveOr0 = 0.003
+    gradient_norm: Positive = 1.0
+    member_cost: PositiveOr0 = 0.0
+    length_cost: PositiveOr0 = 0.0
+    span_length: Count | None = None
+    max_new_tokens: Count | None = None
+    temperature: Temperature = 0.0
     engine: bool = False
-    slots: int | None = None
-    eval_every: int = 10
-    eval_prompts: int | None = None
-    seed: int = 0
-    seeds: int = 1
+    slots: Count | None = None
+    eval_every: Count = 10
+    eval_prompts: Count | None = None
+    seed: Seed = 0
+    seeds: Count = 1
     agent: AgentConfig = AgentConfig()
 
     algorithm: ClassVar[str] = "ppo"
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in _COUNTS}
-        low = [name for name, value in given.items() if value is not None and value < 1]
-        if low:
-            raise InputError(f"{', '.join(low)} must be at least 1")
+        ranges.check(self)
+        if self.seed + self.seeds - 1 > ranges.LAST_SEED:
+            raise InputError(f"seeds {self.seed} to {self.seed + self.seeds - 1}: the last seed is {ranges.LAST_SEED}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if self.slots is not None and not self.engine:

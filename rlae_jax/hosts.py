@@ -23,7 +23,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import PeerPort, WholeSeconds
 
 CONNECT_VARIABLE, HEARTBEAT_VARIABLE = "RLAE_JAX_CONNECT_SECONDS", "RLAE_JAX_HEARTBEAT_SECONDS"
 # Until missing processes (a cluster may start them minutes apart), and lost ones, are told.
@@ -78,8 +80,8 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
     from jax._src import distributed
 
     usual = _CLUSTER_SECONDS if coordinator == "auto" else _CONNECT_SECONDS
-    connect = int(os.environ.get(CONNECT_VARIABLE, usual))
-    heartbeat = int(os.environ.get(HEARTBEAT_VARIABLE, _HEARTBEAT_SECONDS))
+    connect = ranges.from_environment(CONNECT_VARIABLE, WholeSeconds, usual)
+    heartbeat = ranges.from_environment(HEARTBEAT_VARIABLE, WholeSeconds, _HEARTBEAT_SECONDS)
     given: dict[str, Any] = {}
     if coordinator != "auto":
         host, port = _address(coordinator)
@@ -119,9 +121,9 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
 
 def _address(coordinator: str) -> tuple[str, int]:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not host:
         raise InputError(f"--coordinator {coordinator}: expected HOST:PORT, where process 0 listens, or auto")
-    return host, int(port)
+    return host, ranges.read(port, PeerPort, f"--coordinator {host}:")
 
 
 def _require_answer(host: str, port: int, process_id: int, seconds: float) -> None:
@@ -316,4 +318,4 @@ def _end_watch(watch: threading.Thread) -> None:
 def await_loss() -> None:
     """Waits as long as the runtime needs to notice that a process is gone, which ends this one, and its parent says so.
     Returns where all are there."""
-    time.sleep(int(os.environ.get(HEARTBEAT_VARIABLE, _HEARTBEAT_SECONDS)) + 10)
+    time.sleep(ranges.from_environment(HEARTBEAT_VARIABLE, WholeSeconds, _HEARTBEAT_SECONDS) + 10)

@@ -21,7 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from rlae_jax import report
+from rlae_jax import ranges, report
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Row, pad_rows
@@ -29,6 +29,7 @@ from rlae_jax.fusion.weights import Weights
 from rlae_jax.models import load
 from rlae_jax.ppo.policies import get_policy
 from rlae_jax.ppo.train import check_members
+from rlae_jax.ranges import Count, Weight
 
 _log = logging.getLogger(__name__)
 _LONGEST = 256  # answer of tasks that do not say how long it may be, as in the harness
@@ -76,12 +77,12 @@ class EnsembleLM(TemplateLM):  # type: ignore[misc]  # the harness has no annota
             if Path(policy).is_dir():
                 check_members(policy, models)
         elif isinstance(weights, str) and weights[:1].isdigit():
-            weights = [float(part) for part in weights.split(";")]
+            weights = [ranges.read(part, Weight, "weights ") for part in weights.split(";")]
         if not models.continues:
             raise InputError("the harness scores continuations of prompts, which an encoder-decoder does not write")
         self.ensemble, self.weights, self.span_length = models, weights, span_length
         self.tokenizer = models.tokenizer
-        self.batch_size = int(batch_size) if batch_size is not None and str(batch_size).isdigit() else 32
+        self.batch_size = 32 if batch_size in (None, "auto") else ranges.read(str(batch_size), Count, "batch_size ")
 
     @property
     def max_length(self) -> int:

@@ -22,7 +22,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Int
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count
 
 DATA, MODEL = "data", "model"
 RULES: Mapping[str, str] = {
@@ -54,8 +56,8 @@ def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence[Any] | None = 
     n = len(jax.devices() if devices is None else devices)
     sizes = {DATA: data, MODEL: model}
     left = [name for name, size in sizes.items() if size == -1]
-    wrong = [f"{name}={size}" for name, size in sizes.items() if size != -1 and size < 1]
-    if wrong or len(left) > 1:
+    given = [size for size in sizes.values() if size != -1]
+    if len(left) > 1 or not all(within.fits(size) for size in given for within in ranges.ranges_in(Count)):
         raise InputError(f"a mesh's sizes are whole numbers of at least 1, one of them may be -1; not {as_text(sizes)}")
     known = data * model if not left else model if left[0] == DATA else data
     if n % known or (not left and known < n and jax.process_count() > 1):
@@ -94,11 +96,12 @@ def read_mesh(text: str) -> tuple[int, int]:
       InputError: anything else.
     """
     sizes = {DATA: 1, MODEL: 1}
+    wanted = f"mesh {text!r}: expected sizes such as data=4,model=2 or data=-1 (what is left)"
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in sizes or not size.removeprefix("-").isdecimal():
-            raise InputError(f"mesh {text!r}: expected sizes such as data=4,model=2 or data=-1 (what is left)")
-        sizes[name] = int(size)
+        if name not in sizes or not size:
+            raise InputError(wanted)
+        sizes[name] = -1 if size == "-1" else ranges.read(size, Count, f"{wanted}; {name}=")
     return sizes[DATA], sizes[MODEL]
 
 

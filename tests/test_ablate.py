@@ -151,7 +151,7 @@ class TestCells:
         raises_input_error(lambda: make_cells(BASE, {"seed": []}), "seed")
         raises_input_error(lambda: make_cells(BASE, {"sead": [1]}), "'sead'", "seed")
         raises_input_error(
-            lambda: make_cells(BASE, {"prompts": [0, -1]}), "every cell failed", "2 cells", "prompts=0: prompts must be"
+            lambda: make_cells(BASE, {"prompts": [0, -1]}), "every cell failed", "2 cells", "prompts=0: prompts is 0"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
 from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, TaskFlags, resumable
-from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 
 Assignments = Annotated[tuple[tuple[str, ...], ...], UseAppendAction]  # --vary A --vary B C
@@ -27,7 +27,7 @@ class AblateModels(ModelOptions):
 class AblateOptions(AgentOptions):
     """How all agents are trained."""
 
-    seeds: int = 3
+    seeds: Count = 3
     """agents per cell, of seeds SEED, SEED + 1, ..., trained side by side. With two or more, intervals are over the
     seeds; with one, over prompts."""
 
@@ -42,7 +42,7 @@ def ablate(
     settings: Annotated[Assignments, arg(name="set", metavar="FIELD=VALUE [...]")] = (),
     training: Annotated[AblateOptions, OmitArgPrefixes],
     split: Literal["train", "dev", "test"] = "dev",
-    limit: int | None = None,
+    limit: Count | None = None,
     resume: bool = False,
 ) -> None:
     """Train agents under every combination of some settings, and compare their scores.
@@ -70,8 +70,6 @@ def ablate(
     from rlae_jax import report
     from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary, table
 
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, not {limit}")
     base = training.config()
     base = configured(base, parse_settings([text for texts in settings for text in texts], base))
     values = parse_vary([text for texts in vary for text in texts], base)

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from rlae_jax.ranges import Seed
 
-def demo(*, seed: int = 0, out: Path = Path("runs/demo"), quick: bool = False) -> None:
+
+def demo(*, seed: Seed = 0, out: Path = Path("runs/demo"), quick: bool = False) -> None:
     """Train two small specialists and an agent that learns when to trust which; compare with every baseline.
 
     Takes a few minutes on two CPU cores. What is already in OUT for this seed (specialists, agents, also half-trained

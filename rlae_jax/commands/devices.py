@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from rlae_jax import hosts
 from rlae_jax.commands import watch
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count, CountOr0
 from rlae_jax.version import __version__
 
 
@@ -36,9 +37,9 @@ class HostOptions(DeviceOptions):
     coordinator: Annotated[str | None, arg(metavar="auto|HOST:PORT")] = None
     """Run together with other processes, each started with this same command and with devices of its own: HOST:PORT is
     where process 0 listens; auto asks the cluster (TPU pods, Slurm, Open MPI). OUT is a directory that all share."""
-    processes: int | None = None
+    processes: Count | None = None
     """how many processes there are."""
-    process_id: int | None = None
+    process_id: CountOr0 | None = None
     """which of them this is, from 0; the first prints and writes."""
 
     def connect(self) -> None:

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import Dtype, ModelOptions, Models, TaskFlags
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 
 
@@ -33,8 +34,8 @@ def evaluate(
     split: Literal["train", "dev", "test"] = "test",
     policy: Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]")] = (),
     methods: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None,
-    limit: int | None = None,
-    search_prompts: int | None = None,
+    limit: Count | None = None,
+    search_prompts: Count | None = None,
 ) -> None:
     """Compare each member alone, mixtures and trained agents on the same prompts.
 
@@ -67,9 +68,6 @@ def evaluate(
     files.require_writable_parent(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
         raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
-    for name, value in (("limit", limit), ("search-prompts", search_prompts)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, not {value}")
     asked = task.load()
     ensemble = model.load()
     asked = task.select(asked, ensemble)

@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from rlae_jax.commands.options import ModelOptions
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.sampling import SamplingOptions
+from rlae_jax.ranges import Weight
 
 if TYPE_CHECKING:
     from rlae_jax.fusion.ensemble import Ensemble
@@ -24,7 +25,7 @@ def generate(
     *,
     model: Annotated[ModelOptions, OmitArgPrefixes],
     prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")],
-    weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
+    weights: Annotated[tuple[Weight, ...] | None, arg(metavar="W [W ...]")] = None,
     policy: Annotated[str | None, arg(metavar="RUN|NAME")] = None,
     sampling: Annotated[SamplingOptions, OmitArgPrefixes],
     stream: bool = False,

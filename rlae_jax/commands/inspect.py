@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Annotated
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes
 
 from rlae_jax.commands.options import MemberOptions
+from rlae_jax.ranges import Bandwidth, Count
 
 INSPECTED_TOKENS = 1024  # or the shortest context
 
@@ -13,9 +14,9 @@ INSPECTED_TOKENS = 1024  # or the shortest context
 def inspect(
     *,
     model: Annotated[MemberOptions, OmitArgPrefixes],
-    bandwidth: Annotated[float, arg(metavar="GB/S")] = 1000.0,
-    batch: int = 1,
-    tokens: int | None = None,
+    bandwidth: Bandwidth = 1000.0,
+    batch: Count = 1,
+    tokens: Count | None = None,
 ) -> None:
     """Show how models fit together, and how fast they could write, without running them.
 

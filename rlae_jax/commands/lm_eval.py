@@ -7,6 +7,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import ModelOptions
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count, CountOr0, Weight
 from rlae_jax.runs import lock
 
 
@@ -15,12 +16,12 @@ def lm_eval(
     *,
     model: Annotated[ModelOptions, OmitArgPrefixes],
     tasks: Annotated[tuple[str, ...], arg(metavar="TASK [TASK ...]")],
-    weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
+    weights: Annotated[tuple[Weight, ...] | None, arg(metavar="W [W ...]")] = None,
     policy: Annotated[str | None, arg(metavar="RUN|NAME")] = None,
     include_path: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 32,
+    num_fewshot: CountOr0 | None = None,
+    limit: Count | None = None,
+    batch_size: Count = 32,
     apply_chat_template: bool = False,
     out: Path | None = None,
 ) -> None:
@@ -50,9 +51,6 @@ def lm_eval(
     from rlae_jax import files, report
     from rlae_jax.lm_eval import EnsembleLM
 
-    for name, value in (("limit", limit), ("batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, not {value}")
     if weights is not None and policy is not None:
         raise InputError("give either --weights or --policy")
     if include_path is not None and not include_path.is_dir():

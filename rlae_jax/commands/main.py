@@ -4,6 +4,7 @@ A command is a function whose parameters and docstring tyro turns into options a
 imports inside, so that help and mistakes in a call come without waiting for it.
 """
 
+import functools
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from rlae_jax import hosts
+from rlae_jax import hosts, ranges
 from rlae_jax.commands import (
     ablate,
     demo,
@@ -68,6 +69,17 @@ EMORL_COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+def within_ranges(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, which first says what of its options is out of range."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> Any:
+        ranges.check_options(command, options)
+        return command(**options)
+
+    return run
+
+
 def turn_on_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, so that a second call does not compile again."""
     import jax
@@ -104,7 +116,7 @@ def main() -> None:
     try:
         if sys.argv[1:2] == ["emorl"]:
             tyro.extras.subcommand_cli_from_dict(
-                EMORL_COMMANDS,
+                {name: within_ranges(command) for name, command in EMORL_COMMANDS.items()},
                 prog="rlae-jax emorl",
                 args=sys.argv[2:],
                 description="LoRA adapters of one model, each fine-tuned with reinforcement learning for an objective "
@@ -112,7 +124,7 @@ def main() -> None:
             )
             return
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
+            {name: within_ranges(command) for name, command in COMMANDS.items()},
             prog="rlae-jax",
             description="Several language models write one answer together; an agent learns how much to trust each. "
             f"Compiled programs are kept in ~/.cache/rlae_jax (set {CACHE_VARIABLE} to another directory, or to off).",

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError, Interrupted, Preempted
+from rlae_jax.ranges import Count, CountOr0, Seed
 
 if TYPE_CHECKING:
     from rlae_jax.config import PPOConfig
@@ -71,9 +73,9 @@ class MemberOptions:
             return None
         lists = []
         for text in self.end_ids:
-            if not all(part.isdecimal() for part in text.split(",")):
+            if not all(text.split(",")):
                 raise InputError(f"--end-ids {text!r}: expected ids with commas between them, such as 50256 or 1,2")
-            lists.append([int(part) for part in text.split(",")])
+            lists.append([ranges.read(part, CountOr0, "--end-ids ") for part in text.split(",")])
         if len(lists) not in (1, members):
             raise InputError(
                 f"--end-ids: {len(lists)} lists for {members} members; give one per member, such as "
@@ -139,13 +141,13 @@ class TaskOptions:
     exact_match for a file."""
     data_dir: Path | None = None
     """A directory with the benchmark's files, NAME/SPLIT.jsonl; otherwise it comes from the Hub."""
-    shots: int | None = None
+    shots: CountOr0 | None = None
     """Examples before each question of a benchmark. Default: what suits it."""
     chat: bool = False
     """Prompts go through the models' chat templates."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """The longest answer. Default: the task's."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Count | None = None
     """Leave out prompts that have more tokens for some model, and say how many. Default: none is left out, and one
     that does not fit is an error."""
 
@@ -219,9 +221,9 @@ class AgentOptions:
     """ppo = one agent sets all weights, mappo = one agent per member sets its own."""
     preset: Literal["demo", "paper"] = "demo"
     """demo = quick steps for small models, paper = the published figures of RLAE."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """rollouts, each followed by updates. Default: the preset's."""
-    seed: int = 0
+    seed: Seed = 0
     """of everything random."""
 
     def config(self) -> "PPOConfig":

@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from rlae_jax.commands.options import Dtype, Models
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Bandwidth, Count, CountOr0, Flops, GiB
 
 if TYPE_CHECKING:
     from rlae_jax.models import ModelConfig
@@ -22,21 +23,21 @@ def plan(
     models: Models,
     device: str | None = None,
     mesh: Annotated[str, arg(metavar="data=N,model=M")] = "data=1,model=1",
-    batch: int = 1,
-    prompt: int = 512,
-    new: int = 256,
+    batch: Count = 1,
+    prompt: Count = 512,
+    new: Count = 256,
     dtype: Dtype = "bfloat16",
     quantise: Literal["int8", "int4", "fp8"] | None = None,
     kv_dtype: Literal["int8", "fp8"] | None = None,
-    union: int | None = None,
-    adapters: int = 0,
+    union: CountOr0 | None = None,
+    adapters: CountOr0 = 0,
     train: bool = False,
     algo: Literal["ppo", "mappo"] = "ppo",
-    iterations: int | None = None,
-    span_length: int = 4,
-    memory: Annotated[float | None, arg(metavar="GIB")] = None,
-    bandwidth: Annotated[float | None, arg(metavar="GB/S")] = None,
-    flops: Annotated[float | None, arg(metavar="TFLOP/S")] = None,
+    iterations: Count | None = None,
+    span_length: Count = 4,
+    memory: GiB | None = None,
+    bandwidth: Bandwidth | None = None,
+    flops: Flops | None = None,
     compile: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
 ) -> None:
@@ -78,10 +79,6 @@ def plan(
 
     if not models:
         raise InputError("no models: give at least one directory, Hub id or config.json with --models")
-    counts = {"batch": batch, "prompt": prompt, "new": new, "span-length": span_length, "iterations": iterations or 1}
-    low = [f"--{name} {n}" for name, n in counts.items() if n < 1]
-    if low:
-        raise InputError(f"{', '.join(low)}: expected whole numbers of at least 1")
     if iterations is not None and not train:
         raise InputError("--iterations are of training: give --train, too")
     if adapters and (len(models) > 1 or union):
@@ -126,14 +123,11 @@ def _device(name: str | None, memory: float | None, bandwidth: float | None, flo
     """A known device, with what is given changed, or one of given figures.
 
     Raises:
-      InputError: neither a name nor all figures; figures that are not positive.
+      InputError: neither a name nor all figures.
     """
     from rlae_jax.planning.devices import DEVICES, Device, find_device
 
     given = {"memory": memory, "bandwidth": bandwidth, "flops": flops}
-    low = [f"--{key} {value}" for key, value in given.items() if value is not None and not value > 0]
-    if low:
-        raise InputError(f"{', '.join(low)}: expected numbers above 0")
     if name is not None:
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         return dataclasses.replace(find_device(name), **changes)

@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import ModelOptions
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Context, Count, MiB, Port, Seconds
 
 if TYPE_CHECKING:
     from rlae_jax.fusion.weights import Weights
@@ -24,13 +25,13 @@ def serve(
     policy: Annotated[tuple[str, ...], arg(metavar="RUN|NAME [RUN|NAME ...]")] = (),
     name: str = "ensemble",
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: Port = 8000,
     api_key: str | None = None,
-    slots: int = 8,
-    context: int | None = None,
-    queue: int = 256,
-    prefix_mib: int = 256,
-    timeout: float = 600.0,
+    slots: Count = 8,
+    context: Context | None = None,
+    queue: Count = 256,
+    prefix_mib: MiB = 256,
+    timeout: Seconds = 600.0,
     warm_up: bool = True,
 ) -> None:
     """Serve several language models that write together, to every client of the OpenAI API.
@@ -67,8 +68,6 @@ def serve(
     from rlae_jax.serving.api import Catalogue
     from rlae_jax.serving.engine import Engine
 
-    if not timeout > 0:
-        raise InputError(f"--timeout must be positive, not {timeout}")
     if not name:
         raise InputError("--name is empty: clients need it to name the ensemble")
     key = os.environ.get(KEY_VARIABLE) if api_key is None else api_key

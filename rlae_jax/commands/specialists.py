@@ -4,12 +4,14 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from rlae_jax.ranges import Seed
+
 
 def specialists(
     *,
     task: Literal["skills", "overlap", "skills3", "mixed", "noisy", "twins", "dominant"],
     out: Path = Path("runs/specialists"),
-    seed: int = 0,
+    seed: Seed = 0,
     quick: bool = False,
 ) -> None:
     """Train the three small models that an embedded task is for, in about a minute on two CPU cores.

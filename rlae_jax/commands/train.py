@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, Models, TaskFlags, resumable
+from rlae_jax.ranges import Count, LearningRate, Minutes, Positive, PositiveOr0, Spans, Temperature
 from rlae_jax.runs import lock
 
 
@@ -29,46 +30,46 @@ class TrainModels(ModelOptions):
 class TrainOptions(AgentOptions):
     """How the agent is trained."""
 
-    prompts: int | None = None
+    prompts: Count | None = None
     """prompts per rollout. Default: the preset's."""
-    samples: int | None = None
+    samples: Count | None = None
     """answers to each prompt of a rollout. Default: 1."""
     engine: bool = False
     """write a rollout as an engine does: some answers at a time, and a row that ends is given the next prompt, so that
     one long answer does not hold up a batch. The answers are the same. Not for encoder-decoders."""
-    slots: int | None = None
+    slots: Count | None = None
     """with --engine: answers of an agent that are written at a time. Default: a quarter of a rollout's, at least 8."""
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
     """of Adam. Default: the preset's."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
     """how the learning rate falls over the iterations. Default: constant."""
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """leave out an iteration's remaining updates once the agent has moved this far. Default: never."""
-    span_length: int | None = None
+    span_length: Count | None = None
     """steps for which weights are held. Default: the task's."""
-    span_lengths: Annotated[tuple[int, ...] | None, arg(metavar="L [L ...]")] = None
+    span_lengths: Annotated[tuple[Count, ...] | None, arg(metavar="L [L ...]")] = None
     """let the agent choose among these for each span."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """of the tokens during training; 0 writes the most probable ones. Default: the preset's."""
     reads: tuple[Literal["hidden", "stats", "span", "prompt", "text"], ...] | None = None
     """what the agent sees. Default: hidden stats span."""
     encoder: str | None = None
     """of an agent that reads text: a Hugging Face encoder, such as microsoft/deberta-v3-base."""
-    max_spans: int | None = None
+    max_spans: Spans | None = None
     """spans of the longest answers that the agent shall ever set weights for. Default: those of the task."""
     distribution: Literal["dirichlet", "logistic_normal"] | None = None
     """of a single agent's weights. Default: dirichlet."""
     share_actors: bool = False
     """the agents of mappo are one network."""
-    member_cost: float | None = None
+    member_cost: PositiveOr0 | None = None
     """taken off the reward for each further member in use. Default: 0."""
-    length_cost: float | None = None
+    length_cost: PositiveOr0 | None = None
     """taken off the reward of the longest answer, in proportion of shorter ones. Default: 0."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """score dev and write a checkpoint every so many iterations. Default: the preset's."""
-    eval_prompts: int | None = None
+    eval_prompts: Count | None = None
     """score the first so many dev prompts. Default: four for each answer of a rollout, at least 32 and at most 512."""
-    seeds: int | None = None
+    seeds: Count | None = None
     """train this many agents side by side, of seeds SEED, SEED + 1, ... Default: 1."""
 
 
@@ -79,7 +80,7 @@ def train(
     out: Path,
     task: TaskFlags,
     training: Annotated[TrainOptions, OmitArgPrefixes],
-    max_minutes: float | None = None,
+    max_minutes: Minutes | None = None,
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = (),
     resume: bool = False,
     checkpoints: str | None = None,

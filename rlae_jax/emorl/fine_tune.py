@@ -9,13 +9,14 @@ adapters. What belongs to an adapter (factors, optimiser, seed, step) does not d
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from rlae_jax import ranges
 from rlae_jax.config import SCHEDULES
 from rlae_jax.emorl import losses
 from rlae_jax.emorl.scorers import COMBINATIONS
@@ -24,6 +25,7 @@ from rlae_jax.fusion.decode import decode_batch
 from rlae_jax.fusion.prompts import Prompts, row_keys
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
+from rlae_jax.ranges import Count, CountOr0, LearningRate, Positive, PositiveOr0, Seed, Share, Temperature
 from rlae_jax.schedules import learning_rate
 from rlae_jax.sharding import (
     BLOCKS,
@@ -62,38 +64,31 @@ class EMORLConfig:
 
     algorithm: str = "scst"
     lora: LoraConfig = _PUBLISHED
-    steps: int = 1_000
-    batch: int = 16
-    samples: int = 3
-    accumulate: int = 1
-    epochs: int = 1
+    steps: Count = 1_000
+    batch: Count = 16
+    samples: Count = 3
+    accumulate: Count = 1
+    epochs: Count = 1
     combination: str = "sum"
-    learning_rate: float = 1e-4
+    learning_rate: LearningRate = 1e-4
     schedule: str = "constant"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    gradient_norm: float = 2.0
-    kl_weight: float = 0.05
-    clip: float = 0.2
-    gae_lambda: float = 0.95
-    value_weight: float = 0.5
-    temperature: float = 1.0
-    max_new_tokens: int = 64
-    validate_every: int = 8
-    validation_prompts: int = 32
-    window: int = 20
-    threshold: float = 0.015
-    seed: int = 0
-
-    counts: ClassVar[tuple[str, ...]] = (
-        *("steps", "batch", "samples", "accumulate", "epochs", "max_new_tokens"),
-        *("validate_every", "validation_prompts", "window"),
-    )
+    warmup: CountOr0 = 0
+    weight_decay: PositiveOr0 = 0.0
+    gradient_norm: Positive = 2.0
+    kl_weight: PositiveOr0 = 0.05
+    clip: Positive = 0.2
+    gae_lambda: Share = 0.95
+    value_weight: PositiveOr0 = 0.5
+    temperature: Temperature = 1.0
+    max_new_tokens: Count = 64
+    validate_every: Count = 8
+    validation_prompts: Count = 32
+    window: Count = 20
+    threshold: PositiveOr0 = 0.015
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        low = [name for name in self.counts if getattr(self, name) < 1]
-        if low:
-            raise InputError(f"{', '.join(low)} must be at least 1")
+        ranges.check(self)
         if self.algorithm not in ALGORITHMS:
             raise InputError(f"algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm!r}")
         if self.samples < 2 and self.algorithm != "ppo":

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rlae_jax import files, report
+from rlae_jax import files, ranges, report
 from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused, PointDecoder
 from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
 from rlae_jax.fusion.search import SearchResult
+from rlae_jax.ranges import Count, Levels, Seed, ShareAbove0, Temperature
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import rank_correlation
@@ -48,23 +49,22 @@ class SearchConfig:
     """
 
     method: str = "hierarchical"
-    levels: int = 5
-    budget: int | None = None
-    step: float = 0.1
+    levels: Levels = 5
+    budget: Count | None = None
+    step: ShareAbove0 = 0.1
     space: str = "box"
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    samples: int = 1
-    seed: int = 0
+    max_new_tokens: Count = 64
+    temperature: Temperature = 0.0
+    samples: Count = 1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        ranges.check(self)
         if self.method not in METHODS:
             raise InputError(f"a search's method must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.space not in searching.SPACES:
             raise InputError(f"space must be one of {', '.join(searching.SPACES)}, not {self.space!r}")
-        if self.levels < 1 or self.samples < 1:
-            raise InputError(f"levels and samples must be at least 1, not {self.levels} and {self.samples}")
-        if not 0 < self.step <= 1 or abs(1 / self.step - round(1 / self.step)) > 1e-6:
+        if abs(1 / self.step - round(1 / self.step)) > 1e-6:
             raise InputError(f"step must be 1 over a whole number, such as 0.1, not {self.step}")
         if self.samples > 1 and self.temperature == 0:
             raise InputError("samples are alike at temperature 0: give a higher one")

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files, hosts, sharding
+from rlae_jax import files, hosts, ranges, sharding
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
 from rlae_jax.emorl.fine_tune import EMORLConfig, Samples, TrainingState
@@ -36,6 +36,7 @@ from rlae_jax.fusion.prompts import Prompts, Row
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
 from rlae_jax.models.lm import load_adapter
+from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
 from rlae_jax.runs.checkpoints import Checkpoints
 from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
@@ -200,7 +201,7 @@ def train_adapters(
     out: Path,
     *,
     resume: bool = False,
-    max_minutes: float | None = None,
+    max_minutes: Minutes | None = None,
     data: Mapping[str, Any] | None = None,
     checkpoints: str | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -220,6 +221,7 @@ def train_adapters(
         missing, prompts that do not fit.
       Interrupted: Ctrl-C; `resume=True` goes on. `Preempted` where SIGTERM or the platform stopped it.
     """
+    ranges.check_arguments(train_adapters, max_minutes=max_minutes)
     check_targets(targets)
     base.require_tokenizer()
     sharding.check_rows("batch / accumulate =", config.batch // config.accumulate, base.mesh)

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlae_jax import report
+from rlae_jax import ranges, report
 from rlae_jax.evaluation.answers import GREEDY, Answerer, Answers, Decoding, Scoring, score_by_reward
 from rlae_jax.evaluation.methods import Methods, seeds_of
 from rlae_jax.evaluation.results import SCHEMA, compare_agents, method_row, predictions, rewards_of, write_results
+from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 from rlae_jax.tasks import Examples, RewardPool, Task
 
@@ -53,7 +54,7 @@ def evaluate(
     split: str = "test",
     *,
     out: Path | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> dict[str, Any]:
     """Runs every method on the same prompts and returns (and, with `out`, writes) the content of results.json.
 
@@ -69,6 +70,7 @@ def evaluate(
     Raises:
       InputError: an unknown or empty split, prompts that do not fit.
     """
+    ranges.check_arguments(evaluate, limit=limit)
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from rlae_jax import sharding
+from rlae_jax import ranges, sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import likelihood, programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
@@ -37,6 +37,7 @@ from rlae_jax.fusion.state import Answers
 from rlae_jax.fusion.weights import PolicyForBatch, Weights, bind_weights, span_length_of
 from rlae_jax.models import LM, Adapter, Encoder, lora
 from rlae_jax.models.lm import AdapterChoice, load_adapters
+from rlae_jax.ranges import Count
 
 # Steps between two looks at what was written, where stop strings may end a row.
 _STOP_STEPS = 16
@@ -481,7 +482,7 @@ class Ensemble:
 
         return stopped if job.stop else None
 
-    def extend(self, generation: Generation, max_new_tokens: int = 64) -> Generation:
+    def extend(self, generation: Generation, max_new_tokens: Count = 64) -> Generation:
         """Goes on from where answers ended for want of room, without reading anything again.
 
         The result is what one call with the longer limit gives. Rows that ended otherwise stay as they are, also by a
@@ -493,8 +494,7 @@ class Ensemble:
         start = generation.continuation
         if start is None or start.used:
             raise InputError("only what generate(keep=True) or extend returned can be extended, and once")
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        ranges.check_arguments(Ensemble.extend, max_new_tokens=max_new_tokens)
         old = start.job.spec
         longest = old.max_new_tokens + max_new_tokens
         lengths = self.lengths(start.job.rows)

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count, CountOr0, Factor
 
 FusionOperator = Callable[..., Array]  # (log_probs, weights) -> fused; hashable
 
@@ -59,8 +61,11 @@ class Candidates:
     normalised over the candidates.
     """
 
-    k: int = 10
-    primary: int | None = None  # the only member that names candidates; None: every member with weight
+    k: Count = 10
+    primary: CountOr0 | None = None  # the only member that names candidates; None: every member with weight
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     def __call__(
         self,
@@ -89,7 +94,10 @@ class Proxy:
     """log p_base + alpha (log p_expert - log p_anti-expert) of three members in this order (proxy tuning, Liu et al.,
     2024, on log-probabilities). Weights are not read. The difference counts where both have the token."""
 
-    alpha: float = 1.0
+    alpha: Factor = 1.0
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     def __call__(
         self, log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B K"] | None
@@ -115,26 +123,13 @@ class Hidden:
         return jnp.asarray(total).astype(hidden[0].dtype)
 
 
-def _whole(text: str, name: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise InputError(f"fusion {name}:{text}: expected a whole number of at least {least}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"fusion proxy:{text}: expected a number") from None
-
-
 # What each name makes; those with a parameter take a number after a colon.
 OPERATORS: dict[str, Any] = {
     "linear": lambda: linear,
     "loglinear": lambda: loglinear,
-    "topk": lambda k="10": Candidates(_whole(k, "topk", 1)),
-    "primary": lambda member="0": Candidates(primary=_whole(member, "primary", 0)),
-    "proxy": lambda alpha="1": Proxy(_number(alpha)),
+    "topk": lambda k="10": Candidates(ranges.read(k, Count, "fusion topk:")),
+    "primary": lambda member="0": Candidates(primary=ranges.read(member, CountOr0, "fusion primary:")),
+    "proxy": lambda alpha="1": Proxy(ranges.read(alpha, Factor, "fusion proxy:")),
     "hidden": Hidden,
 }
 

@@ -22,7 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from rlae_jax import ranges
+from rlae_jax.errors import InputError
 from rlae_jax.models import Encoder
+from rlae_jax.ranges import CountOr0, Scale, Share
 from rlae_jax.sharding import ROWS, WHOLE
 
 OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt", "text")
@@ -184,8 +187,11 @@ class Perplexity:
     """Weights by how well each member predicts the prompt: softmax(-log perplexity / temperature), held for the whole
     answer (PackLLM-sim, Mavromatis et al., 2024, arXiv 2404.11531)."""
 
-    temperature: float = 1.0
+    temperature: Scale = 1.0
     reads: tuple[str, ...] = ("prompt",)
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
         del key, dims
@@ -202,9 +208,12 @@ class Consistency:
     """Weights by agreement: softmax(-KL(member || uniform mixture) / temperature), so that a member that contradicts
     the others loses its say (the idea of CoRE, at the level of members)."""
 
-    temperature: float = 0.25
+    temperature: Scale = 0.25
     reads: tuple[str, ...] = ("stats",)
     span_length: ClassVar[int] = 1  # it decides anew at every step
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
         del key, dims
@@ -222,13 +231,18 @@ class Gate:
     """One member writes alone unless its largest probability is below `threshold`; then all write with equal weights
     (the threshold of GaC, arXiv 2406.12585)."""
 
-    threshold: float = 0.5
-    member: int = 0
+    threshold: Share = 0.5
+    member: CountOr0 = 0
     reads: tuple[str, ...] = ("stats",)
     span_length: ClassVar[int] = 1  # it decides anew at every step
 
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
     def init(self, key: Key[Array, ""], dims: Dims) -> tuple[()]:
-        del key, dims
+        del key
+        if self.member >= dims.members:
+            raise InputError(f"gate's member is {self.member}; the members are numbered 0 to {dims.members - 1}")
         return ()
 
     def apply(self, params: tuple[()], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:

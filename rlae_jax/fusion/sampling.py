@@ -9,41 +9,45 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count, CountOr0, Positive, Seed, Share, ShareAbove0, Temperature
 from rlae_jax.sharding import constrain
 
 DEFAULT_SPAN_LENGTH = 4
+COLDEST = 1e-6  # lower temperatures are as good as 0, and log-probabilities divided by them may be infinite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How answers are written. `Ensemble.generate` takes the fields as keywords, the commands as flags."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """The longest answer, in tokens or, with different tokenizers, in entries of the union vocabulary."""
-    min_new_tokens: int = 0
+    min_new_tokens: CountOr0 = 0
     """No end before this many."""
-    member_tokens: int | None = None
+    member_tokens: Count | None = None
     """With different tokenizers, how many of its own tokens any member has room for in an answer. Default: ample for
     nearly all entries; a hint says when it was too few."""
-    span_length: int | None = None
+    span_length: Count | None = None
     """Steps for which weights are held. Default: the policy's own, else 4."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """0 always takes the most probable token."""
-    top_k: int = 0
+    top_k: CountOr0 = 0
     """Sample among the k most probable tokens only; 0 is no limit."""
-    top_p: float = 1.0
+    top_p: ShareAbove0 = 1.0
     """Sample within the smallest set of tokens with this probability."""
-    min_p: float = 0.0
+    min_p: Share = 0.0
     """Sample only tokens at least this often as probable as the most probable one."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     """Multiplies the log-probabilities of tokens that came already; 1 is none."""
-    samples: int = 1
+    samples: Count = 1
     """Answers per prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampling."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer."""
@@ -56,28 +60,9 @@ class SamplingOptions:
 
     def check(self) -> None:
         """Raises an `InputError` for a number outside its range."""
-        if (self.span_length is not None and self.span_length < 1) or self.max_new_tokens < 1:
-            raise InputError(
-                f"span_length and max_new_tokens must be at least 1, not {self.span_length} and {self.max_new_tokens}"
-            )
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise InputError(f"min_new_tokens must be between 0 and max_new_tokens, not {self.min_new_tokens}")
-        if self.samples < 1:
-            raise InputError(f"samples must be at least 1, not {self.samples}")
-        if self.member_tokens is not None and self.member_tokens < 1:
-            raise InputError(f"member_tokens must be at least 1, not {self.member_tokens}")
-        if not self.temperature >= 0 or self.temperature == float("inf"):
-            raise InputError(f"temperature must be at least 0 and finite (0 is greedy), not {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be at least 0 (0 is no limit), not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be in [0, 1] (0 is no limit), not {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise InputError(
-                f"repetition_penalty must be positive and finite (1 is none), not {self.repetition_penalty}"
-            )
+        ranges.check(self if np.ndim(self.seed) == 0 else dataclasses.replace(self, seed=0))  # or one per prompt
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InputError(f"min_new_tokens must be at most max_new_tokens, not {self.min_new_tokens}")
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +92,7 @@ class Sampling:
         """
         options = SamplingOptions() if options is None else options
         options.check()
-        greedy = options.temperature == 0
+        greedy = options.temperature < COLDEST
         if greedy:  # what these cut off never holds the maximum
             options = dataclasses.replace(options, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
         return cls(

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int, Int8
 
+from rlae_jax import ranges
 from rlae_jax.fusion.operators import IGNORE_ZERO_WEIGHTS, FusionOperator, linear
 from rlae_jax.fusion.policy import Dims, Fixed, Policy
 from rlae_jax.fusion.reading import TextReader
 from rlae_jax.fusion.sampling import Sampling
 from rlae_jax.models import ModelConfig
+from rlae_jax.ranges import Count, CountOr0
 
 
 class Spelling(NamedTuple):
@@ -53,14 +55,17 @@ class DecodeSpec:
     policy: Policy = dataclasses.field(default_factory=Fixed, metadata={"static": True})
     sample_weights: bool = dataclasses.field(default=False, metadata={"static": True})  # draw actions, or take modes
     record: bool = dataclasses.field(default=False, metadata={"static": True})  # keep observations (for training)
-    span_length: int = dataclasses.field(default=4, metadata={"static": True})  # L
-    max_new_tokens: int = dataclasses.field(default=64, metadata={"static": True})
+    span_length: Count = dataclasses.field(default=4, metadata={"static": True})  # L
+    max_new_tokens: Count = dataclasses.field(default=64, metadata={"static": True})
     end_ids: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # () ends at the length only
     scores: bool = dataclasses.field(default=False, metadata={"static": True})  # keep the tokens' log-probabilities
-    top: int = dataclasses.field(default=0, metadata={"static": True})  # with scores: also of so many likeliest tokens
+    top: CountOr0 = dataclasses.field(default=0, metadata={"static": True})  # with scores: of the likeliest tokens, too
     union: UnionTables | None = None  # of members with different tokenizers, or of any that may be skipped
-    member_tokens: int = dataclasses.field(default=0, metadata={"static": True})  # with a union: each member's room
+    member_tokens: CountOr0 = dataclasses.field(default=0, metadata={"static": True})  # with a union: a member's room
     reader: TextReader | None = None  # for policies that read "text"
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     @property
     def span_lengths(self) -> tuple[int, ...]:

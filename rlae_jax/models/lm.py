@@ -18,13 +18,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
-from rlae_jax import sharding
+from rlae_jax import ranges, sharding
 from rlae_jax.errors import InputError
 from rlae_jax.files import check_fetched, read_json
 from rlae_jax.models import checkpoint_files, finite, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import Quantisation, logical_axes
 from rlae_jax.models.tokenizer import import_transformers
+from rlae_jax.ranges import Seed
 
 # Each row's adapter by number or name, or Float[B, M] weights of the adapters.
 AdapterChoice = Sequence[Any] | ArrayLike | None
@@ -488,8 +489,13 @@ def save_adapter(adapter: lora.Adapter, lm: LM, directory: str | os.PathLike[str
     peft_files.write_adapter(Path(directory), adapter, family, lm.config, base=str(lm.path or lm.name))
 
 
-def init_adapter(lm: LM, config: lora.LoraConfig, *, seed: int = 0, name: str = "adapter") -> lora.Adapter:
-    """A fresh adapter for a model, which changes nothing until it is trained."""
+def init_adapter(lm: LM, config: lora.LoraConfig, *, seed: Seed = 0, name: str = "adapter") -> lora.Adapter:
+    """A fresh adapter for a model, which changes nothing until it is trained.
+
+    Raises:
+      InputError: a seed that is none, targets that are no layers.
+    """
+    ranges.check_arguments(init_adapter, seed=seed)
     specs = transformer.linears(lm.config)
     return lora.Adapter(config, lora.init(config, specs, jax.random.key(seed)), name)
 

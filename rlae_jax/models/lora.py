@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from rlae_jax import sharding
+from rlae_jax import ranges, sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.models.quantise import Quantised
+from rlae_jax.ranges import Positive, ShareBelow1, Width
 
 HEADS = ("head", "scorer")
 Factors = dict[str, dict[str, Array]]  # dotted path of a linear layer -> {"a": [inputs..., R], "b": [R, outputs...]}
@@ -39,16 +40,15 @@ Factors = dict[str, dict[str, Array]]  # dotted path of a linear layer -> {"a": 
 class LoraConfig:
     """Which layers an adapter changes, and how."""
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0  # of the adapter's inputs, in training only
+    rank: Width = 8
+    alpha: Positive = 16.0
+    dropout: ShareBelow1 = 0.0  # of the adapter's inputs, in training only
     # Names or regular expressions of layers' dotted paths, e.g. ("q", "v") or (r"layers\.[0-3]\.ffn\..*",); a name
     # matches the end of a path. None: every linear layer but the heads.
     targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 <= self.dropout < 1:
-            raise InputError(f"rank must be at least 1 and dropout in [0, 1), not {self.rank} and {self.dropout}")
+        ranges.check(self)
 
     @property
     def scale(self) -> float:

@@ -16,8 +16,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from rlae_jax import ranges
 from rlae_jax.models import transformer
 from rlae_jax.models.config import ModelConfig
+from rlae_jax.ranges import Count, CountOr0, LearningRate, Positive, PositiveOr0
 from rlae_jax.sharding import constrain
 
 
@@ -25,14 +27,17 @@ from rlae_jax.sharding import constrain
 class PretrainConfig:
     """AdamW with a warm-up and a cosine decay to zero."""
 
-    steps: int = 1_000
-    batch: int = 256
-    learning_rate: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.01
-    gradient_norm: float = 1.0
-    report_every: int = 50
+    steps: Count = 1_000
+    batch: Count = 256
+    learning_rate: LearningRate = 3e-3
+    warmup: CountOr0 = 50
+    weight_decay: PositiveOr0 = 0.01
+    gradient_norm: Positive = 1.0
+    report_every: Count = 50
     remat: bool = False  # compute activations again for the gradient: less memory, a third more time
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
 
 class Source(NamedTuple):

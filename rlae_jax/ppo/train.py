@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlae_jax import files, hosts, sharding
+from rlae_jax import files, hosts, ranges, sharding
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
@@ -34,6 +34,7 @@ from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers
 from rlae_jax.models import Encoder, load_encoder
 from rlae_jax.ppo import iteration as ppo
+from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
 from rlae_jax.runs.checkpoints import Checkpoints
 from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
@@ -169,7 +170,7 @@ def train(
     out: str | os.PathLike[str] = "runs/train",
     *,
     resume: bool = False,
-    max_minutes: float | None = None,
+    max_minutes: Minutes | None = None,
     log_to: Sequence[str] = (),
     checkpoints: str | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
@@ -219,12 +220,13 @@ def train_seeds(
     out: str | os.PathLike[str] = "runs/train",
     *,
     resume: bool = False,
-    max_minutes: float | None = None,
+    max_minutes: Minutes | None = None,
     log_to: Sequence[str] = (),
     checkpoints: str | None = None,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> list[BoundPolicy]:
     """As `train`, for `config.seeds` agents in one program: agent e is what seed `config.seed` + e alone gives."""
+    ranges.check_arguments(train_seeds, max_minutes=max_minutes)
     config = PPOConfig() if config is None else config
     span_length = task.span_length if config.span_length is None else config.span_length
     max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens

@@ -20,12 +20,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import slots as programs
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.state import Answers, DecodeState
 from rlae_jax.fusion.weights import Weights
 from rlae_jax.models.cache import Cache
+from rlae_jax.ranges import Bytes, Context, Count
 from rlae_jax.serving.intake import Intake
 from rlae_jax.serving.prompts import PromptReader, Reading
 from rlae_jax.serving.requests import Busy, Checked, Request, Sample, Stats, Ticket
@@ -91,25 +93,20 @@ class Engine:
         self,
         ensemble: Ensemble,
         *,
-        slots: int = 8,
-        context: int | None = None,
+        slots: Count = 8,
+        context: Context | None = None,
         policies: Mapping[str, Weights] | None = None,
         default: Sequence[float] | str | None = None,
-        chunk: int = 256,
-        prefix_bytes: int = 256 * 2**20,
-        queue: int = 256,
+        chunk: Count = 256,
+        prefix_bytes: Bytes = 256 * 2**20,
+        queue: Count = 256,
     ):
+        ranges.check_arguments(
+            Engine.__init__, slots=slots, context=context, chunk=chunk, prefix_bytes=prefix_bytes, queue=queue
+        )
         if context is not None and context > ensemble.context:
             raise InputError(f"context is {context}; the members have {ensemble.context} tokens at most")
         context = min(ensemble.context, 2048) if context is None else context
-        for name, value, least in (
-            ("slots", slots, 1),
-            ("chunk", chunk, 1),
-            ("queue", queue, 1),
-            ("context", context, 2),
-        ):
-            if value < least:
-                raise InputError(f"{name} must be at least {least}, not {value}")
         if ensemble.mesh is not None:
             raise InputError("an engine runs on one device; load its members without a mesh")
         if any(lm.config.encoder is not None for lm in ensemble.members):

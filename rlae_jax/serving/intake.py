@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rlae_jax import ranges
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.menu import Menu
@@ -14,7 +15,7 @@ from rlae_jax.fusion.operators import Hidden
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Policy
 from rlae_jax.fusion.prompts import Prompts, Row, check_seeds, pad_rows
 from rlae_jax.fusion.reading import Text, TextReader, read_prompts
-from rlae_jax.fusion.sampling import RowSampling, SamplingOptions
+from rlae_jax.fusion.sampling import COLDEST, RowSampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import RowOptions
 from rlae_jax.fusion.weights import Weights, bind_weights, named_policy, normalise_weights, span_length_of
@@ -100,10 +101,7 @@ class Intake:
         ensemble, options = self.ensemble, request.options
         options.check()
         stop = ensemble._check_stop(options.stop)
-        if request.timeout is not None and not request.timeout > 0:
-            raise InputError(f"timeout must be positive, not {request.timeout}")
-        if not 0 <= request.top <= TOP:
-            raise InputError(f"top must be between 0 and {TOP}, not {request.top}")
+        ranges.check(request)
         seed = int(check_seeds(options.seed, 1))
         policy, weights = self._weights(self._default if request.weights is None else request.weights)
         followed = list(self.policies.values())[policy] if policy >= 0 else None
@@ -217,7 +215,7 @@ def _row_options(options: SamplingOptions, policy: int, span_length: int, told: 
 
     return RowOptions(
         sampling=RowSampling(
-            temperature=number(options.temperature, np.float32),
+            temperature=number(0 if options.temperature < COLDEST else options.temperature, np.float32),
             top_k=number(options.top_k),
             top_p=number(options.top_p, np.float32),
             min_p=number(options.min_p, np.float32),

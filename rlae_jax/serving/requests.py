@@ -6,11 +6,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from rlae_jax import ranges
 from rlae_jax.errors import one_line
 from rlae_jax.fusion.codec import Codec
 from rlae_jax.fusion.generation import Generation, fewest_tokens, read_row
@@ -18,6 +19,7 @@ from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.reading import Text
 from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.fusion.state import Answers, RowOptions
+from rlae_jax.ranges import Seconds
 
 TOP = 20  # likeliest tokens of a step that can be asked for
 
@@ -40,9 +42,9 @@ class Request:
     """For all of the answer [K], or the name of one of the engine's policies. Default: the engine's."""
     options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     """How it is answered; `scores` also tells log-probabilities."""
-    top: int = 0
+    top: Annotated[int, ranges.whole(0, TOP)] = 0
     """With `scores`, tell so many of the likeliest tokens of every step, at most 20."""
-    timeout: float | None = None
+    timeout: Seconds | None = None
     """Seconds after which the answer ends with what is written."""
 
 

@@ -58,9 +58,9 @@ def test_a_grid(call, tmp_path):
         ((), ("nothing to vary",)),
         (("--vary", "span_lenght=2"), ("'span_lenght'", "span_length")),
         (("--vary", "seed=1", "--set", "promts=2"), ("'promts'", "prompts")),
-        (("--vary", "prompts=0"), ("every cell failed", "prompts must be at least 1")),
+        (("--vary", "prompts=0"), ("every cell failed", "prompts is 0; expected a whole number of at least 1")),
         (("--vary", "seed=1", "--limit", "0"), ("--limit",)),
-        (("--vary", "seed=1", "--iterations", "0"), ("iterations must be at least 1",)),
+        (("--vary", "seed=1", "--iterations", "0"), ("--iterations 0: expected a whole number of at least 1",)),
     ],
 )
 def test_what_is_wrong_is_told_before_models_are_read(call, tmp_path, monkeypatch, options, parts):

@@ -495,7 +495,14 @@ class TestBadInput:
         for resume in ([], ["--resume"]):
             other = [*base, "--reward", "last_number", "--learning-rate", "0.5", "--out", run, *resume]
             refused(*other, parts=["another configuration", "settings.learning_rate"])
-        refused(*base, "--out", tmp_path / "new", "--iterations", "0", parts=["iterations must be at least 1"])
+        refused(
+            *base,
+            "--out",
+            tmp_path / "new",
+            "--iterations",
+            "0",
+            parts=["--iterations 0: expected"],
+        )
         fewer = [*base, "--reward", "last_number", "--out", run, "--resume", "--iterations", "1"]
         refused(*fewer, parts=["done 2 iterations already", "not 1"])
         ablation = ["ablate", "--models", *models, *data_options, "--vary", "span_length=2,4", "--out", run]

@@ -66,7 +66,7 @@ def test_agents_learn_the_same(ensemble, tmp_path, case):
 
 def test_what_it_cannot_be(stored_checkpoint, tmp_path, raises_input_error):
     raises_input_error(lambda: PPOConfig(slots=3), "engine")
-    raises_input_error(lambda: PPOConfig(engine=True, slots=0), "slots must be at least 1")
+    raises_input_error(lambda: PPOConfig(engine=True, slots=0), "slots is 0; expected a whole number of at least 1")
     assert [PPOConfig(engine=True, prompts=n).engine_slots for n in (4, 10, 512)] == [4, 8, 128]
     assert PPOConfig(engine=True, slots=512).preset == "demo"
     lm = rj.load(stored_checkpoint("untied", "t5"))

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from rlae_jax.ranges import Seed
 
-def demo(*, seed: int = 0, out: Path = Path("runs/emorl-demo"), quick: bool = False) -> None:
+
+def demo(*, seed: Seed = 0, out: Path = Path("runs/emorl-demo"), quick: bool = False) -> None:
     """The whole method in a few minutes on two CPU cores: a small base model, three objectives, a search, a table.
 
     What is already in OUT for this seed is reused; remove the directory to begin anew.

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from rlae_jax.errors import InputError
+from rlae_jax.ranges import Count, Seed, Temperature
 
 
 def evaluate(
     *,
     run: Path,
     split: str = "test",
-    limit: int | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
+    limit: Count | None = None,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
     out: Path | None = None,
 ) -> None:
     """Compare base, single adapters, baselines, every fusion that was searched, and the agent, on held-out prompts.
@@ -29,8 +29,6 @@ def evaluate(
     from rlae_jax.emorl.evaluation import evaluate_run
     from rlae_jax.emorl.run import Run
 
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit must be at least 1, not {limit}")
     where = out or run
     show_results(evaluate_run(Run(run), split, limit, temperature, seed, where))
     report.say(f"in {report.quoted(where)}: results.json, predictions.jsonl")

@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from rlae_jax.commands.emorl.options import Mode, Names
+from rlae_jax.ranges import Share
 
 
 def export(
@@ -13,7 +14,7 @@ def export(
     run: Path,
     out: Path,
     mode: Mode = "params",
-    weights: Annotated[tuple[float, ...] | None, arg(metavar="W [W ...]")] = None,
+    weights: Annotated[tuple[Share, ...] | None, arg(metavar="W [W ...]")] = None,
     adapters: Names = (),
 ) -> None:
     """Write adapters in PEFT's format, their weights in weights.json, and the fused model as a Hugging Face directory.

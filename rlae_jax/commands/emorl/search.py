@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, arg
+from tyro.conf import OmitArgPrefixes
 
 from rlae_jax.commands.emorl.options import Mode, Names
 from rlae_jax.commands.options import resumable
+from rlae_jax.ranges import Count, GiB, Levels, Seed, ShareAbove0, Temperature
 
 if TYPE_CHECKING:
     from rlae_jax.emorl.run import Run
@@ -23,19 +24,19 @@ class SearchOptions:
     """hierarchical = EMORL's grid search, grid = every point of a grid, random = random points, halving = random
     points, most of them on few prompts only, agent = train an agent that sets weights anew for every span of an
     answer."""
-    levels: int = 5
+    levels: Levels = 5
     """of the hierarchical search."""
-    budget: int | None = None
+    budget: Count | None = None
     """evaluations at most; for random and halving the number of points (default: 3^M)."""
-    step: float = 0.1
+    step: ShareAbove0 = 0.1
     """of the grid."""
     space: Literal["box", "simplex"] = "box"
     """box = weights in [0, 1] each, as published, simplex = weights that sum to 1."""
-    temperature: float = 0.0
+    temperature: Temperature = 0.0
     """of decoding; 0 is greedy."""
-    samples: int = 1
+    samples: Count = 1
     """answers to each prompt, at a temperature above 0."""
-    seed: int = 0
+    seed: Seed = 0
     """of sampling, of random points, of the agent."""
 
     def config(self, max_new_tokens: int) -> "SearchConfig":
@@ -56,10 +57,10 @@ def search(
     adapters: Names = (),
     search: Annotated[SearchOptions, OmitArgPrefixes],
     split: str = "dev",
-    prompts: int | None = None,
-    iterations: int = 60,
-    span_length: int = 1,
-    memory: Annotated[float, arg(metavar="GB")] = 2.0,
+    prompts: Count | None = None,
+    iterations: Count = 60,
+    span_length: Count = 1,
+    memory: GiB = 2.0,
     out: Path | None = None,
     resume: bool = False,
 ) -> None:

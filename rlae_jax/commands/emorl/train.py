@@ -10,6 +10,18 @@ from tyro.conf import OmitArgPrefixes, arg
 from rlae_jax.commands.emorl.options import Names
 from rlae_jax.commands.options import HeldOptions, resumable
 from rlae_jax.errors import InputError
+from rlae_jax.ranges import (
+    Count,
+    CountOr0,
+    LearningRate,
+    Minutes,
+    Positive,
+    PositiveOr0,
+    Seed,
+    ShareBelow1,
+    Temperature,
+    Width,
+)
 from rlae_jax.runs import lock
 
 if TYPE_CHECKING:
@@ -23,49 +35,49 @@ class TrainOptions:
     algorithm: Literal["scst", "grpo", "ppo"] | None = None
     """scst = self-critical: a sample's reward minus the mean of its prompt's samples; grpo = the same in units of
     their spread, with a clipped ratio; ppo = a value head and a clipped ratio. Default: scst."""
-    steps: int | None = None
+    steps: Count | None = None
     """Training steps at most. Default: 1000."""
-    batch: int | None = None
+    batch: Count | None = None
     """Prompts per step. Default: 16."""
-    samples: int | None = None
+    samples: Count | None = None
     """Answers to each prompt of a step. Default: 3."""
-    accumulate: int | None = None
+    accumulate: Count | None = None
     """Cut a step's prompts into so many parts, to need less memory. Default: 1."""
-    learning_rate: float | None = None
+    learning_rate: LearningRate | None = None
     """Of Adam. Default: 1e-4."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
     """How the learning rate falls over the steps. Default: constant."""
-    warmup: int | None = None
+    warmup: CountOr0 | None = None
     """Steps in which the learning rate grows. Default: 0."""
-    gradient_norm: float | None = None
+    gradient_norm: Positive | None = None
     """Longer gradients are cut to this length. Default: 2."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """Updates from the answers of one step, of grpo and ppo. Default: 1."""
-    kl_weight: float | None = None
+    kl_weight: PositiveOr0 | None = None
     """Of the penalty that keeps an adapter near the base. Default: 0.05."""
-    rank: int | None = None
+    rank: Width | None = None
     """Of the adapters. Default: 8."""
-    alpha: float | None = None
+    alpha: Positive | None = None
     """Of the adapters; their scale is alpha / rank. Default: 32."""
-    dropout: float | None = None
+    dropout: ShareBelow1 | None = None
     """Of the adapters' inputs in training. Default: 0.05."""
     targets: Annotated[tuple[str, ...] | None, arg(metavar="NAME [NAME ...]")] = None
     """Linear layers that adapters change: q k v o gate up down, or regular expressions. Default: all but the head."""
     combination: Literal["sum", "log", "product"] | None = None
     """How a baseline's reward is made of its objectives. Default: sum."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """The longest answer. Default: 64."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """Of the samples. Default: 1."""
-    validate_every: int | None = None
+    validate_every: Count | None = None
     """Steps between two validations. Default: 8."""
-    validation_prompts: int | None = None
+    validation_prompts: Count | None = None
     """Dev prompts of a validation. Default: 32."""
-    window: int | None = None
+    window: Count | None = None
     """An adapter has converged when so many last validation scores hardly differ. Default: 20."""
-    threshold: float | None = None
+    threshold: PositiveOr0 | None = None
     """Hardly: their standard deviation is below this share of their mean. Default: 0.015."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Of everything random. Default: 0."""
 
     def config(self, known: Mapping[str, Any] | None) -> "EMORLConfig":
@@ -100,7 +112,7 @@ def train(
     baselines: Names = (),
     training: Annotated[TrainOptions, OmitArgPrefixes],
     resume: bool = False,
-    max_minutes: float | None = None,
+    max_minutes: Minutes | None = None,
     checkpoints: str | None = None,
 ) -> None:
     """Fine-tune one LoRA adapter per objective with reinforcement learning, all at once.
