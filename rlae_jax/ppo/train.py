@@ -293,7 +293,8 @@ def train_seeds(
                 done = iteration + 1
                 late = is_late(began, time.monotonic(), max_minutes)
                 stop = stop_requested()
-                scored = stop is not None or late or done % config.eval_every == 0 or done == config.iterations
+                # A run that is stopped is not scored for that: what resumes it would choose among other agents.
+                scored = late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
                     started = time.perf_counter()
                     now = [_nth(state.learner.params, e) for e in range(config.seeds)]
@@ -304,7 +305,7 @@ def train_seeds(
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
                 # forgotten on resuming, but one before it would never be written again.
                 log.write(done, values)
-                if scored:
+                if scored or stop is not None:
                     saved.save(done, state)
                 on_progress(TrainProgress(done, values, "\n".join(told for _, told in problems if told)))
                 if stop is not None and done < config.iterations:
@@ -314,7 +315,7 @@ def train_seeds(
     finally:
         log.close()
         saved.close()
-    agents = [_nth(state.best, e) for e in range(config.seeds)]
+    agents = [_best(state, e) for e in range(config.seeds)]
     return [_bound(config, params, dims, encoder) for params in agents]
 
 
@@ -391,6 +392,11 @@ def _iterate(
 
 def _nth(tree: Any, e: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[e], tree)
+
+
+def _best(state: TrainState, e: int) -> Any:
+    """An agent's parameters: its best ones on dev, or its newest where a run was stopped before any were scored."""
+    return _nth(state.best if np.isfinite(state.best_dev[e]) else state.learner.params, e)
 
 
 def _values(metrics: dict[str, Float[np.ndarray, " E"]]) -> dict[str, Any]:
@@ -483,6 +489,6 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
     finally:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
-    params = _nth(state.learner.params if newest else state.best, e)
+    params = _nth(state.learner.params, e) if newest else _best(state, e)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
     return _bound(config, params, dims, encoder)

@@ -1,1 +1,2 @@
-"""What happens when a disk is full, a place is no place, a signal comes."""
+"""What may go wrong around the package: disks that are full, places that are none, processes that are killed, bytes
+that are not what they should be."""

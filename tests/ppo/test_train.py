@@ -221,25 +221,31 @@ class TestGoingOn:
         assert iterations(tmp_path / "run") == [1]
 
     @pytest.mark.parametrize(
-        ("number", "raised", "told"),
-        [(signal.SIGINT, Interrupted, "^stopped"), (signal.SIGTERM, Preempted, "^preempted")],
+        ("number", "after", "raised", "told"),
+        [(signal.SIGINT, 3, Interrupted, "^stopped"), (signal.SIGTERM, 7, Preempted, "^preempted")],
     )
-    def test_ctrl_c_and_sigterm_save(self, number, raised, told, finished, ensemble, tmp_path):
+    def test_ctrl_c_and_sigterm_save(self, number, after, raised, told, finished, ensemble, tmp_path):
+        """What is stopped is scored when it would have been anyway, so that going on ends with the same best agent."""
         out = tmp_path / "run"
         assert threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(number)
 
         def interrupt(progress):
-            if progress.iteration == 6:
+            if progress.iteration == after - 1:
                 signal.raise_signal(number)
 
-        with pytest.raises(raised, match=f"{told} after iteration 7 of 24"):
+        with pytest.raises(raised, match=f"{told} after iteration {after} of 24"):
             rj.train(ensemble, toys.task(), toys.SETTINGS, out, on_progress=interrupt)
         assert signal.getsignal(number) is handler
-        assert iterations(out) == list(range(1, 8))
-        assert (out / "checkpoints" / "7").is_dir()
+        assert [row["iteration"] for row in read_metrics(out) if "dev" in row] == list(range(4, after, 4))
+        assert iterations(out) == list(range(1, after + 1))
+        assert (out / "checkpoints" / str(after)).is_dir()
+        if after < toys.SETTINGS.eval_every:
+            assert_same_params(rj.load_policy(out), rj.load_policy(out, newest=True))
         rj.train(ensemble, toys.task(), toys.SETTINGS, out, resume=True)
-        assert_same_params(rj.load_policy(out, newest=True), rj.load_policy(finished[0], newest=True))
+        for newest in (False, True):
+            assert_same_params(rj.load_policy(out, newest=newest), rj.load_policy(finished[0], newest=newest))
+        assert [row.get("dev") for row in read_metrics(out)] == [row.get("dev") for row in read_metrics(finished[0])]
 
     def test_a_second_ctrl_c_stops_at_once(self, ensemble, tmp_path):
         def interrupt(progress):
