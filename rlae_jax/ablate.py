@@ -27,13 +27,13 @@ import numpy as np
 import rich.markup
 import rich.table
 
-from rlae_jax import files, ranges, report
+from rlae_jax import files, ranges, records, report
 from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.ppo.train import require_written, run_config, train_seeds
+from rlae_jax.ppo.train import Setup, require_written, setup, train_seeds
 from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import claim_directory
@@ -50,6 +50,17 @@ ENCODERS: dict[str, tuple[str, ...]] = {
 }
 NOTHING = "none"  # how a command line writes None and ()
 _EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word"}
+
+
+class AblationRun(Setup, kw_only=True, tag_field="command", tag="ablate"):
+    """The content of config.json: what all cells have in common.
+
+    Attributes:
+      base: the settings that are not varied. Not called settings, of which a resumed run may have other iterations:
+        cells are compared, so all have the same.
+    """
+
+    base: PPOConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,10 +294,8 @@ def ablate(
     base = dataclasses.replace(
         base, span_length=span_length, max_new_tokens=max_new_tokens, eval_prompts=base.dev_prompts
     )
-    shared = run_config(ensemble, task, base, spec)
-    # A run may get more iterations on resuming; cells are compared, so all have the same.
-    shared["base"] = shared.pop("settings")
-    claim_directory(out, {"command": "ablate", **shared}, resume=resume)
+    shared = AblationRun(**setup(ensemble, task, base, spec), base=base)
+    claim_directory(out, shared, resume=resume)
     for cell in (cell for cell in cells if cell.error is not None):
         report.say(f"{cell.name} cannot run: {cell.error}")
 
@@ -297,7 +306,7 @@ def ablate(
         "n": n,
         "seeds": [base.seed + e for e in range(base.seeds)],
         "vary": {name: list(values) for name, values in vary.items()},
-        "base": shared["base"],
+        "base": records.plain(base),
         "cells": [],
         "seconds": {},
         "environment": report.environment(),

@@ -20,7 +20,7 @@ from rlae_jax.evaluation import Method, baseline_methods, evaluate
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.models import load
-from rlae_jax.ppo.train import train
+from rlae_jax.ppo.train import RewardLine, read_run, train
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.runs.metrics import read_metrics
@@ -62,7 +62,7 @@ def _take_directory(out: Path, seed: int) -> None:
         return
     if not (out / "specialists").is_dir():
         raise InputError(f"{out} holds a run that is no demo; choose another --out")
-    other_seed = files.read_json(other).get("settings", {}).get("seed")
+    other_seed = read_run(out).settings.seed
     if other_seed == seed:
         return
     kept, mine = (out.with_name(f"{out.name}-seed{n}") for n in (other_seed, seed))
@@ -153,7 +153,7 @@ def _run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     )
     report.learning_curve(
         out / "curve.png",
-        {name: read_metrics(out if name == "rlae_ppo" else out / name) for name in ("rlae_ppo", "router")},
+        {name: read_metrics(out if name == "rlae_ppo" else out / name, RewardLine) for name in ("rlae_ppo", "router")},
         {f"{name} (test)": scores[name]["score"] for name in ("schedule", "static", "confidence")},
         "Learning on the skills task (thick: dev, faint: training)",
     )

@@ -1,8 +1,10 @@
 """Files are checked against a shape as they are read: what is wrong is told in a line that names file and key."""
 
+import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 import pytest
@@ -21,6 +23,25 @@ class _File(records.Record, kw_only=True):
     schema: int = 2
     part: _Part
     rate: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    steps: int = 3
+    rate: float = 0.5
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, not {self.steps}")
+
+
+class _Run(records.Record, kw_only=True):
+    settings: _Settings = _Settings()
+    kind: Annotated[str, records.one_of(("a-b", "c"))] = "c"
+    parts: dict[str, _Part] = msgspec.field(default_factory=dict)
+    score: records.Finite = 0.0
+    count: records.Count = 0
 
 
 class _Foreign(TypedDict, total=False):
@@ -78,3 +99,45 @@ def test_lines_are_numbered_and_an_unfinished_one_is_left_out(tmp_path: Path) ->
     path.write_text('{"size": 1}\n[]\n')
     with pytest.raises(InputError, match=r"lines\.jsonl:2: expected a JSON object, found a list"):
         records.read_lines(path, _Part, growing=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"settings": {"steps": 0}}, "settings: steps must be at least 1, not 0"),
+        ({"settings": {"steps": None}}, "settings.steps is null; expected int"),
+        ({"settings": {"colour": 1}}, "unknown key settings.colour: written by a newer version, or by hand"),
+        ({"settings": []}, "settings is a list; expected object"),
+        ({"kind": "d"}, "kind is a text ('d'); expected one of a-b, c"),
+        ({"kind": "c\n"}, "kind is a text ('c\\n'); expected one of a-b, c"),
+        ({"score": math.nan}, "score is a number (nan); expected a finite number"),
+        ({"score": -math.inf}, "score is a number (-inf); expected a finite number"),
+        ({"score": 10**400}, "score is a number; number out of range"),
+        ({"count": -1}, "count is a number (-1); expected int >= 0"),
+        ({"count": 10**30}, "count is a number (1000000000000000000000000000000); expected int <= 9007199254740992"),
+        (
+            {"parts": {**{f"p{i}": {"size": i} for i in range(9)}, "of.two\nlines": {"size": "x"}}},
+            "parts.'of.two\\nlines'.size is a text ('x'); expected int",
+        ),
+        ({"parts": {"p": {"size": 1, "new": 2}}}, "unknown key parts.p.new: written by a newer version, or by hand"),
+        ({"new\nkey": 1}, "unknown key 'new\\nkey': written by a newer version, or by hand"),
+    ],
+)
+def test_what_is_told_of_settings_numbers_and_names(value: Any, told: str) -> None:
+    with pytest.raises(InputError) as raised:
+        records.check(value, _Run, "f")
+    assert str(raised.value) == f"f: {told}"
+
+
+def test_a_part_is_named_by_its_key() -> None:
+    for value, told in (({"size": []}, "f: a.b.size is a list; expected int"), ({}, "f: the key a.b.size is missing")):
+        with pytest.raises(InputError) as raised:
+            records.check(value, _Part, "f", "a.b")
+        assert str(raised.value) == told
+
+
+def test_what_is_written_is_read_again() -> None:
+    record = _Run(settings=_Settings(names=("x", "y")), parts={"a": _Part(size=2)})
+    written = records.plain(record)
+    assert written["settings"] == {"steps": 3, "rate": 0.5, "names": ["x", "y"]}
+    assert records.check(json.loads(json.dumps(written)), _Run, "f") == record

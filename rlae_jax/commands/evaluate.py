@@ -83,7 +83,7 @@ def evaluate(
         search_prompts=search_prompts,
     )
     results = evaluate_methods({**baselines, **agents}, asked, split, limit=limit, out=out)
-    names = {run: f"rlae_{read_run(run)[0].algorithm}" for run in policy}
+    names = {run: f"rlae_{read_run(run).algorithm}" for run in policy}
     files.write_json(
         out / CONFIG_FILE,
         {

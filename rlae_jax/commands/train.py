@@ -104,7 +104,7 @@ def train(
     from rlae_jax import files, report
     from rlae_jax.config import DEV_SHARE
     from rlae_jax.evaluation import Method, evaluate
-    from rlae_jax.ppo.train import train_seeds
+    from rlae_jax.ppo.train import RewardLine, train_seeds
     from rlae_jax.runs.metrics import read_metrics
 
     asked = task.load()
@@ -138,7 +138,7 @@ def train(
     files.write_json(out / "results.json", results)
     references = {"uniform (dev)": results["methods"]["uniform"]["score"]}
     title = f"{asked.name}, {config.algorithm.upper()}"
-    report.learning_curve(out / "curve.png", {name: read_metrics(out)}, references, title)
+    report.learning_curve(out / "curve.png", {name: read_metrics(out, RewardLine)}, references, title)
     report.console.print(report.results_table(results))
     run = report.quoted(out)
     report.say(f"the trained policy is in {run}; use it with --policy {run}")

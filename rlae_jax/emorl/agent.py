@@ -93,7 +93,7 @@ def train_run_agent(
     with report.training_progress("training an agent", iterations) as display:
         return train_agent(
             *(fused, run.prompts, objectives, config, out),
-            max_new_tokens=run.config["settings"]["max_new_tokens"],
+            max_new_tokens=run.config.settings.max_new_tokens,
             span_length=span_length,
             resume=resume,
             on_progress=display,

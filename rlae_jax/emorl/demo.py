@@ -38,8 +38,8 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
     began = time.perf_counter()
     files.require_writable_parent(out)
     config = embedded.settings(seed=seed, **({"steps": 160} if quick else {}))
-    if (out / CONFIG_FILE).is_file() and Run(out).config["settings"]["seed"] != seed:
-        raise InputError(f"{out} holds the demo of seed {Run(out).config['settings']['seed']}; choose another --out")
+    if (out / CONFIG_FILE).is_file() and (there := Run(out).config.settings.seed) != seed:
+        raise InputError(f"{out} holds the demo of seed {there}; choose another --out")
     seconds: dict[str, float] = {}
 
     def finished(name: str) -> None:

@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rlae_jax import files, report
+from rlae_jax import records, report
 from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.search import SearchConfig, most_points
-from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Progress
+from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Progress, Training
 
 
 def with_values(values: Mapping[str, float]) -> str:
@@ -34,7 +34,8 @@ def show_training(run: Run) -> None:
     """What every adapter took."""
     paths = {name: run.directory / OBJECTIVES / name / TRAINING_FILE for name in run.targets()}
     report.say(f"adapters in {report.quoted(run.directory)}:")
-    report.console.print(report.adapters_table({name: files.read_json(path) for name, path in paths.items()}))
+    taken = {name: records.plain(records.read(path, Training)) for name, path in paths.items()}
+    report.console.print(report.adapters_table(taken))
 
 
 def show_results(results: Mapping[str, Any]) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from rlae_jax import files, report
+from rlae_jax import records, report
 from rlae_jax.emorl.agent import objectives_task
 from rlae_jax.emorl.fused import MODES, Fused
 from rlae_jax.emorl.run import AGENT, Run
 from rlae_jax.emorl.scorers import Objective
-from rlae_jax.emorl.search import SEARCH_FILE
-from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE
+from rlae_jax.emorl.search import read_found
+from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Training
 from rlae_jax.evaluation.answers import Answers, Decoding, Scoring
 from rlae_jax.evaluation.engine import answer_methods
 from rlae_jax.evaluation.methods import Method
@@ -36,7 +36,7 @@ from rlae_jax.evaluation.results import (
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.weights import Weights
 from rlae_jax.models import LM, Adapter
-from rlae_jax.ppo.train import load_policy
+from rlae_jax.ppo.train import load_policy, read_run
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import CONFIG_FILE
 from rlae_jax.tasks import Examples
@@ -143,7 +143,7 @@ def run_methods(run: Run) -> dict[str, Method]:
     methods = {}
     for name, method in adapted(run.base, list(adapters.values())).items():
         training = run.directory / OBJECTIVES / name / TRAINING_FILE
-        record = {"data_points": files.read_json(training)["data_points"]} if training.is_file() else {}
+        record = {"data_points": records.read(training, Training).data_points} if name in adapters else {}
         methods[f"single:{name}" if name in singles else name] = dataclasses.replace(method, record=record)
     trained = sum(methods[f"single:{name}"].record["data_points"] for name in singles)
     equal = Fused(run.base, [adapters[name] for name in singles])
@@ -152,7 +152,7 @@ def run_methods(run: Run) -> dict[str, Method]:
         if (searched := _searched(run, mode, singles, trained)) is not None:
             methods[mode] = searched
     if (agent := run.search_directory(AGENT) / CONFIG_FILE).is_file():
-        members = [member["name"] for member in files.read_json(agent)["members"]]
+        members = [member.name for member in read_run(agent.parent).members]
         fused = Fused(run.base, [run.adapter(name) for name in members])
         methods["rlae_ppo"] = fusion(fused, load_policy(agent.parent))
     return methods
@@ -164,11 +164,10 @@ def _searched(run: Run, mode: str, singles: Sequence[str], trained: int) -> Meth
     Args:
       trained: data points that the adapters took.
     """
-    path = run.search_directory(mode) / SEARCH_FILE
-    if not path.is_file():
+    search = read_found(run.search_directory(mode), run.targets())
+    if search is None:
         return None
-    search = files.read_json(path)
-    weights = search["weights"]
+    weights = search.weights
     if others := ", ".join(name for name in singles if name not in weights):
         report.console.print(
             f"{mode}: its weights were searched for {', '.join(weights)} alone, without {others}; search again",
@@ -176,7 +175,7 @@ def _searched(run: Run, mode: str, singles: Sequence[str], trained: int) -> Meth
             soft_wrap=True,
         )
     fused = Fused(run.base, [run.adapter(name) for name in weights], mode)
-    record = {"weights": weights, "data_points": trained + search["answers"]}
+    record = {"weights": weights, "data_points": trained + search.answers}
     return fusion(fused, list(weights.values()), record)
 
 
@@ -196,7 +195,7 @@ def evaluate_run(
         run.objectives(run.singles()),
         task=run.prompts.name,
         split=split,
-        max_new_tokens=run.config["settings"]["max_new_tokens"],
+        max_new_tokens=run.config.settings.max_new_tokens,
         temperature=temperature,
         seed=seed,
         out=out,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlae_jax import files
+from rlae_jax import files, records
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.run import Run
-from rlae_jax.emorl.search import SEARCH_FILE
+from rlae_jax.emorl.search import SEARCH_FILE, read_found
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, lora
 from rlae_jax.runs import lock
@@ -42,7 +42,8 @@ def export_run(
             with files.library_write(out):
                 shutil.copytree(run.adapter_directory(name), files.inside(partial / "adapters", name))
         files.write_json(
-            partial / WEIGHTS_FILE, {"schema": 1, "mode": mode, "weights": chosen, "base": run.config["base"]}
+            partial / WEIGHTS_FILE,
+            {"schema": 1, "mode": mode, "weights": chosen, "base": records.plain(run.config.base)},
         )
         if mode == "params":
             merged = lora.merge(run.base.params, lora.stack(loaded), values)
@@ -53,7 +54,8 @@ def export_run(
 def _chosen(run: Run, mode: str, weights: Sequence[float] | None, adapters: Sequence[str]) -> dict[str, Any]:
     """Adapter -> weight."""
     path = run.search_directory(mode) / SEARCH_FILE
-    searched = files.read_json(path)["weights"] if path.is_file() else None
+    found = read_found(path.parent, run.targets())
+    searched = None if found is None else found.weights
     if weights is None:
         if searched is None:
             raise InputError(

@@ -10,14 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlae_jax import files, hosts
+from rlae_jax import files, hosts, records
 from rlae_jax.emorl import embedded
 from rlae_jax.emorl.scorers import Objective, get_objectives
-from rlae_jax.emorl.train import ADAPTER, HELD, OBJECTIVES, WEIGHTINGS, Target, check_targets
+from rlae_jax.emorl.search import SearchRun
+from rlae_jax.emorl.train import (
+    ADAPTER,
+    HELD,
+    OBJECTIVES,
+    WEIGHTINGS,
+    AdapterRun,
+    AdaptersRun,
+    Target,
+    check_targets,
+)
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Adapter, load, load_adapter
+from rlae_jax.ppo.train import read_run
 from rlae_jax.runs import lock
-from rlae_jax.runs.directory import CONFIG_FILE
+from rlae_jax.runs.directory import CONFIG_FILE, read_config
 from rlae_jax.tasks import reflections
 from rlae_jax.tasks.prompts import PromptSet, read_prompts
 
@@ -87,16 +98,14 @@ class Run:
     directory: Path
 
     def __post_init__(self) -> None:
-        path = self.directory / CONFIG_FILE
         if not self.directory.is_dir():
             raise InputError(f"{self.directory} is not there; rlae-jax emorl train --out {self.directory} makes it")
-        if not path.is_file() or files.read_json(path).get("command") != "emorl train":
-            raise InputError(f"{self.directory} is no run of emorl train")
+        self.config  # noqa: B018  told now
 
     @functools.cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> AdaptersRun:
         """The run's config.json."""
-        return files.read_json(self.directory / CONFIG_FILE)
+        return read_config(self.directory, AdaptersRun)
 
     @functools.cached_property
     def base(self) -> LM:
@@ -105,11 +114,11 @@ class Run:
         Raises:
           InputError: it is not where it was, or is another one now.
         """
-        known = self.config["base"]
-        held = {name: known[name] for name in HELD if name in known}
-        lm = load(known["path"] or known["name"], **held)
-        if lm.fingerprint() != known["sha256"]:
-            raise InputError(f"{known['path']} is not the base model that {self.directory} was trained from")
+        known = self.config.base
+        held = {name: value for name in HELD if (value := getattr(known, name)) is not None}
+        lm = load(known.path or known.name, **held)
+        if lm.fingerprint() != known.sha256:
+            raise InputError(f"{known.path} is not the base model that {self.directory} was trained from")
         return lm
 
     @functools.cached_property
@@ -119,12 +128,12 @@ class Run:
         Raises:
           InputError: a run whose prompts were given as an object.
         """
-        given = self.config.get("data")
+        given = self.config.data
         if given is None:
             raise InputError(
                 f"{self.directory} does not say where its prompts come from: it was made without a command"
             )
-        return Data(**given)
+        return records.check(given, Data, self.directory / CONFIG_FILE, "data")
 
     @functools.cached_property
     def prompts(self) -> PromptSet:
@@ -134,17 +143,17 @@ class Run:
           InputError: they are not those of the run.
         """
         prompts = self.data.read()
-        if prompts.digest() != self.config["prompts"]["sha256"]:
+        if prompts.digest() != self.config.prompts.sha256:
             raise InputError(f"{self.data.path} is not what {self.directory} was trained on")
         return prompts
 
-    def targets(self) -> dict[str, dict[str, Any]]:
+    def targets(self) -> dict[str, AdapterRun]:
         """The configuration of every adapter that is done, those of one objective first, as they were begun."""
         directories = [path.parent for path in self.directory.glob(f"{OBJECTIVES}/*/{ADAPTER}")]
-        configs = {path.name: files.read_json(path / CONFIG_FILE) for path in directories}
+        configs = {path.name: read_config(path, AdapterRun) for path in directories}
 
         def order(name: str) -> tuple[Any, ...]:
-            several = len(configs[name]["objectives"]) > 1
+            several = len(configs[name].objectives) > 1
             return several, (self.directory / OBJECTIVES / name / CONFIG_FILE).stat().st_mtime_ns, name
 
         return {name: configs[name] for name in sorted(configs, key=order)}
@@ -155,7 +164,7 @@ class Run:
         Raises:
           InputError: there are fewer than two.
         """
-        names = [name for name, target in self.targets().items() if len(target["objectives"]) == 1]
+        names = [name for name, target in self.targets().items() if len(target.objectives) == 1]
         if len(names) < 2:
             raise InputError(
                 f"{self.directory} has {len(names)} finished adapters of one objective; a fusion needs two: train "
@@ -173,7 +182,7 @@ class Run:
         unknown = [name for name in names if name not in targets]
         if unknown:
             raise InputError(f"{self.directory} has no adapters {', '.join(unknown)}; it has {', '.join(targets)}")
-        return make_objectives([spec for name in names for spec in targets[name]["specs"]], self.data)
+        return make_objectives([spec for name in names for spec in targets[name].specs], self.data)
 
     def search_directory(self, name: str) -> Path:
         """Where a search of this name is, by default."""
@@ -184,8 +193,10 @@ class Run:
         path = self.search_directory(name)
         if not (path / CONFIG_FILE).is_file():
             return path, None
-        config = files.read_json(path / CONFIG_FILE)
-        searched = config["adapters"] if "adapters" in config else [member["name"] for member in config["members"]]
+        if name == AGENT:
+            searched = [member.name for member in read_run(path).members]
+        else:
+            searched = read_config(path, SearchRun).adapters
         if searched == list(adapters):
             return path, None
         base = f"{name}-{'+'.join(searched)}"

@@ -12,22 +12,23 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from rlae_jax import files, ranges, report
-from rlae_jax.emorl.fused import DEFAULT_MEMORY, Fused, PointDecoder
+from rlae_jax import files, ranges, records, report
+from rlae_jax.emorl.fused import DEFAULT_MEMORY, MODES, Fused, PointDecoder
 from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
 from rlae_jax.fusion.search import SearchResult
 from rlae_jax.ranges import Count, Levels, Seed, ShareAbove0, Temperature
 from rlae_jax.runs import lock
-from rlae_jax.runs.directory import claim_directory
+from rlae_jax.runs.directory import RunConfig, claim_directory
 from rlae_jax.statistics import rank_correlation
 
 METHODS = ("hierarchical", "grid", "random", "halving")
@@ -165,34 +166,92 @@ class PointEvaluator:
         return means
 
 
+class SearchRun(RunConfig, kw_only=True, tag_field="command", tag="emorl search"):
+    """The content of config.json: what a directory's points depend on, and how deep the search goes."""
+
+    mode: Annotated[str, records.one_of(MODES)]
+    adapters: Annotated[list[str], msgspec.Meta(min_length=1)]
+    members: list[str]
+    objectives: list[str]
+    prompts: str
+    settings: SearchConfig
+
+
+class FoundPoint(records.Record):
+    """A point of the Pareto set."""
+
+    weights: list[records.Finite]
+    scores: list[records.Finite]
+
+
+class Found(records.Record, kw_only=True):
+    """The content of search.json."""
+
+    schema: records.Schema = 1
+    weights: dict[str, records.Share]
+    score: records.Finite
+    scores: dict[str, records.Finite]
+    points: records.Count
+    evaluations: records.Count
+    answers: records.Count
+    pareto: list[FoundPoint]
+    hypervolume: float
+    rank_correlations: dict[str, float | None]
+    seconds: records.Seconds
+    mode: Annotated[str, records.one_of(MODES)]
+
+
+def read_found(directory: Path, adapters: Collection[str]) -> Found | None:
+    """What a search found, if one ended in the directory.
+
+    Args:
+      adapters: those that there are.
+
+    Raises:
+      InputError: its file is not of the shape, or names others.
+    """
+    path = directory / SEARCH_FILE
+    if not path.is_file():
+        return None
+    found = records.read(path, Found)
+    if unknown := [name for name in found.weights if name not in adapters]:
+        raise InputError(
+            f"{path}: weights.{unknown[0][:60]} is of no adapter of this run; it has {', '.join(adapters)}"
+        )
+    if len(found.weights) < 2:
+        raise InputError(f"{path}: weights are of {len(found.weights)} adapters; a fusion needs two")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class SearchOutcome:
     """A search's result and its cost."""
 
     result: SearchResult
+    mode: str
     names: tuple[str, ...]  # of the adapters
     objectives: tuple[str, ...]
     answers: int  # decoded for it, of this call
     seconds: float
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Found:
         """What search.json holds."""
         scores = self.result.scores
         front = searching.pareto(scores)
         best = int(np.argmax(scores.mean(axis=1)))
-        return {
-            "schema": 1,
-            "weights": dict(zip(self.names, map(float, self.result.weights), strict=True)),
-            "score": self.result.score,
-            "scores": dict(zip(self.objectives, map(float, scores[best]), strict=True)),
-            "points": len(scores),
-            "evaluations": self.result.evaluations,
-            "answers": self.answers,
-            "pareto": [{"weights": self.result.points[i].tolist(), "scores": scores[i].tolist()} for i in front],
-            "hypervolume": searching.hypervolume(scores),
-            "rank_correlations": self.correlations(),
-            "seconds": self.seconds,
-        }
+        return Found(
+            weights=dict(zip(self.names, map(float, self.result.weights), strict=True)),
+            score=self.result.score,
+            scores=dict(zip(self.objectives, map(float, scores[best]), strict=True)),
+            points=len(scores),
+            evaluations=self.result.evaluations,
+            answers=self.answers,
+            pareto=[FoundPoint(weights=self.result.points[i].tolist(), scores=scores[i].tolist()) for i in front],
+            hypervolume=searching.hypervolume(scores),
+            rank_correlations=self.correlations(),
+            seconds=self.seconds,
+            mode=self.mode,
+        )
 
     def correlations(self) -> dict[str, float | None]:
         """Of each adapter that bears an objective's name: the rank correlation of its share of the weights and that
@@ -243,6 +302,7 @@ def search(
         evaluator,
         scale_invariant=fused.scale_invariant(config.temperature),
         path=path,
+        sizes=(d, len(objectives)),
         batch=evaluator.decoder.at_once,
     )
     if config.method == "hierarchical":
@@ -257,37 +317,28 @@ def search(
         else:
             result = searching.successive_halving(evaluator.on, drawn, len(prompts))
     names = tuple(objective.name for objective in objectives)
-    outcome = SearchOutcome(result, fused.names, names, evaluator.answers, time.perf_counter() - began)
+    outcome = SearchOutcome(result, fused.mode, fused.names, names, evaluator.answers, time.perf_counter() - began)
     if out is not None:
-        files.write_json(Path(out) / SEARCH_FILE, outcome.summary() | {"mode": fused.mode})
-        draw(outcome, Path(out), fused.mode)
+        files.write_json(Path(out) / SEARCH_FILE, records.plain(outcome.summary()))
+        draw(outcome, Path(out))
     return outcome
 
 
-def _identity(
-    fused: Fused, prompts: Sequence[str], objectives: Sequence[Objective], config: SearchConfig
-) -> dict[str, Any]:
-    """What a directory's points depend on."""
-    return {
-        "schema": 1,
-        "command": "emorl search",
-        "mode": fused.mode,
-        "adapters": list(fused.names),
-        "members": [lm.fingerprint() for lm in fused.ensemble.members],
-        "objectives": [objective.name for objective in objectives],
-        "prompts": files.digest(list(prompts)),
-        "settings": {
-            name: value
-            for name, value in dataclasses.asdict(config).items()
-            if name not in ("levels", "budget")  # a search may be deepened
-        },
-    }
+def _identity(fused: Fused, prompts: Sequence[str], objectives: Sequence[Objective], config: SearchConfig) -> SearchRun:
+    return SearchRun(
+        mode=fused.mode,
+        adapters=list(fused.names),
+        members=[lm.fingerprint() for lm in fused.ensemble.members],
+        objectives=[objective.name for objective in objectives],
+        prompts=files.digest(list(prompts)),
+        settings=config,
+    )
 
 
-def draw(outcome: SearchOutcome, out: Path, mode: str) -> None:
+def draw(outcome: SearchOutcome, out: Path) -> None:
     """The pictures of a search."""
     result = outcome.result
-    title = f"{len(result.points)} points, mode {mode}"
+    title = f"{len(result.points)} points, mode {outcome.mode}"
     if len(outcome.names) == 3:
         report.weight_triangle(out / "weights.png", result.points, result.scores.mean(axis=1), outcome.names, title)
     if outcome.names == outcome.objectives:

@@ -18,14 +18,15 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files, hosts, ranges, sharding
+from rlae_jax import files, hosts, ranges, records, sharding
 from rlae_jax.emorl import fine_tune, scorers
 from rlae_jax.emorl.dynaopt import DynaOpt
 from rlae_jax.emorl.fine_tune import EMORLConfig, Samples, TrainingState
@@ -39,8 +40,18 @@ from rlae_jax.models.lm import load_adapter
 from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
 from rlae_jax.runs.checkpoints import Checkpoints
-from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
-from rlae_jax.runs.metrics import MetricsLog, read_metrics
+from rlae_jax.runs.directory import (
+    CONFIG_FILE,
+    OnDevices,
+    RunConfig,
+    claim_directory,
+    devices,
+    epoch_rows,
+    is_late,
+    stop_requests,
+)
+from rlae_jax.runs.metrics import FILE_NAME as METRICS_FILE
+from rlae_jax.runs.metrics import Line, MetricsLog, read_metrics
 from rlae_jax.tasks.prompts import PromptSet
 
 OBJECTIVES = "objectives"
@@ -49,6 +60,7 @@ ADAPTER = "adapter"
 # What an interruption may cost. On a small model a checkpoint takes longer than a step.
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
 WEIGHTINGS = ("equal", "dynaopt", "dynaopt_reference")
+COMMAND = "emorl train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +82,10 @@ class Target:
         """One objective."""
         return cls(scorer.name, (scorer,))
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> "AdapterRun":
         """What decides whether a directory is this target's."""
         names = [objective.name for objective in self.objectives]
-        return {"objectives": names, "weighting": self.weighting, "specs": list(self.specs)}
+        return AdapterRun(objectives=names, weighting=self.weighting, specs=list(self.specs))
 
 
 def check_targets(targets: Sequence[Target]) -> None:
@@ -179,17 +191,81 @@ def _held(base: LM) -> dict[str, Any]:
     return weights | ({} if kv_dtype is None else {HELD[-1]: kv_dtype})
 
 
-def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[str, Any] | None) -> dict[str, Any]:
+class BaseMark(records.Record, omit_defaults=True):
+    """What tells a run's base, where it is, and how it is held (`HELD`)."""
+
+    name: str
+    path: str
+    sha256: str
+    quantise: str | None = None
+    quantise_head: bool | None = None
+    quantise_group: int | None = None
+    kv_dtype: str | None = None
+
+
+class PromptsMark(records.Record):
+    """What tells a run's prompts: a hash of each split's content."""
+
+    name: str
+    sha256: dict[str, str]
+
+
+class AdaptersRun(OnDevices, kw_only=True, tag_field="command", tag=COMMAND):
+    """The content of a run's config.json.
+
+    Attributes:
+      data: where the prompts come from, as whoever made the run says it.
+    """
+
+    base: BaseMark
+    prompts: PromptsMark
+    data: dict[str, Any] | None
+    settings: EMORLConfig
+
+
+class AdapterRun(RunConfig, kw_only=True, tag_field="command", tag=COMMAND):
+    """The content of an adapter's config.json: what it is taught, as `Target` has it."""
+
+    objectives: Annotated[list[str], msgspec.Meta(min_length=1)]
+    weighting: Annotated[str, records.one_of(WEIGHTINGS)]
+    specs: list[str]
+
+
+class Training(records.Record, kw_only=True):
+    """The content of training.json: what an adapter took."""
+
+    schema: records.Schema = 1
+    steps: records.Count
+    converged: bool
+    best_step: records.Count
+    best_dev: records.Finite
+    data_points: records.Count
+    validation_points: records.Count
+    points_to_95_percent: records.Count
+    stopping_floor: records.Count
+    seconds: records.Seconds
+    seconds_shared: records.Seconds
+
+
+class ValidationLine(Line):
+    """What is used of a line of an adapter's metrics."""
+
+    dev: records.Finite
+    scores: dict[str, records.Finite]
+    seconds: records.Seconds
+    adapters: records.Positive
+    validated: records.Positive
+
+
+def run_config(base: LM, prompts: PromptSet, config: EMORLConfig, data: Mapping[str, Any] | None) -> AdaptersRun:
     """The content of a run's config.json."""
-    return {
-        "schema": 1,
-        "command": "emorl train",
-        "base": {"name": base.name, "path": str(base.path or ""), "sha256": base.fingerprint()} | _held(base),
-        "prompts": {"name": prompts.name, "sha256": prompts.digest()},
-        "data": None if data is None else dict(data),
-        "settings": dataclasses.asdict(config),
+    return AdaptersRun(
+        base=BaseMark(name=base.name, path=str(base.path or ""), sha256=base.fingerprint(), **_held(base)),
+        prompts=PromptsMark(name=prompts.name, sha256=prompts.digest()),
+        data=None if data is None else dict(data),
+        settings=config,
         **devices(sharding.describe(base.mesh)),
-    }
+    )
 
 
 @lock.writes("out")
@@ -230,7 +306,7 @@ def train_adapters(
     dev = _tokenise(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
     directories = {target.name: files.inside(out / OBJECTIVES, target.name) for target in targets}
     claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
-    there = [name for name in claimed if read_metrics(directories[name])]
+    there = [name for name in claimed if read_metrics(directories[name], ValidationLine)]
     trained = [name for name in claimed if (directories[name] / TRAINING_FILE).is_file()]
     claimed, there, trained = hosts.gather([claimed, there, trained])[0]
     if there and not resume:
@@ -243,7 +319,7 @@ def train_adapters(
         directory = directories[target.name]
         if target.name in claimed and target.name not in there and hosts.is_first():
             shutil.rmtree(directory)  # failed before its first validation: nothing to go on from
-        claim_directory(directory, {"command": "emorl train"} | target.config(), resume=resume)
+        claim_directory(directory, target.config(), resume=resume)
         if target.name not in trained:
             at = None if checkpoints is None else f"{checkpoints}/{target.name}"
             learners.append(_begin(base, target, directory, config, at))
@@ -305,7 +381,8 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: s
         )
     learner = _Learner(target, directory, seed, saved, checkpoints, log, [], weights)
     done = 0
-    told: list[dict[str, Any]] = hosts.gather(read_metrics(directory))[0]
+    told: list[dict[str, Any]] = hosts.gather(read_metrics(directory, ValidationLine))[0]
+    _check_validations(told, target, directory, newest)
     for row in told:
         if weights is not None:
             for _ in range(row["iteration"] - done):
@@ -313,6 +390,17 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: s
         done = row["iteration"]
         learner.remember(row)
     return learner
+
+
+def _check_validations(rows: Sequence[Mapping[str, Any]], target: Target, directory: Path, newest: int | None) -> None:
+    """Raises an `InputError` for an adapter's validations that are not those up to its newest checkpoint, which came
+    right after one, or lack a score of one of its objectives."""
+    path = directory / METRICS_FILE
+    for i, row in enumerate(rows, 1):
+        if lacking := [one.name for one in target.objectives if one.name not in row["scores"]]:
+            raise InputError(f"{path}:{i}: the key scores.{lacking[0]} is missing")
+    if newest is not None and (not rows or rows[-1]["iteration"] != newest):
+        raise InputError(f"{path}: the line of iteration {newest} is missing, whose checkpoint is there")
 
 
 def _is_done(learner: _Learner, config: EMORLConfig) -> bool:
@@ -329,19 +417,19 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     if hosts.is_first() and not (learner.directory / ADAPTER).is_dir():
         save_adapter(adapter, base, learner.directory / ADAPTER)
     per_step = config.batch * config.samples
-    record = {
-        "steps": learner.step,
-        "converged": converged([row["dev"] for row in rows], config.window, config.threshold),
-        "best_step": best["iteration"],
-        "best_dev": best["dev"],
-        "data_points": learner.step * per_step,
-        "validation_points": len(rows) * min(config.validation_prompts, rows[-1]["validated"]),
-        "points_to_95_percent": _points_to(rows, 0.95, per_step),
-        "stopping_floor": (config.window - 1) * config.validate_every * per_step,
-        "seconds": sum(row["seconds"] for row in rows),
-        "seconds_shared": sum(row["seconds"] / row["adapters"] for row in rows),
-    }
-    files.write_json(learner.directory / TRAINING_FILE, record)
+    record = Training(
+        steps=learner.step,
+        converged=converged([row["dev"] for row in rows], config.window, config.threshold),
+        best_step=best["iteration"],
+        best_dev=best["dev"],
+        data_points=learner.step * per_step,
+        validation_points=len(rows) * min(config.validation_prompts, rows[-1]["validated"]),
+        points_to_95_percent=_points_to(rows, 0.95, per_step),
+        stopping_floor=(config.window - 1) * config.validate_every * per_step,
+        seconds=sum(row["seconds"] for row in rows),
+        seconds_shared=sum(row["seconds"] / row["adapters"] for row in rows),
+    )
+    files.write_json(learner.directory / TRAINING_FILE, records.plain(record))
     learner.close()
 
 

@@ -26,7 +26,7 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
     agents: dict[str, list[Method]] = {}
     task = with_room_for_options(ensemble, task)
     for run in runs:
-        config, _ = read_run(run)
+        config = read_run(run).settings
         for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
             ensemble.bind(policy, 1, span_count(task, policy.span_length))  # tells now what does not fit
             agents.setdefault(f"rlae_{config.algorithm}", []).append(Method(ensemble, policy))
@@ -48,7 +48,7 @@ def router_config(runs: Sequence[Path]) -> PPOConfig | None:
     """The settings of a router that is to be compared with these runs' agents: the first algorithm's, PPO's if it is
     among them, with as many seeds as there are agents of it, and as many iterations as were done at most. None where
     there are no runs."""
-    configs = sorted((read_run(run)[0] for run in runs), key=lambda config: config.algorithm != "ppo")
+    configs = sorted((read_run(run).settings for run in runs), key=lambda config: config.algorithm != "ppo")
     if not configs:
         return None
     done = max((row["iteration"] for run in runs for row in read_metrics(Path(run))), default=configs[0].iterations)

@@ -17,12 +17,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from rlae_jax import files, hosts
+from rlae_jax import files, hosts, records
 from rlae_jax.errors import InputError
 
 Evaluate = Callable[[Float[np.ndarray, "N d"]], Float[np.ndarray, "N M"]]
@@ -37,6 +38,13 @@ FIRST_PROMPTS = 64
 _FINALISTS = 8
 
 
+class ScoredPoint(records.Record):
+    """A line of a search's file."""
+
+    point: Annotated[list[records.Share], msgspec.Meta(min_length=1)]
+    scores: Annotated[list[records.Finite], msgspec.Meta(min_length=1)]
+
+
 class Scores:
     """Points and their scores; evaluates those that are new.
 
@@ -45,6 +53,7 @@ class Scores:
       scale_invariant: a point's scores depend on its direction from the origin alone, as with greedily decoded hidden
         states; of several points in one direction one is evaluated.
       path: a file with a line per point. What it has already is not evaluated again.
+      sizes: d and M of such a file; by default those of its first line.
       batch: points per call at most.
 
     Raises:
@@ -57,9 +66,11 @@ class Scores:
         *,
         scale_invariant: bool = False,
         path: Path | None = None,
+        sizes: tuple[int, int] | None = None,
         batch: int | None = None,
     ):
         self._evaluate, self._scale_invariant, self._path, self._batch = evaluate, scale_invariant, path, batch
+        self._sizes = sizes
         self._known: dict[tuple[float, ...], Float[np.ndarray, " M"]] = {}
         self.points: list[tuple[float, ...]] = []  # in the order in which they were asked for
         self.evaluations = 0
@@ -67,16 +78,18 @@ class Scores:
             self._read(path)
 
     def _read(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        for i, line in enumerate(lines):
-            try:
-                row = json.loads(line)
-                self._known[self._key(row["point"])] = np.array(row["scores"], np.float64)
-            except (ValueError, KeyError, TypeError) as error:
-                if i == len(lines) - 1:  # cut off in the middle; what comes next needs a line of its own
-                    files.write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
-                    return
-                raise InputError(f"{path}, line {i + 1}: not a point of a search ({error})") from error
+        rows = records.read_lines(path, ScoredPoint, growing=True)
+        sizes = self._sizes
+        for i, row in enumerate(rows, 1):
+            own = len(row.point), len(row.scores)
+            sizes = own if sizes is None else sizes
+            if own != sizes:
+                raise InputError(
+                    f"{path}:{i}: {own[0]} weights and {own[1]} scores; expected {sizes[0]} and {sizes[1]}"
+                )
+            self._known[self._key(row.point)] = np.array(row.scores, np.float64)
+        if not path.read_bytes().endswith(b"\n"):  # cut off in the middle; what comes next needs a line of its own
+            files.write_json_lines(path, map(records.plain, rows))
 
     def _key(self, point: Sequence[float]) -> tuple[float, ...]:
         values = np.asarray(point, np.float64)
@@ -108,9 +121,10 @@ class Scores:
     def _write(self, part: Sequence[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
         if self._path is None or not hosts.is_first():
             return
-        rows = [{"point": point, "scores": self._known[key].tolist()} for key, point in part]
+        rows = [ScoredPoint(point=list(point), scores=self._known[key].tolist()) for key, point in part]
         with files.GrowingFile(self._path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(json.dumps(records.plain(row)) + "
+" for row in rows))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,16 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlae_jax import files, hosts, ranges, sharding
-from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
+from rlae_jax import hosts, ranges, records, sharding
+from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
@@ -37,12 +38,22 @@ from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
 from rlae_jax.runs.checkpoints import Checkpoints
-from rlae_jax.runs.directory import CONFIG_FILE, claim_directory, devices, epoch_rows, is_late, stop_requests
-from rlae_jax.runs.metrics import MetricsLog, load_sinks, read_metrics
+from rlae_jax.runs.directory import (
+    OnDevices,
+    claim_directory,
+    devices,
+    epoch_rows,
+    is_late,
+    read_config,
+    stop_requests,
+)
+from rlae_jax.runs.metrics import Line, MetricsLog, load_sinks, read_metrics
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 UNION_FILE = "union.npz"  # of members with different tokenizers
 _EVALUATION_ROWS = 256
+_LARGEST_SIZE = 2**20  # of what a run's file says: an agent is made of it
+_Size = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST_SIZE)]
 
 
 class TrainState(NamedTuple):
@@ -62,26 +73,83 @@ class TrainProgress:
     problems: str = ""  # what went wrong so far with rewards, in a few lines
 
 
-def run_config(
+class SplitMark(records.Record):
+    """What tells a split's content."""
+
+    n: records.Count
+    sha256: str
+
+
+class MemberMark(records.Record):
+    """What tells a member, and the width of what an agent sees of it."""
+
+    name: str
+    width: _Size
+    sha256: str
+
+
+class Setup(OnDevices, kw_only=True):
+    """What a run with agents depends on besides its settings, and where it ran.
+
+    Attributes:
+      spans: that the agent's embedding holds.
+      text_width: of what an encoder makes of the text; 0 without one.
+    """
+
+    algorithm: Annotated[str, records.one_of(ALGORITHMS)]
+    task: str
+    examples: dict[str, SplitMark]
+    members: Annotated[list[MemberMark], msgspec.Meta(min_length=1)]
+    fusion: str
+    end_ids: list[list[int]]
+    spans: _Size
+    text_width: Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_SIZE)]
+    preset: str
+    checkpoints: str | None = None
+
+
+class AgentRun(Setup, kw_only=True):
+    """The content of config.json of a training run: everything that its result depends on, and where it ran."""
+
+    settings: PPOConfig
+
+    def __post_init__(self) -> None:
+        kind = ALGORITHMS[self.algorithm]
+        if type(self.settings) is not kind:
+            values = {field.name: getattr(self.settings, field.name) for field in dataclasses.fields(self.settings)}
+            self.settings = kind(**values)
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes that its agents were made for."""
+        return Dims(tuple(member.width for member in self.members), self.spans, self.text_width)
+
+
+class RewardLine(Line):
+    """What is used of a line of a training run's metrics."""
+
+    reward: float
+    dev: NotRequired[records.Finite]
+
+
+def setup(
     ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec, checkpoints: str | None = None
 ) -> dict[str, Any]:
-    """The content of config.json: everything that the result of a run depends on, and where it ran."""
+    """The fields of `Setup`."""
     return {
-        "schema": 1,
         "algorithm": config.algorithm,
         "task": task.name,
         "examples": {
-            split: {"n": len(examples), "sha256": examples.digest()} for split, examples in task.splits.items()
+            split: SplitMark(n=len(examples), sha256=examples.digest()) for split, examples in task.splits.items()
         },
         "members": [
-            {"name": lm.name, "width": lm.config.hidden_width, "sha256": lm.fingerprint()} for lm in ensemble.members
+            MemberMark(name=lm.name, width=lm.config.hidden_width, sha256=lm.fingerprint()) for lm in ensemble.members
         ],
         "fusion": fusion_name(ensemble.fusion),
         "end_ids": [list(ids) for ids in ensemble.member_ends],
         "spans": max(spec.spans, config.agent.max_spans),
         "text_width": spec.dims.text,
         "preset": config.preset,
-        "settings": dataclasses.asdict(config),
         "checkpoints": checkpoints,
         **devices(sharding.describe(ensemble.mesh)),
     }
@@ -93,10 +161,13 @@ def fusion_name(fusion: FusionOperator) -> str:
 
 
 def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
-    """Warns if an ensemble's members are not those that a run's agents were trained with: their weights go by place."""
-    trained = files.read_json(Path(run) / CONFIG_FILE)["members"]
+    """Warns if an ensemble's members are not those that a run's agents were trained with: their weights go by place.
+
+    Raises:
+      InputError: what `read_run` raises.
+    """
     given = [(lm.name, lm.fingerprint()) for lm in ensemble.members]
-    known = [(member["name"], member["sha256"]) for member in trained]
+    known = [(member.name, member.sha256) for member in read_run(run).members]
     if [mark for _, mark in given] == [mark for _, mark in known]:
         return
     of_run, of_ensemble = (", ".join(name for name, _ in members) for members in (known, given))
@@ -258,7 +329,8 @@ def train_seeds(
     train_split = _tokenise(ensemble, task, "train", None, config, encoder)
     dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
     load_sinks(log_to)  # told before anything is written
-    claim_directory(out, run_config(ensemble, task, config, spec, checkpoints), resume=resume, shared=not checkpoints)
+    claimed = AgentRun(**setup(ensemble, task, config, spec, checkpoints), settings=config)
+    claim_directory(out, claimed, resume=resume, shared=not checkpoints)
     if ensemble.union is not None and hosts.is_first():
         ensemble.union.save(out / UNION_FILE)
 
@@ -446,24 +518,13 @@ def _dev_scores(
     return np.concatenate([scores() for scores in pending])
 
 
-def read_run(run: str | os.PathLike[str]) -> tuple[PPOConfig, Dims]:
-    """The settings of a run directory, and the sizes that its agents were made for.
+def read_run(run: str | os.PathLike[str]) -> AgentRun:
+    """The configuration of a training run: its settings, its members, the sizes that its agents were made for.
 
     Raises:
       InputError: not the directory of a training run.
     """
-    path = Path(run) / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
-    raw = files.read_json(path)
-    try:
-        settings = dict(raw["settings"])
-        agent: dict[str, Any] = settings.pop("agent")
-        agent = {name: tuple(value) if isinstance(value, list) else value for name, value in agent.items()}
-        config = ALGORITHMS[raw["algorithm"]](**settings, agent=AgentConfig(**agent))
-        return config, Dims(tuple(member["width"] for member in raw["members"]), raw["spans"], raw["text_width"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the configuration of a training run ({error})") from error
+    return read_config(Path(run), AgentRun)
 
 
 def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest: bool = False) -> BoundPolicy:
@@ -475,11 +536,12 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
     Raises:
       InputError: not a run directory, no checkpoint in it, one that does not fit its configuration, no such seed.
     """
-    config, dims = read_run(run)
+    known = read_run(run)
+    config, dims = known.settings, known.dims
     if seed is not None and not config.seed <= seed < config.seed + config.seeds:
         last = config.seed + config.seeds - 1
         raise InputError(f"{run} has no agent of seed {seed}; its seeds are {config.seed} to {last}")
-    checkpoints = Checkpoints(Path(run), files.read_json(Path(run) / CONFIG_FILE).get("checkpoints"))
+    checkpoints = Checkpoints(Path(run), known.checkpoints)
     try:
         step = checkpoints.newest()
         if step is None:

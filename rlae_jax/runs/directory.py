@@ -8,26 +8,68 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
-from rlae_jax import files, hosts, sharding
+from rlae_jax import files, hosts, records, sharding
 from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
 
 CONFIG_FILE = "config.json"
 _SECONDS_TO_APPEAR = 60.0
 # What a resumed run may change: how long it is, where it is, and how its answers are written.
-_SETTINGS = ("iterations", "steps", "engine", "slots")
+_SETTINGS = ("iterations", "steps", "engine", "slots", "levels", "budget")
 MAY_DIFFER = (*(f"settings.{name} " for name in _SETTINGS), "mesh", "processes ", "checkpoints ")
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON gives it back: tuples become lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+class RunConfig(records.Record, kw_only=True):
+    """The content of a run's config.json, by which it is known again. A command's own class is tagged with its name
+    under `command`; runs of `train` have none."""
+
+    schema: records.Schema = 1
+
+
+class OnDevices(RunConfig, kw_only=True):
+    """Of a run whose configuration also says where it ran, on which its result does not depend.
+
+    Attributes:
+      mesh: of `sharding.describe`.
+    """
+
+    mesh: dict[str, records.Positive] | None = None
+    processes: records.Positive = 1
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def read_config(directory: Path, shape: type[C]) -> C:
+    """The configuration of a run.
+
+    Args:
+      shape: its command's class.
+
+    Raises:
+      InputError: there is none, it is another command's, or it is not of the shape.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{directory} is not a run directory: it has no {CONFIG_FILE}")
+    there = files.read_json(path)
+    if (made_by := _command(there)) != (wanted := command_of(shape)):
+        raise InputError(f"{path}: not the configuration of a run of {wanted}; it is what the command {made_by} made")
+    return records.check(there, shape, path)
+
+
+def command_of(shape: type[RunConfig]) -> str:
+    """The command whose runs a class describes."""
+    return str(shape.__struct_config__.tag or "train")
+
+
+def _command(there: dict[str, Any]) -> str:
+    made_by = there.get("command", "train")
+    return made_by if isinstance(made_by, str) and len(made_by) <= 40 else records.shown(made_by)
 
 
 def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
@@ -43,20 +85,20 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def claim_directory(out: Path, wanted: dict[str, Any], *, resume: bool, shared: bool = True) -> None:
+def claim_directory(out: Path, wanted: RunConfig, *, resume: bool, shared: bool = True) -> None:
     """Makes sure that a run directory is new, or that it belongs to this very run and may be resumed.
 
-    A resumed run may be longer than it was, and on other devices (`devices`), which a warning says. Of several
+    A resumed run may be longer than it was, and on other devices (`OnDevices`), which a warning says. Of several
     processes the first claims, once they agree on what.
 
     Args:
       shared: all processes need what the first one writes.
 
     Raises:
-      InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made; processes
-        that differ, or do not see the same directory.
+      InputError: the directory holds another run, holds this run but `resume` is False, or cannot be made; its
+        configuration is not of its shape; processes that differ, or do not see the same directory.
     """
-    hosts.agree(wanted)
+    hosts.agree(records.plain(wanted))
     hosts.first(lambda: _claim(out, wanted, resume))
     blind = [i for i, sees in enumerate(hosts.gather(not shared or _appears(out / CONFIG_FILE))) if not sees]
     if blind:
@@ -77,33 +119,26 @@ def _appears(path: Path) -> bool:
 
 
 def devices(mesh: dict[str, int] | None) -> dict[str, Any]:
-    """What a run's configuration says of devices, on which its result does not depend.
-
-    Args:
-      mesh: of `sharding.describe`.
-    """
+    """The fields of `OnDevices` for a run on this mesh."""
     return {"mesh": mesh, "processes": hosts.count()}
 
 
-def _on(config: dict[str, Any]) -> str:
-    mesh, processes = config.get("mesh"), config.get("processes", 1)
-    where = "one device" if mesh is None else f"the mesh {sharding.as_text(mesh)}"
-    return where if processes == 1 else f"{where} of {processes} processes"
+def _on(config: OnDevices) -> str:
+    where = "one device" if config.mesh is None else f"the mesh {sharding.as_text(config.mesh)}"
+    return where if config.processes == 1 else f"{where} of {config.processes} processes"
 
 
-def _claim(out: Path, wanted: dict[str, Any], resume: bool) -> None:
+def _claim(out: Path, wanted: RunConfig, resume: bool) -> None:
     path = out / CONFIG_FILE
     files.require_writable_parent(out)
     if path.is_file():
-        there = files.read_json(path)
-        kinds = [raw.get("command", "train") for raw in (wanted, there)]
-        if kinds[0] != kinds[1]:
-            raise InputError(
-                f"{out} holds what the command {kinds[1]} made; choose another directory for this {kinds[0]}"
-            )
+        raw = files.read_json(path)
+        if (made_by := _command(raw)) != (ours := command_of(type(wanted))):
+            raise InputError(f"{out} holds what the command {made_by} made; choose another directory for this {ours}")
+        there = records.check(raw, type(wanted), path)
         findings = [
             ("settings differ", difference)
-            for difference in _differences(_plain(wanted), there)
+            for difference in _differences(records.plain(wanted), records.plain(there))
             if not difference.startswith(MAY_DIFFER)
         ]
         if findings:
@@ -112,11 +147,11 @@ def _claim(out: Path, wanted: dict[str, Any], resume: bool) -> None:
             )
         if not resume:
             raise InputError(f"{out} holds this run already; resume it (--resume, resume=True) or choose another name")
-        if _on(there) != _on(wanted):
+        if isinstance(there, OnDevices) and isinstance(wanted, OnDevices) and _on(there) != _on(wanted):
             warnings.warn(f"{out} was on {_on(there)} and goes on on {_on(wanted)}", stacklevel=4)
     elif out.is_dir() and any(out.glob("*.jsonl")):
         raise InputError(f"{out} holds files of something else and no {CONFIG_FILE}; choose another directory")
-    files.write_json(path, wanted)
+    files.write_json(path, records.plain(wanted))
 
 
 def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray, " B"]:

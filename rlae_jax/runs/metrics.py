@@ -9,26 +9,46 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
-from rlae_jax import files, hosts
+from rlae_jax import files, hosts, records
 from rlae_jax.errors import InputError
 
 FILE_NAME = "metrics.jsonl"
 WANDB_RUN_FILE = "wandb-run.json"
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line that a killed process left unfinished is dropped."""
+class Line(TypedDict):
+    """What every line has. Beside it there are numbers under any names, lists of them, and numbers by name."""
+
+    iteration: records.Count
+
+
+_Values = dict[str, bool | int | float | list[float] | dict[str, float]]
+
+
+class WandbRun(records.Record, kw_only=True):
+    """The content of wandb-run.json: as which run of Weights & Biases this one goes on."""
+
+    schema: records.Schema = 1
+    id: str
+
+
+def read_metrics(directory: Path, shape: Any = Line) -> list[dict[str, Any]]:
+    """All complete lines, none where there is no file; a last line that a killed process left unfinished is dropped.
+
+    Args:
+      shape: a `TypedDict` of what is used of a line.
+
+    Raises:
+      InputError: the file cannot be read, or a line of it is something else.
+    """
     path = directory / FILE_NAME
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    rows: list[dict[str, Any]] = records.read_lines(path, _Values, growing=True)
+    for i, row in enumerate(rows, 1):
+        records.check(row, shape, f"{path}:{i}")
     return rows
 
 
@@ -62,11 +82,11 @@ class _Wandb:
             project="rlae_jax",
             name=directory.name,
             dir=str(directory),
-            id=files.read_json(known)["id"] if known.is_file() else None,
+            id=records.read(known, WandbRun).id if known.is_file() else None,
             resume="allow",
             config=files.read_json(config) if config.is_file() else None,
         )
-        files.write_json(known, {"id": self._run.id})
+        files.write_json(known, records.plain(WandbRun(id=self._run.id)))
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=iteration)

@@ -106,7 +106,7 @@ def search(
             f"rlae-jax emorl evaluate --run {report.quoted(run)}"
         )
         return
-    config = search.config(trained.config["settings"]["max_new_tokens"])
+    config = search.config(trained.config.settings.max_new_tokens)
     asked = trained.prompts.split(split)[:prompts]
     where = out or _room(trained, mode, names)
     with resumable(resume), search_progress(mode, config, len(names)) as on_points:
@@ -115,9 +115,9 @@ def search(
         )
     summary = result.summary()
     report.say(
-        f"best of {summary['points']} points, {summary['evaluations']} of them decoded, on {len(asked)} {split} "
-        f"prompts: {summary['score']:.3f} ({with_values(summary['scores'])}) at the weights "
-        f"{with_values(summary['weights'])}\n"
+        f"best of {summary.points} points, {summary.evaluations} of them decoded, on {len(asked)} {split} "
+        f"prompts: {summary.score:.3f} ({with_values(summary.scores)}) at the weights "
+        f"{with_values(summary.weights)}\n"
         f"in {report.quoted(where)}: search.json, points.jsonl, pictures"
     )
 

@@ -1,9 +1,8 @@
 """`rlae-jax emorl train`."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -80,22 +79,18 @@ class TrainOptions:
     seed: Seed | None = None
     """Of everything random. Default: 0."""
 
-    def config(self, known: Mapping[str, Any] | None) -> "EMORLConfig":
+    def config(self, known: "EMORLConfig | None") -> "EMORLConfig":
         """The settings of a run: those given, else those that it has, else the defaults.
 
         Args:
-          known: "settings" of the run's config.json; None for a new one.
+          known: the run's; None for a new one.
         """
         from rlae_jax.emorl.fine_tune import EMORLConfig
         from rlae_jax.models import LoraConfig
 
         changes = {name: value for name, value in vars(self).items() if value is not None}
         of_adapter = {f.name: changes.pop(f.name) for f in dataclasses.fields(LoraConfig) if f.name in changes}
-        start = EMORLConfig()
-        if known is not None:
-            lora = dict(known["lora"])
-            lora["targets"] = None if lora["targets"] is None else tuple(lora["targets"])
-            start = EMORLConfig(**{**known, "lora": LoraConfig(**lora)})
+        start = EMORLConfig() if known is None else known
         return dataclasses.replace(start, **changes, lora=dataclasses.replace(start.lora, **of_adapter))
 
 
@@ -150,7 +145,7 @@ def train(
     run = Run(out) if (out / CONFIG_FILE).is_file() else None
     if run is None and (base is None or data is None):
         raise InputError(f"{out} is no run yet: a new one needs --base MODEL and --data FILE")
-    config = training.config(None if run is None else run.config["settings"])
+    config = training.config(None if run is None else run.config.settings)
     source = Data(data, layout, prompt_field) if data is not None else run.data if run is not None else None
     assert source is not None
     prompts = source.read()
