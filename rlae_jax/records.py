@@ -54,7 +54,7 @@ def one_of(names: Iterable[str]) -> msgspec.Meta:
 
 def plain(record: Any) -> Any:
     """A record, or a dataclass of settings, as the JSON value that a file holds."""
-    return _lists(msgspec.to_builtins(record))
+    return _lists(msgspec.to_builtins(record, enc_hook=lambda number: number.item()))  # of numpy
 
 
 def _lists(value: Any) -> Any:

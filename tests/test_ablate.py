@@ -333,6 +333,6 @@ class TestGoingOn:
             raises_input_error(
                 lambda other=other: ablate(ensemble, toys.task(), other, VARY, out, resume=True), f"base.{name} is"
             )
-        raises_input_error(lambda: rj.load_policy(out), "not the configuration of a run of train")
+        raises_input_error(lambda: rj.load_policy(out), "not the configuration of a training run")
         raises_input_error(lambda: ablate(ensemble, toys.task(), BASE, VARY, tmp_path, split="tset"), "tset")
         assert not list(tmp_path.iterdir())

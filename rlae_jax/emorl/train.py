@@ -306,7 +306,7 @@ def train_adapters(
     dev = _tokenise(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
     directories = {target.name: files.inside(out / OBJECTIVES, target.name) for target in targets}
     claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
-    there = [name for name in claimed if read_metrics(directories[name], ValidationLine)]
+    there = [name for name in claimed if read_metrics(directories[name])]
     trained = [name for name in claimed if (directories[name] / TRAINING_FILE).is_file()]
     claimed, there, trained = hosts.gather([claimed, there, trained])[0]
     if there and not resume:

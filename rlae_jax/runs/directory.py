@@ -58,7 +58,9 @@ def read_config(directory: Path, shape: type[C]) -> C:
         raise InputError(f"{directory} is not a run directory: it has no {CONFIG_FILE}")
     there = files.read_json(path)
     if (made_by := _command(there)) != (wanted := command_of(shape)):
-        raise InputError(f"{path}: not the configuration of a run of {wanted}; it is what the command {made_by} made")
+        what = "a training run" if wanted == "train" else f"a run of {wanted}"
+        but = f", but of {made_by}" if "command" in there else ""
+        raise InputError(f"{path}: not the configuration of {what}; {directory} is no run of {wanted}{but}")
     return records.check(there, shape, path)
 
 

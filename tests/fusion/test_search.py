@@ -95,7 +95,7 @@ class TestScores:
     def test_a_file_of_something_else(self, tmp_path, raises_input_error):
         path = tmp_path / "points.jsonl"
         path.write_text(json.dumps({"prompt": "x"}) + "\n" + "{}\n")
-        raises_input_error(lambda: Scores(cone(np.zeros(2)), path=path), "points.jsonl", "line 1")
+        raises_input_error(lambda: Scores(cone(np.zeros(2)), path=path), "points.jsonl:1")
 
     @pytest.mark.parametrize("scores", [np.full((3, 1), np.nan), np.zeros((2, 1)), np.zeros(3)])
     def test_scores_that_are_none(self, raises_input_error, scores):

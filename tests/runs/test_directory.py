@@ -82,8 +82,8 @@ def test_what_all_processes_are_told(tmp_path, monkeypatch, raises_input_error):
         ({"settings": {}, "mesh": {"data": 0}}, r"config\.json: mesh\.data is a number \(0\); expected int >= 1"),
         ({"settings": {}, "schema": 2}, r"config\.json: schema 2 was written by a newer version"),
         ({"settings": {}, "schema": 0}, r"config\.json: schema is a number \(0\); expected int >= 1"),
-        ({"settings": {}, "command": "other"}, r"what the command other made"),
-        ({"settings": {}, "command": [1]}, r"what the command a list made"),
+        ({"settings": {}, "command": "other"}, r"(what the command other made|no run of train, but of other)"),
+        ({"settings": {}, "command": [1]}, r"(what the command a list made|no run of train, but of a list)"),
     ],
 )
 def test_a_configuration_is_checked_before_it_is_used(tmp_path, there, told):
@@ -97,7 +97,7 @@ def test_a_command_reads_its_own_runs(tmp_path):
     claim_directory(tmp_path / "run", Other(), resume=False)
     assert files.read_json(tmp_path / "run" / CONFIG_FILE) == {"command": "other", "schema": 1}
     assert read_config(tmp_path / "run", Other) == Other()
-    with pytest.raises(InputError, match="not the configuration of a run of train; it is what the command other made"):
+    with pytest.raises(InputError, match="not the configuration of a training run; .* is no run of train, but of other$"):
         read_config(tmp_path / "run", OwnRun)
     with pytest.raises(InputError, match=r"is not a run directory: it has no config\.json"):
         read_config(tmp_path, OwnRun)
