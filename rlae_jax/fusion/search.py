@@ -123,8 +123,7 @@ class Scores:
             return
         rows = [ScoredPoint(point=list(point), scores=self._known[key].tolist()) for key, point in part]
         with files.GrowingFile(self._path) as file:
-            file.write("".join(json.dumps(records.plain(row)) + "
-" for row in rows))
+            file.write("".join(json.dumps(records.plain(row)) + "\n" for row in rows))
 
 
 @dataclasses.dataclass(frozen=True)
