@@ -48,6 +48,7 @@ ENCODERS: dict[str, tuple[str, ...]] = {
     "both": ("hidden", "text", "stats", "span"),
     "none": ("stats", "span"),
 }
+MOST_CELLS = 1_000
 NOTHING = "none"  # how a command line writes None and ()
 _EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word"}
 
@@ -227,6 +228,11 @@ def make_cells(base: PPOConfig, vary: Mapping[str, Sequence[Any]]) -> list[Cell]
         texts = [as_text(value) for value in values]
         if not texts or len(set(texts)) < len(texts):
             raise InputError(f"{name} needs one or more different values, not {','.join(texts) or 'none'}")
+    count = math.prod(map(len, vary.values()))
+    if count > MOST_CELLS:
+        raise InputError(
+            f"{count:,} combinations, of which {MOST_CELLS:,} can be trained; give fewer values of some field"
+        )
     cells = []
     for values in itertools.product(*vary.values()):
         settings = dict(zip(vary, values, strict=True))

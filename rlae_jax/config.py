@@ -14,6 +14,7 @@ from rlae_jax.ranges import (
     Count,
     CountOr0,
     LearningRate,
+    Passes,
     Positive,
     PositiveOr0,
     Seed,
@@ -109,7 +110,7 @@ class PPOConfig:
     iterations: Count = 200
     prompts: Count = 512
     samples: Count = 1
-    epochs: Count = 4
+    epochs: Passes = 4
     minibatches: Count = 4
     accumulate: Count = 1
     learning_rate: LearningRate = 1e-3

@@ -104,9 +104,10 @@ def number(
 
 Count = Annotated[int, whole(1)]
 CountOr0 = Annotated[int, whole(0)]
+Passes = Annotated[int, whole(1, 10_000)]  # over the same data
 Width = Annotated[int, whole(1, 2**16)]  # of a layer
 Levels = Annotated[int, whole(1, 100)]  # of halving: floats have no more
-Spans = Annotated[int, whole(0, 2**20)]
+Spans = Annotated[int, whole(0, 2**17)]
 Seed = Annotated[int, whole(0, LAST_SEED)]
 Number = Annotated[float, number()]
 Positive = Annotated[float, number(0, above=True)]

@@ -19,6 +19,7 @@ LEAVES = {
     "files",
     "hlo",
     "hosts",
+    "memory",
     "ranges",
     "records",
     "schedules",
@@ -32,6 +33,7 @@ LOW = LEAVES | {"runs", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
     "version": set(),
     "errors": set(),
+    "memory": {"errors"},
     "ranges": {"errors"},
     "schedules": set(),
     "files": {"errors", "hosts"},

@@ -25,7 +25,7 @@ from rlae_jax.fusion.decode import decode_batch
 from rlae_jax.fusion.prompts import Prompts, row_keys
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.models import LoraConfig, ModelConfig, lora, transformer
-from rlae_jax.ranges import Count, CountOr0, LearningRate, Positive, PositiveOr0, Seed, Share, Temperature
+from rlae_jax.ranges import Count, CountOr0, LearningRate, Passes, Positive, PositiveOr0, Seed, Share, Temperature
 from rlae_jax.schedules import learning_rate
 from rlae_jax.sharding import (
     BLOCKS,
@@ -68,7 +68,7 @@ class EMORLConfig:
     batch: Count = 16
     samples: Count = 3
     accumulate: Count = 1
-    epochs: Count = 1
+    epochs: Passes = 1
     combination: str = "sum"
     learning_rate: LearningRate = 1e-4
     schedule: str = "constant"

@@ -127,6 +127,7 @@ class Fused:
         """
         spec = self.ensemble.spec(max_new_tokens=max_new_tokens, temperature=temperature, ignore_eos=ignore_eos)
         self.ensemble.check_lengths(self.ensemble.lengths(rows), max_new_tokens)
+        self.ensemble.require_memory(len(rows) * samples, max_new_tokens, "give fewer prompts or samples")
         batch = fill(len(rows), self.base.mesh)
         keys = _keys(np.uint32(seed), np.arange(first, first + batch))
         prompts = self.ensemble.prompts(rows, spec, batch=batch)._replace(keys=keys)

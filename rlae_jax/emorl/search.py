@@ -110,6 +110,23 @@ def most_points(config: SearchConfig, dimensions: int) -> int:
     return config.budget or 3**dimensions
 
 
+def require_points(config: SearchConfig, dimensions: int) -> None:
+    """Raises an `InputError` for a search of more points than its budget, or than any can try; or of fewer than one
+    level."""
+    if config.method == "hierarchical":
+        levels = levels_within(config, dimensions)
+        points = level_sizes(dimensions, config.space)[0] * levels
+        searching.require_few(
+            points, f"a search of {levels} levels", "give a lower --levels or --budget, or fewer adapters"
+        )
+    elif config.method == "grid":
+        most = min(config.budget or searching.MOST_POINTS, searching.MOST_POINTS)
+        searching.require_grid(dimensions, config.step, config.space, most)
+    else:
+        points = config.budget or 3**dimensions
+        searching.require_few(points, f"a search by {config.method}", "give a smaller --budget")
+
+
 class PointEvaluator:
     """Scores points: their answers to some prompts, under some objectives."""
 
@@ -292,6 +309,7 @@ def search(
     """
     began = time.perf_counter()
     d = len(fused.names)
+    require_points(config, d)
     levels = levels_within(config, d) if config.method == "hierarchical" else 0
     path = None
     if out is not None:

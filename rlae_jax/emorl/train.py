@@ -302,6 +302,8 @@ def train_adapters(
     base.require_tokenizer()
     sharding.check_rows("batch / accumulate =", config.batch // config.accumulate, base.mesh)
     ensemble = Ensemble([base.with_adapters([init_adapter(base, config.lora)])])
+    answers = config.batch * config.samples * len(targets)
+    ensemble.require_memory(answers, config.max_new_tokens, "give a smaller --batch, or fewer --samples")
     train = _tokenise(ensemble, prompts.split("train"), config.max_new_tokens)
     dev = _tokenise(ensemble, prompts.split("dev")[: config.validation_prompts], config.max_new_tokens)
     directories = {target.name: files.inside(out / OBJECTIVES, target.name) for target in targets}

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
-from rlae_jax import ranges, sharding
+from rlae_jax import memory, ranges, sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import likelihood, programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
@@ -36,6 +36,7 @@ from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers
 from rlae_jax.fusion.weights import PolicyForBatch, Weights, bind_weights, span_length_of
 from rlae_jax.models import LM, Adapter, Encoder, lora
+from rlae_jax.models.cache import place_bytes, places
 from rlae_jax.models.lm import AdapterChoice, load_adapters
 from rlae_jax.ranges import Count
 
@@ -300,6 +301,17 @@ class Ensemble:
                 f"prompts of at most {max(self.context - max_new_tokens, 0)} tokens fit",
             )
 
+    def require_memory(self, answers: int, tokens: int, remedy: str) -> None:
+        """Raises an `InputError` where so many answers, written together, cannot be held.
+
+        Args:
+          tokens: of each, and of its prompt where that is read into the same cache.
+          remedy: what would need less.
+        """
+        configs = [lm.config for lm in self.members]
+        a_row = sum(places(config, tokens) * place_bytes(config) + 4 * config.usable_vocab for config in configs)
+        memory.require(answers * a_row, f"{answers:,} answers at once, of {tokens:,} tokens", remedy, self.mesh)
+
     def prompts(self, rows: Sequence[Row], spec: DecodeSpec, **fields: Any) -> Prompts:
         """Rows of ids as a batch of this ensemble; see `prompts.make_prompts` for the fields."""
         members = 1 if spec.union is None else len(self.members)
@@ -382,6 +394,9 @@ class Ensemble:
         if spec.union is not None:  # no member is led beyond what it was made for
             room = min(spec.member_tokens, self.context - max(lengths))
             spec = dataclasses.replace(spec, member_tokens=room)
+        held = longest if spec.union is None else spec.member_tokens
+        held += 0 if any(config.encoder is not None for config in spec.members) else max(lengths)
+        self.require_memory(batch * options.samples, held, "give fewer prompts or samples, or a lower max_new_tokens")
         filled = self.prompts(rows, spec, seed=seed, limits=limits, forced=forced, text=text)
         params = self.params_for(adapters, batch)
         return Job(rows, filled, policy_params, spec, params, options.samples, stop, self.mesh).fill()

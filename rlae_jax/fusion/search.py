@@ -15,6 +15,7 @@ goes on. The last one evaluates no point twice on one prompt, unless it is asked
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ _DIGITS = 9  # of a point's coordinates, by which it is known again
 # A search over more points than two members' grid of step 0.05 has tries them on so many prompts first, and all prompts
 # are for this many of them.
 _EXHAUSTIVE = 21
+MOST_POINTS = 100_000  # of a search: each is decoded, and compared with all others
 FIRST_PROMPTS = 64
 _FINALISTS = 8
 
@@ -43,6 +45,45 @@ class ScoredPoint(records.Record):
 
     point: Annotated[list[records.Share], msgspec.Meta(min_length=1)]
     scores: Annotated[list[records.Finite], msgspec.Meta(min_length=1)]
+
+
+def require_few(points: int, what: str, fewer: str) -> None:
+    """Raises an `InputError` for more points than a search can try.
+
+    Args:
+      what: which search.
+      fewer: what would make it smaller.
+    """
+    if points > MOST_POINTS:
+        raise InputError(f"{what} has {_count(points)} points, of which {MOST_POINTS:,} can be tried; {fewer}")
+
+
+def _count(points: int) -> str:
+    return f"{points:,}" if points < 10**15 else f"about 10^{math.log10(points):.0f}"
+
+
+def grid_size(dimensions: int, steps: int, space: str = "box") -> int:
+    """The points of a grid with so many steps from 0 to 1."""
+    return (steps + 1) ** dimensions if space == "box" else math.comb(steps + dimensions - 1, steps)
+
+
+def require_grid(dimensions: int, step: float, space: str = "box", most: int = MOST_POINTS) -> None:
+    """Raises an `InputError` for a grid of more points than can be tried, with the smallest step that could be.
+
+    Args:
+      most: points that are to be tried.
+    """
+    points = grid_size(dimensions, round(1 / step), space)
+    if points <= most:
+        return
+    few = next((n for n in range(1, 101) if grid_size(dimensions, n + 1, space) > most), 100)
+    fewer = f"a step of {1 / few:.3g} gives {grid_size(dimensions, few, space):,}"
+    if grid_size(dimensions, few, space) > most:
+        fewer = "give a larger budget" if most < MOST_POINTS else "try fewer weights"
+    raise InputError(
+        f"a grid of step {step:g} over {dimensions} weights has {_count(points)} points, of which {most:,} can be "
+        f"tried; {fewer}; or give another method with a budget"
+    )
 
 
 class Scores:
@@ -100,7 +141,8 @@ class Scores:
     def __call__(self, points: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N M"]:
         """The scores of these points."""
         wanted = [tuple(float(value) for value in np.round(point, _DIGITS)) for point in points]
-        self.points += [point for point in dict.fromkeys(wanted) if point not in set(self.points)]
+        tried = set(self.points)
+        self.points += [point for point in dict.fromkeys(wanted) if point not in tried]
         new = {key: point for point in wanted if (key := self._key(point)) not in self._known}
         size = self._batch or max(len(new), 1)
         items = list(new.items())
@@ -174,6 +216,10 @@ def hierarchical(known: Scores, dimensions: int, levels: int = 5, space: str = "
         raise InputError(f"space must be one of {', '.join(SPACES)}, not {space!r}")
     if levels < 1 or dimensions < 1:
         raise InputError(f"a search needs at least one level and one dimension, not {levels} and {dimensions}")
+    looked_at = levels * 3**dimensions if space == "box" else levels * math.comb(2 * dimensions - 1, dimensions - 1)
+    require_few(
+        looked_at, f"a search of {levels} levels over {dimensions} weights", "give fewer levels, or fewer weights"
+    )
     parts = _box_parts if space == "box" else _simplex_parts
     region = np.array(list(itertools.product((0.0, 1.0), repeat=dimensions))) if space == "box" else np.eye(dimensions)
     regions = []
@@ -210,6 +256,7 @@ def _simplex_parts(region: Float[np.ndarray, "d d"]) -> Iterator[Float[np.ndarra
 
 def grid(known: Scores, dimensions: int, step: float, space: str = "box") -> SearchResult:
     """Every point whose coordinates are multiples of `step`; in a simplex those that sum to 1."""
+    require_grid(dimensions, step, space)
     n = round(1 / step)
     if space == "box":
         points = np.array(list(itertools.product(range(n + 1), repeat=dimensions))) / n
@@ -222,6 +269,7 @@ def grid(known: Scores, dimensions: int, step: float, space: str = "box") -> Sea
 
 def draw(dimensions: int, points: int, seed: int = 0, space: str = "box") -> Float[np.ndarray, "N d"]:
     """Points drawn uniformly."""
+    require_few(points, "a search among random points", "give a smaller budget, or fewer weights")
     rng = np.random.default_rng(seed)
     return rng.random((points, dimensions)) if space == "box" else rng.dirichlet(np.ones(dimensions), points)
 

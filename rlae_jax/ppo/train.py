@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlae_jax import hosts, ranges, records, sharding
+from rlae_jax import hosts, memory, ranges, records, sharding
 from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
@@ -326,6 +326,7 @@ def train_seeds(
         reader=None if encoder is None else ensemble.reader(encoder),
     )
     dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
+    _require_memory(ensemble, config, spec, dims)
     train_split = _tokenise(ensemble, task, "train", None, config, encoder)
     dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
     load_sinks(log_to)  # told before anything is written
@@ -403,6 +404,24 @@ def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) 
         encoder=encoder,
         text_tokens=config.agent.text_tokens,
     )
+
+
+def _require_memory(ensemble: Ensemble, config: PPOConfig, spec: DecodeSpec, dims: Dims) -> None:
+    """Raises an `InputError` where an iteration, or the agents, cannot be held."""
+    answers = config.prompts * config.samples
+    together = (config.engine_slots or answers) * config.seeds
+    remedy = "give fewer --prompts, --samples or --seeds, or a lower --max-new-tokens"
+    ensemble.require_memory(together, spec.max_new_tokens, remedy)
+    seen = sum(dims.widths) if "hidden" in config.agent.reads else 1
+    decisions = answers * config.seeds * spec.spans
+    of_decisions = 4 * decisions * (seen + config.epochs)  # what was seen, and the orders in which it is learnt from
+    memory.require(
+        of_decisions, f"{decisions:,} decisions of an iteration", f"{remedy}, or fewer epochs", ensemble.mesh
+    )
+    alone = jax.eval_shape(functools.partial(_fresh, dataclasses.replace(config, seeds=1), dims))
+    of_agent = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(alone))
+    what, smaller = f"{config.seeds:,} agents of these widths", "give smaller ones (agent.projection, agent.ffn_width)"
+    memory.require(of_agent * config.seeds, what, f"{smaller}, or fewer --seeds", ensemble.mesh)
 
 
 def _seeds(config: PPOConfig) -> Int[np.ndarray, " E"]:

@@ -107,6 +107,7 @@ class Engine:
         if context is not None and context > ensemble.context:
             raise InputError(f"context is {context}; the members have {ensemble.context} tokens at most")
         context = min(ensemble.context, 2048) if context is None else context
+        ensemble.require_memory(slots, context, "give fewer slots, or a shorter context")
         if ensemble.mesh is not None:
             raise InputError("an engine runs on one device; load its members without a mesh")
         if any(lm.config.encoder is not None for lm in ensemble.members):

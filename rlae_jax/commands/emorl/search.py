@@ -85,13 +85,18 @@ def search(
     from rlae_jax.emorl.display import search_progress, with_values
     from rlae_jax.emorl.fused import Fused
     from rlae_jax.emorl.run import AGENT, Run
+    from rlae_jax.emorl.search import require_points
     from rlae_jax.emorl.search import search as search_weights
 
     trained = Run(run)
     names = list(adapters) or trained.singles()
     objectives = trained.objectives(names)
+    config = None
+    if search.method != AGENT:  # told before the base is loaded
+        config = search.config(trained.config.settings.max_new_tokens)
+        require_points(config, len(names))
     fused = Fused(trained.base, [trained.adapter(name) for name in names], mode)
-    if search.method == AGENT:
+    if config is None:
         where = out or _room(trained, AGENT, names)
         with resumable(resume):
             train_run_agent(
@@ -106,7 +111,6 @@ def search(
             f"rlae-jax emorl evaluate --run {report.quoted(run)}"
         )
         return
-    config = search.config(trained.config.settings.max_new_tokens)
     asked = trained.prompts.split(split)[:prompts]
     where = out or _room(trained, mode, names)
     with resumable(resume), search_progress(mode, config, len(names)) as on_points:

@@ -14,6 +14,7 @@ from rlae_jax.ranges import (
     CountOr0,
     LearningRate,
     Minutes,
+    Passes,
     Positive,
     PositiveOr0,
     Seed,
@@ -50,7 +51,7 @@ class TrainOptions:
     """Steps in which the learning rate grows. Default: 0."""
     gradient_norm: Positive | None = None
     """Longer gradients are cut to this length. Default: 2."""
-    epochs: Count | None = None
+    epochs: Passes | None = None
     """Updates from the answers of one step, of grpo and ppo. Default: 1."""
     kl_weight: PositiveOr0 | None = None
     """Of the penalty that keeps an adapter near the base. Default: 0.05."""
