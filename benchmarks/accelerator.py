@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
@@ -55,7 +55,7 @@ from benchmarks.accelerator_cases import (
     told,
 )
 from benchmarks.accelerator_tables import measured, page, sentences, tables
-from rlae_jax import files
+from rlae_jax import files, records
 from rlae_jax.errors import InputError
 
 # Name of a check, case, what of it, and what is required.
@@ -125,6 +125,37 @@ def run_cases(cases: Sequence[Case], results: "Results", bench: Bench, *, minute
         results.add(case, {**row, "case_s": time.perf_counter() - start})
 
 
+class KeptRow(TypedDict):
+    """What every row of the file has."""
+
+    case: str
+
+
+class KeptEnvironment(TypedDict):
+    """What of where rows were measured is compared."""
+
+    devices: Any
+    shapes: str
+
+
+class Kept(TypedDict):
+    """What of the file is used."""
+
+    rows: list[KeptRow]
+    environment: KeptEnvironment
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """The file's content.
+
+    Raises:
+      InputError: it cannot be read, or is something else.
+    """
+    kept = files.read_json(path)
+    records.check(kept, Kept, path)
+    return kept
+
+
 class Results:
     """The rows, their checks and where they were measured, and the file that has them."""
 
@@ -132,7 +163,7 @@ class Results:
         self.path, self.environment = path, dict(environment)
         self.rows: dict[str, dict[str, Any]] = {}
         if path.is_file():
-            kept = files.read_json(path)
+            kept = read_kept(path)
             self.rows = {row["case"]: row for row in kept["rows"]}
             for what in ("devices", "shapes"):
                 if kept["environment"][what] != self.environment[what]:
@@ -194,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.monotonic()
     options = read_arguments(arguments)
     if options.page is not None:
-        content = files.read_json(options.json) if options.json.is_file() else {"rows": []}
+        content = read_kept(options.json) if options.json.is_file() else {"rows": []}
         files.write_text(options.page, page(content, how=(__doc__ or "").split("\n\n", 3)[3].strip()))
         return
     # Torch needs some of the memory, too.

@@ -30,14 +30,15 @@ import numpy as np
 import rlae_jax as rj
 from benchmarks import common, study
 from benchmarks.study import CLAIM_COLUMNS, claim, claim_cells, sign_verdict
-from rlae_jax import files, report, statistics
+from rlae_jax import files, records, report, statistics
 from rlae_jax.config import PPOConfig
 from rlae_jax.emorl import embedded, evaluation
 from rlae_jax.emorl.agent import train_agent
 from rlae_jax.emorl.fused import MODES, Fused
 from rlae_jax.emorl.run import BASELINES, Data, Run, make_targets
-from rlae_jax.emorl.search import SEARCH_FILE, SearchConfig, search
-from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Target, train_adapters
+from rlae_jax.emorl.search import SEARCH_FILE, Found, SearchConfig, search
+from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Target, Training, train_adapters
+from rlae_jax.evaluation.results import read_results
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import reflections
 
@@ -157,8 +158,8 @@ def fused_of(out: Path, plan: Plan, seed: int, mode: str = "hidden", adapters: S
     return Fused(base_of(out, plan, seed), [run.adapter(name) for name in adapters], mode)
 
 
-def searched(out: Path, seed: int, name: str) -> dict[str, Any]:
-    return files.read_json(Run(cell(out, seed)).search_directory(name) / SEARCH_FILE)
+def searched(out: Path, seed: int, name: str) -> Found:
+    return records.read(Run(cell(out, seed)).search_directory(name) / SEARCH_FILE, Found)
 
 
 def answer_tests(out: Path, plan: Plan, seed: int, part: str) -> None:
@@ -174,7 +175,7 @@ def answer_tests(out: Path, plan: Plan, seed: int, part: str) -> None:
     methods = {name: adapted[name] for name in ("base", *names, *trained)}
     for method, search_name in fusions.items():
         fused = fused_of(out, plan, seed, SEARCHES[search_name][1], names)
-        methods[method] = evaluation.fusion(fused, list(searched(out, seed, search_name)["weights"].values()))
+        methods[method] = evaluation.fusion(fused, list(searched(out, seed, search_name).weights.values()))
     if part == "three":
         methods[AGENT] = evaluation.fusion(fused_of(out, plan, seed), rj.load_policy(run.search_directory("agent")))
     evaluation.evaluate(
@@ -208,7 +209,7 @@ def time_training(out: Path, plan: Plan) -> dict[str, float]:
     and of the three as a stack. All cores, seed 0; rounds of the first run of each kind compile and are not counted."""
     path = out / "times.json"
     if path.is_file():
-        return dict(files.read_json(path))
+        return records.check(files.read_json(path), dict[str, records.Seconds], path)
     base, prompts = base_of(out, plan, 0), DATA.read()
     every = settings(plan, 0).validate_every
     config = dataclasses.replace(settings(plan, 0), steps=every * plan.timed_rounds, window=10_000)
@@ -257,12 +258,17 @@ def collect(out: Path, plan: Plan) -> Measurements:
     """What the pieces left."""
     cells = [cell(out, seed) for seed in range(plan.seeds)]
     names = (*FOUR, *BASELINES, UNIFORM_FOUR)
-    three, four = (
-        [files.read_json(one / "test" / where / "results.json") for one in cells] for where in ("three", "four")
-    )
-    training = [{name: files.read_json(one / OBJECTIVES / name / TRAINING_FILE) for name in names} for one in cells]
+    three, four = ([records.plain(read_results(one / "test" / where)) for one in cells] for where in ("three", "four"))
+    training = [
+        {name: records.plain(records.read(one / OBJECTIVES / name / TRAINING_FILE, Training)) for name in names}
+        for one in cells
+    ]
     searches = [
-        {path.parent.name: files.read_json(path) for path in (one / "search").glob(f"*/{SEARCH_FILE}")} for one in cells
+        {
+            path.parent.name: records.plain(records.read(path, Found))
+            for path in (one / "search").glob(f"*/{SEARCH_FILE}")
+        }
+        for one in cells
     ]
     return Measurements(three, four, training, searches, time_training(out, plan))
 

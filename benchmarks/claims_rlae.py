@@ -29,9 +29,11 @@ import numpy as np
 import rlae_jax as rj
 from benchmarks import common, study
 from benchmarks.study import CLAIM_COLUMNS, all_of, claim, claim_cells, sign_verdict
-from rlae_jax import files, report, specialists, statistics
+from rlae_jax import files, records, report, specialists, statistics
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
+from rlae_jax.errors import InputError
 from rlae_jax.evaluation import Method, baseline_methods, evaluate, join_results, searches, transfer_matrix
+from rlae_jax.evaluation.results import read_results
 from rlae_jax.ppo.train import train_seeds
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import get_task
@@ -175,13 +177,37 @@ def run_all(out: Path, plan: Plan) -> None:
 # --- what was measured ---
 
 
+class Column(records.Record):
+    """What `transfer_matrix` gives for one column."""
+
+    split: str
+    rows: list[str]
+    columns: list[str]
+    scores: list[tuple[records.Finite]]
+    ci95: list[Any]
+    per_seed: list[Any]
+
+
+def read_column(path: Path, names: Sequence[str]) -> dict[str, Column]:
+    """A task's column of every agent's transfer matrix.
+
+    Raises:
+      InputError: it is not of the shape, or lacks rows.
+    """
+    columns = records.check(files.read_json(path), dict[str, Column], path)
+    for agent in AGENTS:
+        rows = columns[agent].rows if agent in columns else []
+        if sorted(rows) != sorted(names) or len(rows) != len(columns[agent].scores):
+            raise InputError(f"{path}: {agent} has no score of each of {', '.join(names)}")
+    return columns
+
+
 def merge_transfer(out: Path, plan: Plan, agent: str) -> dict[str, Any]:
     """The whole matrix with every seed's scores, [row][column][seed]."""
     names = list(plan.iterations)
-    parts = {(c, s): files.read_json(transfer_path(out, c, s))[agent] for c in names for s in range(plan.seeds)}
+    parts = {(c, s): read_column(transfer_path(out, c, s), names)[agent] for c in names for s in range(plan.seeds)}
     per_seed = [
-        [[parts[c, s]["scores"][parts[c, s]["rows"].index(r)][0] for s in range(plan.seeds)] for c in names]
-        for r in names
+        [[parts[c, s].scores[parts[c, s].rows.index(r)][0] for s in range(plan.seeds)] for c in names] for r in names
     ]
     scores = np.mean(per_seed, axis=2).tolist()
     return {"rows": names, "columns": names, "scores": scores, "per_seed": per_seed}
@@ -305,7 +331,7 @@ def time_methods(out: Path, plan: Plan, task_name: str) -> list[dict[str, Any]]:
     """Milliseconds per token and answer of each method on the same members and prompts, alternating in one process."""
     members, task = members_of(out, plan, task_name, 0), get_task(task_name)
     prompts = task.split("test").take(PROMPTS).prompts
-    table = files.read_json(cell(out, task_name, 0) / "results.json")["methods"]
+    table = read_results(cell(out, task_name, 0)).methods
     length = task.span_length
     methods: dict[str, tuple[rj.Ensemble, Any, int | None]] = {
         "uniform": (members, None, length),

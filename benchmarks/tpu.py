@@ -14,11 +14,11 @@ import importlib.metadata
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
-from rlae_jax import files, hlo, report
+from rlae_jax import files, hlo, records, report
 from rlae_jax.models import ModelConfig
 from rlae_jax.models.config import Rope
 from rlae_jax.planning import tpu
@@ -108,10 +108,17 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
     }
 
 
+class Stored(TypedDict):
+    """What of the file of results is used; a case's row has what was measured of it."""
+
+    cases: dict[str, dict[str, Any]]
+
+
 def read_results() -> dict[str, Any]:
     """What was measured so far, by case."""
     path = FOLDER / "results.json"
     stored: dict[str, Any] = files.read_json(path) if path.is_file() else {"cases": {}}
+    records.check(stored, Stored, path)
     return stored
 
 

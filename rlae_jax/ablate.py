@@ -31,6 +31,7 @@ from rlae_jax import files, ranges, records, report
 from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError, Interrupted, grouped_error
 from rlae_jax.evaluation import Method, evaluate
+from rlae_jax.evaluation.results import RESULTS_FILE, read_results
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.ppo.train import Setup, require_written, setup, train_seeds
@@ -383,14 +384,21 @@ def _run(cell: Cell, ensemble: Ensemble, task: Task, split: str, n: int, directo
 
 
 def _finished(directory: Path, split: str, n: int) -> dict[str, Any] | None:
-    """The results.json of a cell that was scored on these prompts."""
-    path = directory / "results.json"
+    """The results.json of a cell that was scored on these prompts.
+
+    Raises:
+      InputError: it is not of its shape, or has several methods.
+    """
+    path = directory / RESULTS_FILE
     if not path.is_file():
         return None
-    results = files.read_json(path)
-    same = results["split"] == split and all(method["n"] == n for method in results["methods"].values())
+    results = read_results(directory)
+    if len(results.methods) != 1:
+        raise InputError(f"{path}: methods has {len(results.methods)} entries; expected a cell's agent alone")
+    same = results.split == split and all(method["n"] == n for method in results.methods.values())
     # `evaluate` writes first, and the total comes last.
-    return results if same and "total" in results["seconds"] else None
+    done: dict[str, Any] = records.plain(results)
+    return done if same and "total" in results.seconds else None
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, Any]:

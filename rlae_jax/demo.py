@@ -17,6 +17,7 @@ from rlae_jax import files, report
 from rlae_jax.config import PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.evaluation import Method, baseline_methods, evaluate
+from rlae_jax.evaluation.results import read_predictions
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.models import load
@@ -144,7 +145,7 @@ def _run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     results["seconds"] = seconds
 
     scores = results["methods"]
-    used = [np.array(row["weights"]) for row in files.read_json_lines(out / "predictions.jsonl", method="rlae_ppo")]
+    used = [np.array(row.weights) for row in read_predictions(out) if row.method == "rlae_ppo"]
     report.weights_by_skill(
         out / "weights.png",
         skill_weights(task, used),

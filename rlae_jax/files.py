@@ -339,12 +339,6 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_json_lines(path: Path, **fields: Any) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file of our own whose fields have the given values."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
-
-
 def check_fetched(path: Path) -> None:
     """Raises an `InputError` for what git leaves in the place of a large file that was not fetched."""
     with path.open("rb") as file:

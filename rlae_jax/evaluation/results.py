@@ -6,12 +6,13 @@ In: answers by method, a list entry per seed. Out: content of the files, plain d
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from rlae_jax import files, statistics
+from rlae_jax import files, records, statistics
 from rlae_jax.errors import InputError
 from rlae_jax.evaluation.answers import Answers
 from rlae_jax.evaluation.methods import AnyMethod, Method, Pick
@@ -19,6 +20,84 @@ from rlae_jax.tasks import Examples
 
 SCHEMA = 1
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.jsonl"
+
+
+class Results(records.Record, kw_only=True):
+    """The content of results.json.
+
+    Attributes:
+      methods: what `method_row` gives, by name.
+      differences: what `differences` gives.
+      objectives, sampled: of an evaluation under several objectives, whose `methods` answer greedily.
+      verdict: a demo's.
+    """
+
+    schema: records.Schema = SCHEMA
+    task: str
+    split: str
+    objectives: list[str] | msgspec.UnsetType = msgspec.UNSET
+    methods: dict[str, dict[str, Any]]
+    differences: list[dict[str, Any]]
+    sampled: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    seconds: dict[str, records.Seconds]
+    environment: dict[str, Any]
+    verdict: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class MethodRow(TypedDict):
+    """What is used of a method's entry; beside it there is what its search told."""
+
+    score: records.Finite
+    n: records.Positive
+    ci95: tuple[float, float]
+    per_seed: Annotated[list[records.Finite], msgspec.Meta(min_length=1)]
+    ms_per_token: records.Seconds
+    ms_per_answer: records.Seconds
+    reference: NotRequired[bool]
+
+
+class Prediction(records.Record, kw_only=True):
+    """A line of predictions.jsonl.
+
+    Attributes:
+      weights: of each span of the answer, or of the whole answer's adapters.
+    """
+
+    method: str
+    seed: records.Count | msgspec.UnsetType = msgspec.UNSET
+    decoding: str | msgspec.UnsetType = msgspec.UNSET
+    index: records.Count
+    prompt: str
+    reference: Any = msgspec.UNSET
+    text: str
+    reward: records.Finite
+    scores: dict[str, records.Finite] | msgspec.UnsetType = msgspec.UNSET
+    finish_reason: str | msgspec.UnsetType = msgspec.UNSET
+    weights: list[list[float]]
+
+
+def read_results(directory: Path) -> Results:
+    """What an evaluation left in its directory.
+
+    Raises:
+      InputError: there is nothing, or it is not of the shape.
+    """
+    path = directory / RESULTS_FILE
+    results = records.read(path, Results)
+    if not results.methods:
+        raise InputError(f"{path}: methods is empty; expected at least one")
+    for name, row in results.methods.items():
+        records.check(row, MethodRow, path, f"methods.{name}")
+    return results
+
+
+def read_predictions(directory: Path) -> list[Prediction]:
+    """The answers that an evaluation left in its directory.
+
+    Raises:
+      InputError: there are none, or they are not of the shape.
+    """
+    return records.read_lines(directory / PREDICTIONS_FILE, Prediction)
 
 
 def rewards_of(seeds: Sequence[Answers]) -> Float[np.ndarray, "S N"]:
@@ -108,7 +187,7 @@ def predictions(
     answers: Answers,
     objectives: Sequence[str],
     keys: Collection[str],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Prediction]:
     """The lines of predictions.jsonl of one seed of a method.
 
     Args:
@@ -130,12 +209,12 @@ def predictions(
             "finish_reason": answers.finish_reasons[index],
             "weights": np.round(answers.weights[index], 4).tolist(),
         }
-        yield {key: value for key, value in row.items() if key in keys}
+        yield Prediction(**{key: value for key, value in row.items() if key in keys})
 
 
-def write_results(out: Path, results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+def write_results(out: Path, results: Mapping[str, Any], lines: Sequence[Prediction]) -> None:
     """Writes both files into a run's directory."""
-    files.write_json_lines(out / PREDICTIONS_FILE, lines)
+    files.write_json_lines(out / PREDICTIONS_FILE, map(records.plain, lines))
     files.write_json(out / RESULTS_FILE, results)
 
 
@@ -150,44 +229,56 @@ def join_results(directories: Sequence[str | os.PathLike[str]]) -> dict[str, Any
       InputError: evaluations that differ in their prompts, in their methods, or in how many seeds a method has.
     """
     paths = [Path(directory) for directory in directories]
-    parts = [files.read_json(path / RESULTS_FILE) for path in paths]
+    parts = [read_results(path) for path in paths]
     rewards: list[dict[str, Float[np.ndarray, "S N"]]] = []
     asked = set()
     for path, part in zip(paths, parts, strict=True):
         own, prompts = _read_rewards(path, part)
         rewards.append(own)
         shape = tuple((name, table.shape) for name, table in own.items())
-        asked.add((part["task"], part["split"], shape, prompts))
+        asked.add((part.task, part.split, shape, prompts))
     if len(asked) != 1:
         names = " and ".join(map(str, paths[:2]))
         raise InputError(
             f"evaluations differ in their prompts, methods or seeds, such as {names}; they cannot be joined"
         )
     joined = {name: np.concatenate([part[name] for part in rewards]) for name in rewards[0]}
-    table = {name: _joined_row(values, [part["methods"][name] for part in parts]) for name, values in joined.items()}
+    table = {}
+    for name, values in joined.items():
+        rows = [part.methods[name] for part in parts]
+        for path, row in zip(paths, rows, strict=True):
+            if lacking := [key for key in rows[0] if key not in row]:
+                raise InputError(
+                    f"{path / RESULTS_FILE}: the key methods.{name}.{lacking[0]} is missing, which {paths[0]} has"
+                )
+        table[name] = _joined_row(values, rows)
     return {
         "schema": SCHEMA,
-        "task": parts[0]["task"],
-        "split": parts[0]["split"],
+        "task": parts[0].task,
+        "split": parts[0].split,
         "methods": table,
         "differences": compare_agents(joined, table),
-        "seconds": {"evaluation": sum(part["seconds"]["evaluation"] for part in parts)},
-        "environment": parts[0]["environment"],
+        "seconds": {"evaluation": sum(part.seconds.get("evaluation", 0.0) for part in parts)},
+        "environment": parts[0].environment,
     }
 
 
-def _read_rewards(
-    path: Path, results: Mapping[str, Any]
-) -> tuple[dict[str, Float[np.ndarray, "S N"]], tuple[str, ...]]:
+def _read_rewards(path: Path, results: Results) -> tuple[dict[str, Float[np.ndarray, "S N"]], tuple[str, ...]]:
     """An evaluation's rewards by method, and its prompts, once for each method."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in results["methods"]}
-    for row in files.read_json_lines(path / PREDICTIONS_FILE):
-        rows[row["method"]].append(row)
-    rewards = {
-        name: np.array([row["reward"] for row in own]).reshape(-1, results["methods"][name]["n"])
-        for name, own in rows.items()
-    }
-    return rewards, tuple(row["prompt"] for own in rows.values() for row in own if row["seed"] == 0)
+    rows: dict[str, list[Prediction]] = {name: [] for name in results.methods}
+    for row in read_predictions(path):
+        if row.method not in rows:
+            raise InputError(f"{path / PREDICTIONS_FILE}: has answers of {row.method[:60]!r}, {RESULTS_FILE} has none")
+        rows[row.method].append(row)
+    rewards = {}
+    for name, own in rows.items():
+        n, seeds = results.methods[name]["n"], len(results.methods[name]["per_seed"])
+        if len(own) != n * seeds:
+            raise InputError(
+                f"{path / PREDICTIONS_FILE}: {len(own)} answers of {name}; {RESULTS_FILE} has {seeds} seeds of {n}"
+            )
+        rewards[name] = np.array([row.reward for row in own]).reshape(seeds, n)
+    return rewards, tuple(row.prompt for own in rows.values() for row in own if row.seed == 0)
 
 
 def _joined_row(rewards: Float[np.ndarray, "S N"], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

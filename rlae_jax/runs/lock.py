@@ -255,7 +255,7 @@ def _read(file: int) -> dict[str, Any] | None:
         return None
     try:
         there = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return there if isinstance(there, dict) else {}
 

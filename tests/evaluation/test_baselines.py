@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax import files
+from rlae_jax import records
 from rlae_jax.evaluation import (
     Method,
     baseline_methods,
@@ -15,6 +15,7 @@ from rlae_jax.evaluation import (
 from rlae_jax.evaluation import answers as answering
 from rlae_jax.evaluation.baselines import ALL, BASELINES
 from rlae_jax.evaluation.policies import Replay, replay
+from rlae_jax.evaluation.results import read_predictions
 from rlae_jax.evaluation.searches import schedule_weights, static_weights
 from rlae_jax.tasks import Task
 from rlae_jax.tasks.rewards import exact_match
@@ -78,7 +79,7 @@ class TestMethods:
 
 
 def rows_of(out, method):
-    return files.read_json_lines(out / "predictions.jsonl", method=method)
+    return [records.plain(row) for row in read_predictions(out) if row.method == method]
 
 
 def knows(member, row):

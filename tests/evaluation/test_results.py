@@ -6,20 +6,21 @@ import json
 import numpy as np
 import pytest
 
-from rlae_jax import files, report, statistics
+from rlae_jax import records, report, statistics
 from rlae_jax.evaluation import (
     Method,
     evaluate,
     join_results,
 )
 from rlae_jax.evaluation.methods import Pick
+from rlae_jax.evaluation.results import read_predictions, read_results
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
 from tests.helpers import toys
 
 
 def rows_of(out, method):
-    return files.read_json_lines(out / "predictions.jsonl", method=method)
+    return [records.plain(row) for row in read_predictions(out) if row.method == method]
 
 
 class TestSeeds:
@@ -81,6 +82,26 @@ class TestSeeds:
         evaluate({"rlae_ppo": agent, "static": static, "oracle": oracle}, task, out=tmp_path / "d", limit=3)
         raises_input_error(lambda: join_results([tmp_path / "a", tmp_path / "d"]), "prompts")
 
+    def test_what_was_edited_is_told_with_its_file(self, ensemble, agent, tmp_path, raises_input_error):
+        out = tmp_path / "run"
+        evaluate({"rlae_ppo": agent}, toys.task(), out=out, limit=3)
+        results, lines = (out / name for name in ("results.json", "predictions.jsonl"))
+        known, rows = json.loads(results.read_text()), lines.read_text().splitlines(keepends=True)
+
+        def told(*parts):
+            raises_input_error(lambda: join_results([out, out]), *parts)
+
+        lines.write_text("".join(rows[:2]))
+        told(str(lines), "2 answers of rlae_ppo; results.json has 1 seeds of 3")
+        lines.write_text("".join(rows).replace("rlae_ppo", "other"))
+        told(str(lines), "has answers of 'other', results.json has none")
+        lines.write_text("".join(rows) + "{}\n")
+        told(f"{lines}:4: the key method is missing")
+        results.write_text(json.dumps(known | {"methods": {"a": {"n": 3}}}))
+        told(f"{results}: the key methods.a.score is missing")
+        results.write_text(json.dumps(known | {"colour": 3}))
+        told(f"{results}: unknown key colour: written by a newer version")
+
     def test_without_agents_all_are_compared_with_uniform(self, evaluated):
         rows = evaluated[0]["differences"]
         assert [(row["a"], row["b"]) for row in rows] == [
@@ -112,6 +133,7 @@ class TestFiles:
     def test_results(self, evaluated):
         results, out, _ = evaluated
         assert json.loads((out / "results.json").read_text()) == results
+        assert records.plain(read_results(out)) == results
         assert set(results) == {"schema", "task", "split", "methods", "differences", "seconds", "environment"}
         assert (results["schema"], results["task"], results["split"]) == (1, "toy", "test")
         for method in results["methods"].values():
@@ -142,7 +164,7 @@ class TestFiles:
             assert row["finish_reason"] == "stop"
             np.testing.assert_allclose(np.sum(row["weights"], axis=1), 1.0, atol=1e-3)
         for name, method in results["methods"].items():
-            rewards = [row["reward"] for row in files.read_json_lines(out / "predictions.jsonl", method=name)]
+            rewards = [row["reward"] for row in rows_of(out, name)]
             assert np.mean(rewards) == method["score"]
 
     def test_rewards_between_0_and_1_have_no_accuracy(self, ensemble):
