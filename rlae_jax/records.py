@@ -68,7 +68,7 @@ def check(value: Any, shape: type[T], where: object, key: str = "") -> T:
     """A JSON value as its shape says.
 
     Args:
-      where: what messages begin with: the file, or "FILE:LINE".
+      where: what messages begin with: the file, or "FILE:LINE"; "" where the caller adds it.
       key: what of the file the value is, if it is not the whole.
 
     Raises:
@@ -82,7 +82,7 @@ def check(value: Any, shape: type[T], where: object, key: str = "") -> T:
         if closed and (unknown := _unknown(value, plain(found), key)):
             raise InputError(f"{where}: unknown key {unknown}: written by a newer version, or by hand")
     except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
+        raise _error(where, "nested too deeply") from None
     return found
 
 
@@ -90,9 +90,15 @@ def _convert(value: Any, shape: type[T], where: object, key: str = "") -> T:
     try:
         return msgspec.convert(value, shape)
     except msgspec.ValidationError as error:
-        raise InputError(f"{where}: {_told(error, value, shape, key)}") from None
+        raise _error(where, _told(error, value, shape, key)) from None
     except RecursionError:
-        raise InputError(f"{where}: nested too deeply") from None
+        raise _error(where, "nested too deeply") from None
+    except UnicodeEncodeError as error:
+        raise _error(where, f"a text is no Unicode ({error})") from None
+
+
+def _error(where: object, told: str) -> InputError:
+    return InputError(f"{where}: {told}" if where else told)
 
 
 def _unknown(value: Any, known: Any, key: str) -> str:
@@ -205,6 +211,8 @@ def _fails(value: Any, shape: Any, message: str) -> bool:
         msgspec.convert(value, shape)
     except msgspec.ValidationError as error:
         return str(error) == message
+    except UnicodeEncodeError:
+        return False
     return False
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from rlae_jax import files, hosts, sharding
+from rlae_jax import files, hosts, records, sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models import finite, gguf_files, gguf_models, quantised_files
+from rlae_jax.models import finite, gguf_files, gguf_models, hugging_face, quantised_files
 from rlae_jax.models.config import Experts, GatedDelta, ModelConfig, ShortConvolution
 from rlae_jax.models.families import FAMILIES, REASONS, Family, made_family, nearest, wrappers
 from rlae_jax.models.families.base import settings
@@ -76,10 +76,6 @@ class Source:
     wrapped: bool = False  # in a multimodal model, beside what is not read; `config` is the language model's
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
 def disk_bytes(directory: Path) -> int:
     """The size of the files that hold a checkpoint's weights."""
     path = gguf_files.find(directory)
@@ -106,14 +102,15 @@ def read_source(directory: Path) -> Source:
     if not path.is_file():
         raise InputError(f"{path}: missing; expected a Hugging Face directory with config.json and safetensors")
     raw = read_json(path)
-    names = raw.get("architectures") or [raw.get("model_type", "unnamed")]
+    records.check(raw, hugging_face.Identity, path)
+    names = raw.get("architectures") or [raw.get("model_type") or "unnamed"]
     by_architecture = {name: family for family in FAMILIES.values() for name in family.architectures}
     # Some encoders' repositories name no architecture (DeBERTa v3's); then the model_type decides.
-    family = by_architecture.get(names[0]) or FAMILIES.get(names[0]) if isinstance(names, list) else None
+    family = by_architecture.get(names[0]) or FAMILIES.get(names[0])
     whole = _language_model(raw, names, path)
     if whole is not None:
         family, raw = whole
-    if family is None or raw.get("model_type", family.model_type) != family.model_type:
+    if family is None or (raw.get("model_type") or family.model_type) != family.model_type:
         if raw.get("auto_map"):
             raise InputError(
                 f"{path}: {names[0]} needs code from its own repository, which is never run; supported families: "
@@ -126,16 +123,19 @@ def read_source(directory: Path) -> Source:
             f"{', '.join(nearest(names[0], asked)) or 'none'}; supported: {', '.join(by_architecture)}"
         )
     quantised_files.read_settings(directory, raw)  # a method that is not read is told at once
-    return Source(family, raw, _read_optional(directory / "generation_config.json"), wrapped=whole is not None)
+    generation = directory / "generation_config.json"
+    beside = read_json(generation) if generation.is_file() else {}
+    records.check(beside, hugging_face.Generation, generation)
+    return Source(family, raw, beside, wrapped=whole is not None)
 
 
-def _language_model(raw: Mapping[str, Any], names: Any, path: Path) -> tuple[Family, dict[str, Any]] | None:
+def _language_model(raw: Mapping[str, Any], names: Sequence[str], path: Path) -> tuple[Family, dict[str, Any]] | None:
     """The family and the configuration of the language model in a multimodal model, if this is one.
 
     Raises:
       InputError: a language model of a family that is not supported.
     """
-    if not isinstance(names, list) or not str(names[0]).endswith("ForConditionalGeneration"):
+    if not names[0].endswith("ForConditionalGeneration"):
         return None
     try:
         part = wrappers.language_model(raw)
@@ -167,7 +167,7 @@ def _fields(source: Source, path: Path, context: int | None) -> dict[str, Any]:
         raise InputError(f"{path}: the field {error.name} is missing") from error
     except KeyError as error:
         raise InputError(f"{path}: the field {error} is missing") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise InputError(f"{path}: a field has an unusable value ({error})") from error
 
 
@@ -232,8 +232,9 @@ def _config(source: Source, path: Path, dtype: str, precision: str | None, conte
         known = ", ".join(map(str, PRECISIONS))
         raise InputError(f"precision {precision!r} is not supported; use one of {known}")
     fields = _fields(source, path, context)
+    records.check(source.config, hugging_face.Generation, path)
     of_text = {**source.config, **source.generation}
-    ends: list[Any] = []  # of both files: what one of them leaves out, the model may write all the same
+    ends: list[int] = []  # of both files: what one of them leaves out, the model may write all the same
     for said in (source.generation.get("eos_token_id"), source.config.get("eos_token_id")):
         ends += said if isinstance(said, list) else [] if said is None else [said]
     if fields.get("encoder") is not None:
@@ -245,7 +246,7 @@ def _config(source: Source, path: Path, dtype: str, precision: str | None, conte
                 "context": fields["context"] if context is None else context,
                 "bos_id": of_text.get("bos_token_id"),
                 "pad_id": of_text.get("pad_token_id", fields.get("pad_id")),
-                "end_ids": tuple(dict.fromkeys(int(end) for end in ends)),
+                "end_ids": tuple(dict.fromkeys(end for end in ends if end >= 0)),
                 "dtype": dtype,
                 "precision": precision,
             }
@@ -279,11 +280,14 @@ def _check_sizes(config: ModelConfig, path: Path) -> None:
         if int(config.head_width * rope.fraction) % 2:
             raise InputError(f"{path}: rotary positions need an even number of a head's {config.head_width} entries")
         try:
-            frequencies(rope, config.head_width)
+            with np.errstate(all="ignore"):
+                per_position, scale = frequencies(rope, config.head_width)
         except KeyError as error:
             raise InputError(f"{path}: rope_type {rope.kind} lacks {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise InputError(f"{path}: unusable numbers for rope_type {rope.kind} ({error})") from error
+        if not (np.isfinite(per_position).all() and math.isfinite(scale)):
+            raise InputError(f"{path}: the numbers for rope_type {rope.kind} give frequencies that are not finite")
 
 
 def _check_experts(experts: Experts, path: Path) -> None:

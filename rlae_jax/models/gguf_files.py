@@ -103,6 +103,7 @@ def parts(path: Path) -> list[Path]:
 # The types of values (the format's description in llama.cpp, ggml/include/gguf.h).
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+_MOST_AXES = 4
 
 
 class _Cursor:
@@ -125,6 +126,13 @@ class _Cursor:
 
     def integer(self, dtype: str = "<u8") -> int:
         return int(self.array(dtype, 1)[0])
+
+    def axes(self) -> int:
+        """How many axes a tensor has."""
+        axes = self.integer("<u4")
+        if axes > _MOST_AXES:
+            raise InputError(f"{self.path}: a tensor of {axes} axes; the format has at most {_MOST_AXES}")
+        return axes
 
     def string(self) -> str:
         return self._decode(self.take(self.integer()))
@@ -203,12 +211,14 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Extent]]:
         key = cursor.string()
         metadata[key] = cursor.value()
     described = [
-        (cursor.string(), cursor.array("<u8", cursor.integer("<u4")), cursor.integer("<u4"), cursor.integer())
+        (cursor.string(), cursor.array("<u8", cursor.axes()), cursor.integer("<u4"), cursor.integer())
         for _ in range(tensors)
     ]
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise InputError(f"{path}: general.alignment is {alignment!r}; it must be a whole number and at least 1")
+    if not isinstance(alignment, int) or not 1 <= alignment < 1 << 31:
+        raise InputError(
+            f"{path}: general.alignment is {alignment!r}; it must be a whole number, at least 1 and below 2^31"
+        )
     start = -(-cursor.at // alignment) * alignment
     found: dict[str, Extent] = {}
     for name, dims, kind, offset in described:
@@ -224,6 +234,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Extent]]:
 def _extent(path: Path, name: str, shape: tuple[int, ...], number: int, offset: int) -> Extent:
     kind, (per_block, block_bytes) = _type(number, path, name)
     inputs = shape[-1] if shape else 1
+    if 0 in shape:
+        raise InputError(f"{path}: {name} is {list(shape)}, and so empty")
     if inputs % per_block:
         raise InputError(f"{path}: {name} has {inputs} inputs, which blocks of {per_block} ({kind}) do not divide")
     return Extent(path, offset, math.prod(shape) // per_block * block_bytes, kind, shape)
@@ -254,7 +266,10 @@ def _can_dequantise(kind: Any, block_bytes: int) -> bool:
 def read_extent(extent: Extent) -> np.ndarray:
     """A tensor's numbers, float32 if they were quantised. Its bytes are mapped for it alone: pages of a mapping that
     were read stay resident."""
-    raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.bytes,))
+    try:
+        raw = np.memmap(extent.path, np.uint8, "r", extent.offset, (extent.bytes,))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{extent.path}: a tensor cannot be read ({error})") from error
     if extent.kind in PLAIN:
         # Copied, or the mapping would live as long as the tensor.
         plain: np.ndarray = np.array(raw).view(PLAIN[extent.kind])
@@ -297,9 +312,9 @@ def open_gguf(path: Path) -> GgufFile:
         metadata = metadata or pairs
         extents |= tensors
     count = metadata.get("split.count", 1)
-    if len(paths) != (count or 1):
+    if not isinstance(count, int) or len(paths) != (count or 1):
         raise InputError(
-            f"{path}: one of {count} parts; name them as llama.cpp does, {stem(path)}-00001-of-{count:05d}{SUFFIX}"
+            f"{path}: one of {count} parts; name them as llama.cpp does, {stem(path)}-00001-of-{count!s:0>5}{SUFFIX}"
         )
     expected = metadata.get("split.tensors.count", len(extents))
     if expected != len(extents):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlae_jax.errors import InputError
+from rlae_jax.models import hugging_face
 from rlae_jax.models.families import FAMILIES
 from rlae_jax.models.gguf_files import PLAIN, Extent, GgufFile, Metadata, import_gguf, read_extent
 from rlae_jax.models.stored import Header
@@ -58,7 +59,12 @@ class Keys(NamedTuple):
     @property
     def layers(self) -> int:
         """Without those that predict several tokens ahead, which come last."""
-        return int(self.number("block_count") - self.number("nextn_predict_layers", 0))
+        layers = self.number("block_count") - self.number("nextn_predict_layers", 0)
+        if not isinstance(layers, int) or not 1 <= layers <= min(hugging_face.MOST_LAYERS, len(self.extents)):
+            raise InputError(
+                f"{self.path}: {self.architecture}.block_count says {layers} layers, with {len(self.extents)} tensors"
+            )
+        return layers
 
     @property
     def kv_heads(self) -> int:
@@ -511,7 +517,9 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         raise InputError(f"{file.path}: it has no token_embd.weight, and so no language model")
     try:
         fields = {"model_type": architecture.model_type, **_settings(keys), **architecture.read(keys)}
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{file.path}: a setting has an unusable value ({error})") from error
     family = FAMILIES.get(fields["model_type"])
     if family is None:

@@ -16,9 +16,10 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from rlae_jax.errors import InputError
-from rlae_jax.models.tokenizer import fast_tokenizer
+from rlae_jax.models.tokenizer import fast_tokenizer, told
 
 _MARKER = "▁"  # SentencePiece's space
+_LONGEST = 1024  # characters of a token, whose ways to be made of two others are all tried
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # types of tokens
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -119,25 +120,26 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Any:
         together.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
-    if kind in ("none", "no_vocab"):
+    if not isinstance(kind, str) or kind in ("none", "no_vocab"):
         return None
     if kind not in _KINDS:
         raise InputError(
             f"{path}: the tokenizer {kind} (tokenizer.ggml.model) is not supported; supported: {', '.join(_KINDS)}"
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens[:1]):
         raise InputError(f"{path}: its tokenizer cannot be read: tokenizer.ggml.tokens is missing")
     types = metadata.get("tokenizer.ggml.token_type", np.full(len(tokens), _NORMAL))
     if not isinstance(types, np.ndarray) or len(types) != len(tokens):
         raise InputError(f"{path}: its tokenizer cannot be read: token_type has not one entry for each token")
     vocabulary = _Vocabulary(path, metadata, tokens, types)
-    try:
-        backend, begins = _KINDS[kind](vocabulary)
-    except InputError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise vocabulary.error(str(error)) from error
+    with told(path, "its tokenizer cannot be read"):
+        return _made(vocabulary, kind)
+
+
+def _made(vocabulary: _Vocabulary, kind: str) -> Any:
+    """The tokenizer of a kind."""
+    backend, begins = _KINDS[kind](vocabulary)
     parts = {name: vocabulary.token(key) for name, key in _PARTS.items()}
     if kind == "llama":
         parts = {"bos_token": vocabulary.token("bos", 1), "eos_token": vocabulary.token("eos", 2)} | {
@@ -151,7 +153,7 @@ def read_tokenizer(metadata: Mapping[str, Any], path: Path) -> Any:
         pair = [*around, *(token if token != "$A" else "$B" for token in around)]
         backend.post_processor = processors.TemplateProcessing(single=around, pair=pair, special_tokens=special)
     fast = fast_tokenizer(backend, **{name: token for name, token in parts.items() if token is not None})
-    template = metadata.get("tokenizer.chat_template")
+    template = vocabulary.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         fast.chat_template = template
     return fast
@@ -163,7 +165,7 @@ _PARTS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_t
 def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     """GPT-2's kind: merges of bytes, which are written as characters. Also whether texts begin with bos."""
     pre = vocabulary.get("pre", "default")
-    if pre not in SPLITTINGS:
+    if not isinstance(pre, str) or pre not in SPLITTINGS:
         raise InputError(
             f"{vocabulary.path}: the splitting {pre} of its byte-level tokenizer (tokenizer.ggml.pre) is not "
             f"supported; supported: {', '.join(SPLITTINGS)}"
@@ -220,6 +222,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
 def _merges(tokens: Sequence[str], scores: np.ndarray, ids: Sequence[int]) -> list[tuple[str, str]]:
     """All ways in which one of the tokens is made of two others, those of the highest score first."""
     known = {tokens[i] for i in ids}
+    if longest := max((len(token) for token in known if len(token) > _LONGEST), default=0):
+        raise InputError(f"a token has {longest} characters; {_LONGEST} are the most that are merged")
     ranked = (tokens[i] for i in sorted(ids, key=lambda i: -scores[i]))
     return [
         (token[:cut], token[cut:])

@@ -18,13 +18,23 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
-from rlae_jax import ranges, sharding
+from rlae_jax import files, ranges, records, sharding
 from rlae_jax.errors import InputError
-from rlae_jax.files import check_fetched, read_json
-from rlae_jax.models import checkpoint_files, finite, gguf_files, gguf_tokenizer, hub, lora, peft_files, transformer
+from rlae_jax.files import check_fetched
+from rlae_jax.models import (
+    checkpoint_files,
+    finite,
+    gguf_files,
+    gguf_tokenizer,
+    hub,
+    hugging_face,
+    lora,
+    peft_files,
+    transformer,
+)
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import Quantisation, logical_axes
-from rlae_jax.models.tokenizer import import_transformers
+from rlae_jax.models.tokenizer import check_usable, import_transformers, told
 from rlae_jax.ranges import Seed
 
 # Each row's adapter by number or name, or Float[B, M] weights of the adapters.
@@ -540,23 +550,42 @@ def read_tokenizer(directory: Path) -> Any:
       InputError: files that cannot be read.
     """
     path = gguf_files.find(directory)
-    if path is not None:
-        return gguf_tokenizer.read_tokenizer(gguf_files.open_gguf(path).metadata, path)
+    tokenizer = (
+        _read_tokenizer(directory)
+        if path is None
+        else gguf_tokenizer.read_tokenizer(gguf_files.open_gguf(path).metadata, path)
+    )
+    if tokenizer is not None:
+        with told(path or directory, "its tokenizer cannot be used"):
+            check_usable(tokenizer, list(_PROBES))
+    return tokenizer
+
+
+def _read_tokenizer(directory: Path) -> Any:
+    """That of a directory."""
     present = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not present:
         return None
     for file in present:
         check_fetched(file)
+    beside = {
+        name: records.check(files.read_json(directory / name), shape, directory / name)
+        for name, shape in hugging_face.TOKENIZER_FILES.items()
+        if (directory / name).is_file()
+    }
     tokenizers = import_transformers().AutoTokenizer
     try:
-        tokenizer = tokenizers.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        tokenizer = _as_its_file_says(tokenizer, directory)
-    except Exception as error:  # the tokenizers library raises bare Exception on a broken file
-        raise InputError(f"{directory}: no readable tokenizer ({error})") from error
-    # Of a processor; transformers reads it for those alone.
-    template = directory / CHAT_TEMPLATE
-    if not tokenizer.chat_template and template.is_file():
-        tokenizer.chat_template = read_json(template).get("chat_template")
+        with told(directory):
+            tokenizer = tokenizers.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            tokenizer = _as_its_file_says(tokenizer, directory)
+            # Of a processor; transformers reads it for those alone.
+            if not tokenizer.chat_template:
+                tokenizer.chat_template = beside.get(CHAT_TEMPLATE, {}).get("chat_template")
+    except InputError:
+        whole = directory / TOKENIZER_FILES[0]  # parsed here only to name what the library does not
+        if whole.is_file():
+            records.read(whole, hugging_face.TokenizerFile)
+        raise
     return tokenizer
 
 

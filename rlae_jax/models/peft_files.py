@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlae_jax import files, hosts
+from rlae_jax import files, hosts, records
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
-from rlae_jax.models import finite
+from rlae_jax.models import finite, hugging_face
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.families import Family, made_family
 from rlae_jax.models.lora import Adapter, Factors, LoraConfig
@@ -100,26 +100,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{directory}: no {CONFIG}; expected a directory that PEFT wrote")
     raw = read_json(path)
-    kind = raw.get("peft_type")
+    checked = records.check(raw, hugging_face.Adapter, path)
+    kind = checked.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{path}: peft_type {kind} is not supported; supported: LORA")
     unsupported = {name: raw.get(name) for name in _UNSUPPORTED}
-    unsupported["bias"] = None if raw.get("bias", "none") == "none" else raw["bias"]
+    unsupported["bias"] = None if checked.get("bias") in (None, "none") else checked["bias"]
     begun = raw.get("init_lora_weights")
     unsupported["init_lora_weights"] = begun if str(begun).lower().startswith(_CHANGED_BASE) else None
     found = [f"{key} = {value}" for key, value in unsupported.items() if value]
     if found:
         raise InputError(f"{path}: {', '.join(found)} is not supported; supported: plain and rank-stabilised LoRA")
-    if not isinstance(raw.get("r"), int) or raw["r"] < 1 or not isinstance(raw.get("lora_alpha"), int | float):
-        raise InputError(
-            f"{path}: r must be a whole number >= 1 and lora_alpha a number, not {raw.get('r')} and "
-            f"{raw.get('lora_alpha')}"
-        )
-    patterns, dropout = raw.get("alpha_pattern") or {}, raw.get("lora_dropout") or 0.0
-    if not isinstance(patterns, dict) or not all(isinstance(alpha, int | float) for alpha in patterns.values()):
-        raise InputError(f"{path}: alpha_pattern must hold a number for each pattern, not {patterns}")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InputError(f"{path}: lora_dropout must be in [0, 1), not {dropout}")
+    for key in ("r", "lora_alpha"):
+        if not checked.get(key):
+            raise InputError(f"{path}: the key {key} is {'0' if key in checked else 'missing'}")
     return raw
 
 
@@ -165,7 +159,7 @@ def read_adapter(
         wrong += [finding for finding in told if finding is not None]
         a, b = (array.astype(np.float32) for array in stored.values())
         rank = a.shape[0]
-        own_alpha = _pattern(raw.get("alpha_pattern") or {}, pair.name, raw["lora_alpha"])
+        own_alpha = _pattern(directory, raw, "alpha_pattern", pair.name, raw["lora_alpha"])
         own_scale = own_alpha / (math.sqrt(rank) if stabilised else rank)
         if not math.isclose(own_scale, lora.scale):
             b = b * np.float32(own_scale / lora.scale)  # one scale per adapter; what differs goes into B
@@ -236,7 +230,7 @@ def _pairs(
             findings.append(("without its other factor", name))
         elif held[0][:1] != held[1][1:]:
             findings.append(("of unequal rank", name))
-        elif held[0][0] != (rank := _pattern(raw.get("rank_pattern") or {}, pair.name, raw["r"])):
+        elif held[0][0] != (rank := _pattern(path.parent, raw, "rank_pattern", pair.name, raw["r"])):
             findings.append(("of another rank than adapter_config.json says", f"{name} has {held[0][0]}, not {rank}"))
     return pairs, findings
 
@@ -264,12 +258,11 @@ def _own_ranks(parts: list[np.ndarray]) -> list[np.ndarray]:
     return list(used | ~used.any(axis=0))
 
 
-def _pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+def _pattern(directory: Path, raw: dict[str, Any], key: str, name: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's name, as PEFT matches them."""
-    try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-    except re.error as error:
-        raise InputError(f"alpha_pattern {list(patterns)}: not a regular expression ({error})") from error
+    where, patterns = f"{directory / CONFIG}: {key}", raw.get(key) or {}
+    found = (value for one, value in patterns.items() if hugging_face.matches(rf"(.*\.)?({one})$", name, where))
+    return next(found, default)
 
 
 def write_adapter(directory: Path, adapter: Adapter, family: Family | None, config: ModelConfig, *, base: str) -> None:

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlae_jax import records
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
+from rlae_jax.models import hugging_face
 from rlae_jax.models.quantise import Kind
 from rlae_jax.models.stored import PACKED, Header, Packed, TensorSource
 
@@ -79,9 +81,11 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
         raise InputError(f"{path}: quantization_config must be a JSON object, not {fields!r}")
     inner = fields.get("quantization_config")
     fields = fields | (inner if isinstance(inner, dict) else {})
+    where = path if path.name in OLDER_FILES else f"{path}: quantization_config"
+    records.check(fields, hugging_face.Method, where)
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         method = "bitsandbytes"
-    method = fields.get("quant_method", method or ("compressed-tensors" if "config_groups" in fields else None))
+    method = fields.get("quant_method") or (method or ("compressed-tensors" if "config_groups" in fields else None))
     if method == "bitsandbytes":
         raise InputError(
             f"{path}: weights quantised by bitsandbytes are not supported; load the model that they were made of with "
@@ -92,6 +96,7 @@ def read_settings(directory: Path, config: Mapping[str, Any]) -> Settings | None
             f"{path}: weights quantised by {method or 'an unnamed method'} are not supported; supported: "
             f"{', '.join(METHODS)}"
         )
+    records.check(fields, hugging_face.Quantised, where)
     return Settings(path, method, fields)
 
 
@@ -284,7 +289,7 @@ def _gptq(parts: _Parts, fields: Mapping[str, Any]) -> _Layer:
             f"GPTQ's form {form if form != 'gptq' else 'marlin'} is not supported; supported: gptq, gptq_v2"
         )
     for pattern, changed in (fields.get("dynamic") or {}).items():  # settings of some layers, by GPTQModel
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), parts.module):
+        if not pattern.startswith("-:") and hugging_face.matches(pattern.removeprefix("+:"), parts.module, "dynamic"):
             fields = {**fields, **changed}
             break
     bits = _whole(fields, "bits", among=(2, 3, 4, 8))
@@ -419,11 +424,11 @@ def _scheme(fields: Mapping[str, Any], module: str) -> tuple[str, Mapping[str, A
     """(the layout, the numbers' settings) that compressed-tensors has for a layer: of the group that names it, by
     name or pattern, else of the first that names a kind of layers."""
     by_name, by_kind = [], []
-    for name, group in (fields.get("config_groups") or {}).items():
-        if not isinstance(group, dict):
-            raise InputError(f"config_groups: {name} must be a JSON object, not {group!r}")
+    for group in (fields.get("config_groups") or {}).values():
         for target in group.get("targets") or ["Linear"]:
-            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+            if target == module or (
+                target.startswith("re:") and hugging_face.matches(target[3:], module, "config_groups")
+            ):
                 by_name.append(group)
             elif not target.startswith("re:") and "." not in target:
                 by_kind.append(group)
@@ -553,6 +558,10 @@ COMPRESSED_FORMS = (
 )
 
 
+# What numpy raises for integers that cannot be what they should be: indices, counts.
+_UNREADABLE = (TypeError, ValueError, LookupError, ArithmeticError)
+
+
 class QuantisedFiles:
     """The tensors of a quantised checkpoint under the names, and with the shapes, of the plain one. A `TensorSource`.
 
@@ -580,6 +589,8 @@ class QuantisedFiles:
                 layer = method.layer(parts, settings.fields)
             except InputError as error:
                 raise InputError(f"{settings.path}: {error}") from error
+            except _UNREADABLE as error:
+                raise InputError(f"{settings.path.parent}: {parts.module} is no quantised layer ({error})") from error
             taken |= parts.used
             if layer is not None:
                 self._layers[parts.module + method.name] = layer
@@ -610,7 +621,10 @@ class QuantisedFiles:
         layer = self._layers.get(name)
         if layer is None:
             return self._tensors.read(name)
-        values, scale, zero, group_of = layer.unpack()
+        try:
+            values, scale, zero, group_of = layer.unpack()
+        except _UNREADABLE as error:
+            raise InputError(f"{self._settings.path.parent}: {name} cannot be unpacked ({error})") from error
         # The largest runs of inputs, all of one length, within which the group does not change: smaller than the
         # checkpoint's groups where those do not divide the inputs.
         edges = np.append(np.flatnonzero(np.diff(group_of)) + 1, group_of.size)

@@ -114,6 +114,10 @@ def frequencies(rope: Rope, head_width: int) -> tuple[np.ndarray, float]:
     return scaled.astype(np.float32), scale
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < float("inf")
+
+
 def from_fields(fields: Mapping[str, Any], *, context: int, used_context: int | None = None) -> Rope:
     """The `Rope` of a checkpoint's `rope_parameters`.
 
@@ -132,9 +136,7 @@ def from_fields(fields: Mapping[str, Any], *, context: int, used_context: int | 
         fraction = 1.0  # the fraction is among the method's numbers: all of a head's entries are paired
     if kind == "default":
         return Rope(base, fraction)
-    numbers: dict[str, Any] = {
-        key: value for key, value in fields.items() if isinstance(value, int | float) and key != "rope_theta"
-    }
+    numbers: dict[str, Any] = {key: value for key, value in fields.items() if _is_finite(value) and key != "rope_theta"}
     old = int(fields.get("original_max_position_embeddings") or context)
     if kind in ("yarn", "longrope"):
         numbers["factor"] = float(fields.get("factor") or context / old)

@@ -17,9 +17,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlae_jax import files
+from rlae_jax import files, records
 from rlae_jax.errors import InputError, grouped_error
-from rlae_jax.files import check_fetched, read_json
+from rlae_jax.files import check_fetched
+from rlae_jax.models import hugging_face
 from rlae_jax.models.config import GatedDelta, ModelConfig
 from rlae_jax.models.families import Family
 from rlae_jax.models.families.wrappers import text_names
@@ -295,9 +296,7 @@ def tensor_files(directory: Path, name: str = "model") -> dict[str, Path]:
     """
     index, single = directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InputError(f"{index}: weight_map is missing or no JSON object of tensor and file names")
+        weight_map = records.read(index, hugging_face.Index)["weight_map"]
         paths = {file: files.inside(directory, file, index) for file in set(weight_map.values())}
         absent = sorted(file for file, path in paths.items() if not path.is_file())
         if absent:

@@ -7,12 +7,11 @@ the defaults too, but where torch is installed their import takes seconds and mo
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlae_jax.errors import InputError
-from rlae_jax.models import rope
+from rlae_jax.models import hugging_face, rope
 from rlae_jax.models.config import Experts, HeadKind, ModelConfig, Rope
 from rlae_jax.models.layers import ACTIVATIONS
 
@@ -68,25 +67,27 @@ class Family:
         return next(name for name in self.architectures if self.heads.get(name) == kind)
 
 
-def settings(family: Family, raw: Mapping[str, Any], used_context: int | None) -> types.SimpleNamespace:
+def settings(family: Family, raw: Mapping[str, Any], used_context: int | None) -> hugging_face.Fields:
     """The fields of config.json, as `Family.read` takes them.
 
     Args:
       used_context: the longest text that the model is loaded for, if the user says so.
     """
-    return types.SimpleNamespace(**{**family.defaults, **raw, "used_context": used_context})
+    return hugging_face.Fields(raw, family.defaults, used_context=used_context)
 
 
 def common(hf: Any, **fields: Any) -> dict[str, Any]:
     """The sizes that nearly every decoder's configuration has under the same names."""
-    heads = hf.num_attention_heads
+    heads, width = hf.num_attention_heads, getattr(hf, "head_dim", None)
+    if width is None and hf.hidden_size % heads:
+        raise InputError(f"num_attention_heads ({heads}) must divide hidden_size ({hf.hidden_size})")
     return {
         "vocab": hf.vocab_size,
         "width": hf.hidden_size,
         "layers": hf.num_hidden_layers,
         "heads": heads,
         "kv_heads": getattr(hf, "num_key_value_heads", None) or heads,
-        "head_width": getattr(hf, "head_dim", None) or hf.hidden_size // heads,
+        "head_width": width or hf.hidden_size // heads,
         "tied_head": bool(hf.tie_word_embeddings),
         "context": hf.max_position_embeddings,
         **fields,
@@ -173,8 +174,13 @@ def make_rope(
 
 def windows(hf: Any, layer_types: Sequence[str] | None) -> dict[str, Any]:
     """The fields `window` and `local_layers` from a configuration's layer types; None: as many as there are layers, all
-    local."""
+    local.
+
+    Raises:
+      InputError: other types.
+    """
     kinds = [LOCAL] * hf.num_hidden_layers if layer_types is None else layer_types
+    _check_kinds(kinds, LOCAL)
     local = tuple(i for i, name in enumerate(kinds) if name == LOCAL)
     return {"window": hf.sliding_window, "local_layers": local} if local and hf.sliding_window else {}
 
@@ -187,10 +193,22 @@ def layers_of(hf: Any, kind: str, layer_types: Sequence[str]) -> tuple[int, ...]
     """
     if len(layer_types) != hf.num_hidden_layers:
         raise InputError(f"layer_types has {len(layer_types)} entries for {hf.num_hidden_layers} layers")
+    _check_kinds(layer_types, kind)
+    return tuple(i for i, name in enumerate(layer_types) if name == kind)
+
+
+def _check_kinds(layer_types: Sequence[str], kind: str) -> None:
     others = sorted({str(name) for name in layer_types} - {kind, "full_attention"})
     if others:
         raise InputError(f"layer_types {', '.join(others)} are not supported; supported: {kind}, full_attention")
-    return tuple(i for i, name in enumerate(layer_types) if name == kind)
+
+
+def counted_windows(hf: Any) -> list[str]:
+    """The layer types of a configuration that names none: every n-th layer has no window, by `sliding_window_pattern`,
+    a number or that many letters ("LLLG")."""
+    pattern = hf.sliding_window_pattern
+    period = len(pattern) if isinstance(pattern, str) else pattern
+    return [LOCAL if period and (i + 1) % period else "full_attention" for i in range(hf.num_hidden_layers)]
 
 
 def experts_of(hf: Any, **fields: Any) -> Experts:

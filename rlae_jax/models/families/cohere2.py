@@ -3,16 +3,14 @@
 from typing import Any
 
 from rlae_jax.models.families import cohere
-from rlae_jax.models.families.base import LOCAL, Family, windows
+from rlae_jax.models.families.base import Family, counted_windows, windows
 
 
 def read(hf: Any) -> dict[str, Any]:
     """Command A's configuration."""
     hf.head_dim = None  # follows from the width, whatever the file says
-    layers = range(hf.num_hidden_layers)
-    kinds = hf.layer_types or [LOCAL if (i + 1) % hf.sliding_window_pattern else "full_attention" for i in layers]
-    local = windows(hf, kinds)
-    unrotated = tuple(i for i in layers if i not in local.get("local_layers", ()))
+    local = windows(hf, hf.layer_types or counted_windows(hf))
+    unrotated = tuple(i for i in range(hf.num_hidden_layers) if i not in local.get("local_layers", ()))
     return cohere.cohere(hf, **local, unrotated_layers=unrotated)
 
 

@@ -2,17 +2,14 @@
 
 from typing import Any
 
-from rlae_jax.models.families.base import LOCAL, Family, gated_rms, one_rope, windows
+from rlae_jax.models.families.base import Family, counted_windows, gated_rms, one_rope, windows
 from rlae_jax.models.families.llama import DEFAULTS as LLAMA_DEFAULTS
 from rlae_jax.models.families.olmo2 import MODULES
 
 
 def read(hf: Any) -> dict[str, Any]:
-    """EXAONE 4's configuration. A pattern "LLLG" is a number of layers, spelt out."""
-    pattern = hf.sliding_window_pattern
-    period = len(pattern) if isinstance(pattern, str) else pattern
-    counted = [LOCAL if period and (i + 1) % period else "full_attention" for i in range(hf.num_hidden_layers)]
-    local = windows(hf, hf.layer_types or counted) if hf.sliding_window else {}
+    """EXAONE 4's configuration."""
+    local = windows(hf, hf.layer_types or counted_windows(hf)) if hf.sliding_window else {}
     unrotated = set(range(hf.num_hidden_layers)) - set(local.get("local_layers", ())) if hf.sliding_window else set()
     return gated_rms(
         hf,

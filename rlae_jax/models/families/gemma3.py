@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlae_jax.models.families.base import LOCAL, Family, make_rope
+from rlae_jax.models.families.base import LOCAL, Family, counted_windows, make_rope
 from rlae_jax.models.families.gemma2 import DEFAULTS as GEMMA2_DEFAULTS
 from rlae_jax.models.families.gemma2 import MODULES, gemma
 from rlae_jax.models.families.qwen3 import NORMS
@@ -13,11 +13,9 @@ def read(hf: Any) -> dict[str, Any]:
     ropes = getattr(hf, "rope_parameters", None) or {}
     everywhere = {"rope_theta": hf.rope_theta, **(ropes.get("full_attention") or {}), **(hf.rope_scaling or {})}
     local = {"rope_theta": hf.rope_local_base_freq, **(ropes.get(LOCAL) or {})}
-    period = hf.sliding_window_pattern
-    counted = [LOCAL if (i + 1) % period else "full_attention" for i in range(hf.num_hidden_layers)]
     return gemma(
         hf,
-        getattr(hf, "layer_types", None) or counted,
+        getattr(hf, "layer_types", None) or counted_windows(hf),
         rope=make_rope(hf, everywhere),
         local_rope=make_rope(hf, local),
         query_key_norm="head",

@@ -39,7 +39,7 @@ def read(hf: Any) -> dict[str, Any]:
     layers, reading = hf.num_hidden_layers, hf.num_kv_shared_layers
     kinds = list(hf.layer_types or [LOCAL if (i + 1) % 6 else _FULL for i in range(layers)])
     kinds[-1] = _FULL
-    if set(kinds[: layers - reading]) != set(kinds):
+    if reading >= layers or set(kinds[: layers - reading]) != set(kinds):
         raise InputError(f"num_kv_shared_layers = {reading}: no layer before these has keys and values of each kind")
     local, everywhere = (hf.rope_parameters.get(kind) or ROPES[kind] for kind in (LOCAL, _FULL))
     one = hf.attention_k_eq_v

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlae_jax.errors import InputError
 from rlae_jax.models.families.base import Family, activation, common
 from rlae_jax.models.families.gpt2 import MODULES as GPT2_MODULES
 
@@ -16,10 +17,12 @@ def read(hf: Any) -> dict[str, Any]:
     """GPT-Neo's configuration."""
     hf.num_attention_heads, hf.num_hidden_layers = hf.num_heads, hf.num_layers
     kinds = [kind for pattern, times in hf.attention_types for kind in pattern * times]
+    if len(kinds) != hf.num_layers:
+        raise InputError(f"attention_types names {len(kinds)} layers of {hf.num_layers}")
     local = tuple(i for i, kind in enumerate(kinds) if kind == "local")
     return common(
         hf,
-        ffn_width=getattr(hf, "intermediate_size", None) or 4 * hf.hidden_size,
+        ffn_width=hf.optional("intermediate_size") or 4 * hf.hidden_size,
         norm="layer",
         norm_eps=hf.layer_norm_epsilon,
         rope=None,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlae_jax.errors import InputError
 from rlae_jax.models.config import Rope
 from rlae_jax.models.families.base import Family, activation, common, refuse
 from rlae_jax.models.families.gpt2 import NAMES
@@ -23,9 +24,8 @@ def read(hf: Any) -> dict[str, Any]:
     for name, own in NAMES.items():
         setattr(hf, name, getattr(hf, own))
     refuse(tie_word_embeddings=hf.tie_word_embeddings)  # the head has a bias
-    return common(
+    fields = common(
         hf,
-        rope=Rope(fraction=hf.rotary_dim / (hf.n_embd // hf.n_head), interleaved=True),
         ffn_width=hf.n_inner or 4 * hf.n_embd,
         norm="layer",
         norm_eps=hf.layer_norm_epsilon,
@@ -36,6 +36,9 @@ def read(hf: Any) -> dict[str, Any]:
         gated=False,
         activation=activation(hf.activation_function),
     )
+    if hf.rotary_dim > fields["head_width"]:
+        raise InputError(f"rotary_dim is {hf.rotary_dim}, a head has {fields['head_width']} entries")
+    return fields | {"rope": Rope(fraction=hf.rotary_dim / fields["head_width"], interleaved=True)}
 
 
 DEFAULTS = {

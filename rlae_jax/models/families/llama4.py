@@ -3,6 +3,7 @@ experts whose inputs are scaled, beside one that every token takes."""
 
 from typing import Any
 
+from rlae_jax.errors import InputError
 from rlae_jax.models.config import QueryGrowth
 from rlae_jax.models.families.base import Family, Modules, experts_of, gated_rms, one_rope
 from rlae_jax.models.families.llama import MODULES as LLAMA_MODULES
@@ -31,6 +32,8 @@ def read(hf: Any) -> dict[str, Any]:
     local = tuple(i for i, name in enumerate(hf.layer_types or counted) if name == "chunked_attention")
     step = hf.interleave_moe_layer_step
     sparse = tuple(range(step - 1, hf.num_hidden_layers, step) if hf.moe_layers is None else hf.moe_layers)
+    if beyond := [i for i in sparse if i >= hf.num_hidden_layers]:
+        raise InputError(f"moe_layers names the layer {beyond[0]} of {hf.num_hidden_layers}")
     experts = experts_of(hf, layers=sparse, scaled_inputs=True, shared_width=hf.intermediate_size) if sparse else None
     growth = QueryGrowth(float(hf.attn_scale), int(hf.floor_scale), offset=1, unrotated=True)
     return gated_rms(

@@ -22,7 +22,7 @@ ROPE = {
 def read(hf: Any) -> dict[str, Any]:
     """Ministral 3's configuration."""
     scaling = getattr(hf, "rope_scaling", None) or hf.rope_parameters
-    old = scaling.get("original_max_position_embeddings", hf.max_position_embeddings)
+    old = scaling.get("original_max_position_embeddings") or hf.max_position_embeddings
     return mistral.read(hf) | {"query_growth": QueryGrowth(float(scaling["llama_4_scaling_beta"]), int(old))}
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlae_jax.errors import InputError
 from rlae_jax.models.families.base import Family, Heads
 from rlae_jax.models.families.bert import DEFAULTS, encoder, encoder_modules, scorer
 
@@ -15,6 +16,8 @@ MODULES = {
 
 def read(hf: Any) -> dict[str, Any]:
     """RoBERTa's configuration. The table's first rows stand for padding, so that a text has fewer positions."""
+    if hf.pad_token_id is None:
+        raise InputError("pad_token_id is null; positions begin behind it")
     offset = hf.pad_token_id + 1
     return encoder(hf, position_offset=offset, context=hf.max_position_embeddings - offset, scorer=scorer(hf, HEADS))
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlae_jax.errors import InputError
 from rlae_jax.models.config import ModelConfig, RelativeBias
 from rlae_jax.models.families.base import Family, activation, refuse
 
@@ -50,7 +51,16 @@ DEFAULTS = {
 def read(hf: Any) -> dict[str, Any]:
     """T5's configuration. Whether the head is tied is told by the checkpoint's tensors alone: transformers sets
     `tie_word_embeddings` for all, and what the file said about it decides the scale of the hidden states."""
+    buckets, farthest = hf.relative_attention_num_buckets, hf.relative_attention_max_distance
+    if farthest <= buckets // 2:
+        raise InputError(
+            f"relative_attention_max_distance ({farthest}) must be more than half of relative_attention_num_buckets "
+            f"({buckets})"
+        )
     start = hf.decoder_start_token_id
+    start = (hf.pad_token_id or 0) if start is None else start
+    if not 0 <= start < hf.vocab_size:
+        raise InputError(f"decoder_start_token_id is {start}; ids from 0 to {hf.vocab_size} - 1 exist")
     scaled = hf.tie_word_embeddings if hf.scale_decoder_outputs is None else hf.scale_decoder_outputs
     gate, _, act = hf.feed_forward_proj.rpartition("-")
     refuse(feed_forward_proj=hf.feed_forward_proj if gate not in ("", "gated") else None)
@@ -65,7 +75,7 @@ def read(hf: Any) -> dict[str, Any]:
         "norm_eps": hf.layer_norm_epsilon,
         "attention_scale": 1.0,
         "rope": None,
-        "relative_bias": RelativeBias(hf.relative_attention_num_buckets, hf.relative_attention_max_distance),
+        "relative_bias": RelativeBias(buckets, farthest),
         "gated": gate == "gated",
         "activation": activation("gelu_new" if hf.feed_forward_proj == "gated-gelu" else act),
         "context": 1 << 20,  # relative positions have no end
@@ -75,7 +85,7 @@ def read(hf: Any) -> dict[str, Any]:
         **decoder,
         "encoder": encoder,
         "head_scale": hf.d_model**-0.5 if scaled else 1.0,
-        "start_id": (hf.pad_token_id or 0) if start is None else start,
+        "start_id": start,
     }
 
 
