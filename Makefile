@@ -5,7 +5,7 @@ OUT ?= runs/demo
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-device test-tpu-compile lint bench clean
+.PHONY: help install demo test test-all test-fast test-device test-tpu-compile lint bench fuzz clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,15 @@ bench: .venv/bench ## all benchmarks but benchmarks/tpu.py, tables and JSON in r
 	  name=$$(basename $$file .py); \
 	  $(BIN)/python -m benchmarks.$$name --json runs/bench/$$name.json || exit 1; \
 	done
+
+# atheris has wheels for some versions of Python and of Linux alone.
+FUZZ_SECONDS ?= 600
+.venv/fuzz: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@touch $@
+
+fuzz: .venv/fuzz ## documents that are wrong somewhere for every reader, guided by coverage (FUZZ_SECONDS=600)
+	JAX_PLATFORMS=cpu $(BIN)/python -m tests.faults.fuzz_guided -- -max_total_time=$(FUZZ_SECONDS) -max_len=512
 
 clean: ## remove .venv, runs and caches
 	rm -rf .venv .venv-tpu runs .pytest_cache .mypy_cache .ruff_cache

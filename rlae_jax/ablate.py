@@ -112,7 +112,7 @@ def require_known(names: Iterable[str], config: PPOConfig) -> None:
 
     def likeness(name: str, other: str) -> float:
         ends = (other, other.rpartition(".")[2])
-        return max(difflib.SequenceMatcher(None, name.rpartition(".")[2], end).ratio() for end in ends)
+        return max(difflib.SequenceMatcher(None, name.rpartition(".")[2][:100], end).ratio() for end in ends)
 
     for name in names:
         if name not in known:

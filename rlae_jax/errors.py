@@ -3,14 +3,30 @@
 import collections
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 
 SHOWN_PER_KIND = 5
+_LONGEST_LINE = 3_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class InputError(ValueError):
-    """Unusable input. The commands print its message without a traceback and exit with status 2."""
+    """Unusable input. The commands print its message without a traceback and exit with status 2.
+
+    What a file has may be quoted: of a very long line the middle is left out, and control characters are written out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("\n".join(map(_readable, str(message).split("\n"))))
+
+
+def _readable(line: str) -> str:
+    line = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return f"{line[: _LONGEST_LINE - 200]} [...] {line[-150:]}"
 
 
 class OutputError(InputError):

@@ -237,7 +237,7 @@ def _pair_rows(path: Path) -> list[_Row]:
 
 def _psych8k_rows(path: Path) -> list[_Row]:
     try:
-        items = json.loads(read_text(path))
+        items = whole_text(json.loads(read_text(path)))
     except (ValueError, RecursionError) as error:  # also an integer too long for Python, or too deep nesting
         raise InputError(
             f"{path}: cannot be read as one JSON document ({str(error)[:100]}); for JSON lines use a name that ends in "
@@ -251,4 +251,4 @@ def _psych8k_rows(path: Path) -> list[_Row]:
     ]
     if wrong:
         raise grouped_error(f"{path}: unusable items", wrong, shape)
-    return [(f"item {i}", whole_text(item)) for i, item in enumerate(items, 1)]
+    return [(f"item {i}", item) for i, item in enumerate(items, 1)]

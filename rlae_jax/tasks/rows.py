@@ -144,7 +144,7 @@ def _json_rows(path: Path, text: str) -> Iterator[_Place]:
     items = _json_list(path, text)
     if items is not None:
         for number, item in enumerate(items, start=1):
-            yield f"item {number}", whole_text(item) if isinstance(item, dict) else "items that are not JSON objects"
+            yield f"item {number}", item if isinstance(item, dict) else "items that are not JSON objects"
         return
     # Not splitlines: within a JSON string other line separators, such as U+2028, end no line.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -152,12 +152,12 @@ def _json_rows(path: Path, text: str) -> Iterator[_Place]:
             continue
         try:
             row = json.loads(line)
+            if "\\u" in line:
+                row = whole_text(row)
         except (ValueError, RecursionError) as error:  # also an integer too long for Python, or too deep nesting
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
             yield f"line {number}", ("lines that are not JSON", reason)
             continue
-        if "\\u" in line:
-            row = whole_text(row)
         yield f"line {number}", row if isinstance(row, dict) else "lines that are not JSON objects"
 
 
@@ -167,7 +167,7 @@ def _json_list(path: Path, text: str) -> list[Any] | None:
     if first[:1] != "[" and not (first[:1] == "{" and rest and not _is_json(first)):
         return None
     try:
-        whole = json.loads(text)
+        whole = whole_text(json.loads(text))
     except (ValueError, RecursionError):  # told line by line
         return None
     if isinstance(whole, dict):

@@ -33,7 +33,7 @@ class Case:
 _DATA = "--data mine.jsonl --prompt-field q --answer-field a"
 _MINE = f"{_DATA} --reward reward.py:digits --max-new-tokens 4"
 _EXACT = f"{_DATA} --reward exact_match --max-new-tokens 1 --temperature 1"  # on the device
-_PPO = "--prompts 8 --iterations 6 --eval-every 2 --eval-prompts 8 --span-length 2 --learning-rate 0.01 --out out"
+_PPO = "--prompts 8 --iterations 4 --eval-every 2 --eval-prompts 8 --span-length 2 --learning-rate 0.01 --out out"
 _TRAIN = "train --models alpha beta"
 _EMORL = (
     "--base base --data prompts.jsonl --steps 6 --batch 4 --samples 2 --validate-every 2 --validation-prompts 4 "
