@@ -14,11 +14,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from rlae_jax import hosts
+from rlae_jax import digests, hosts
 from rlae_jax.errors import InputError, OutputError, one_line
 
 try:
@@ -67,7 +67,7 @@ def writing(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def making(directory: Path) -> Iterator[Path]:
-    """An empty directory to fill, which gets the name `directory` at the end, if nothing was raised.
+    """An empty directory to fill, which gets its digests and the name `directory` at the end, if nothing was raised.
 
     What fills it: the functions of this module, or other libraries within `library_write`.
 
@@ -79,6 +79,9 @@ def making(directory: Path) -> Iterator[Path]:
     with _partial(directory, Path.mkdir) as partial:
         try:
             yield partial
+            with _told(partial / digests.FILE):
+                _announce(partial / digests.FILE)
+                digests.seal(partial)
             for path in sorted(partial.rglob("*")):
                 if path.is_file():
                     with _told(path), path.open("rb") as file:
@@ -329,14 +332,23 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """One indented JSON document."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Mapping[str, Any], *, ours: bool = True) -> None:
+    """One indented JSON object.
+
+    Args:
+      ours: with its digest; without it where the form is somebody else's.
+    """
+    write_text(path, json.dumps(digests.sealed(value) if ours else value, indent=2) + "\n")
 
 
-def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """One JSON value per line."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+def json_line(row: Mapping[str, Any]) -> str:
+    """A JSON object with its digest, as a line."""
+    return json.dumps(digests.sealed(row)) + "\n"
+
+
+def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object with its digest per line."""
+    write_text(path, "".join(map(json_line, rows)))
 
 
 def check_fetched(path: Path) -> None:
@@ -347,10 +359,10 @@ def check_fetched(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object; of ours without its digest.
 
     Raises:
-      InputError: the file cannot be read, or is something else.
+      InputError: the file cannot be read, is something else, or is not what was written.
     """
     try:
         check_fetched(path)
@@ -359,7 +371,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return digests.opened(value, path)
 
 
 def inside(root: Path, name: str, where: object = None) -> Path:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
-from rlae_jax import files
+from rlae_jax import digests, files
 from rlae_jax.errors import InputError
 
 T = TypeVar("T")
@@ -121,9 +121,14 @@ def read(path: Path, shape: type[T]) -> T:
     """A file with one JSON object, checked.
 
     Raises:
-      InputError: the file cannot be read, is no JSON object, or not of the shape.
+      InputError: the file cannot be read, is no JSON object, not of the shape, or not what was written.
     """
-    return check(files.read_json(path), shape, path)
+    try:
+        value = files.read_json(path)
+    except digests.Damaged as error:
+        check(error.value, shape, path)  # which says more where the change made it something else
+        raise
+    return check(value, shape, path)
 
 
 def read_lines(path: Path, shape: type[T], *, growing: bool = False) -> list[T]:
@@ -133,16 +138,35 @@ def read_lines(path: Path, shape: type[T], *, growing: bool = False) -> list[T]:
       growing: a killed process may have left its last line unfinished; that line is left out.
 
     Raises:
-      InputError: the file cannot be read, a line is no JSON object, or not of the shape.
+      InputError: the file cannot be read, a line is no JSON object, not of the shape, or not what was written.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     whole, last = lines[:-1], lines[-1]
-    if last and not growing:
+    if last and not (growing and _is_unfinished(last)):
         whole.append(last)
-    return [_convert(_object(line, f"{path}:{i}"), shape, f"{path}:{i}") for i, line in enumerate(whole, 1)]
+    return [_line(line, shape, f"{path}:{i}") for i, line in enumerate(whole, 1)]
+
+
+def _is_unfinished(line: str) -> bool:
+    """Whether a line is the beginning of an object: one that goes on behind an object was another one before."""
+    try:
+        json.JSONDecoder().raw_decode(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _line(line: str, shape: type[T], where: str) -> T:
+    value = _object(line, where)
+    try:
+        value = digests.opened(value, where)
+    except digests.Damaged as error:
+        _convert(error.value, shape, where)
+        raise
+    return _convert(value, shape, where)
 
 
 def _object(line: str, where: str) -> dict[str, Any]:

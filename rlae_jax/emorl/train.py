@@ -374,7 +374,7 @@ def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: s
     checkpoints = Checkpoints(directory, at)
     newest = checkpoints.newest()
     if newest is not None:
-        saved = checkpoints.restore(newest, sharding.abstract(saved, base.mesh))
+        newest, saved = checkpoints.restore(sharding.abstract(saved, base.mesh), going_on=True)
     log = MetricsLog(directory, -1 if newest is None else newest)
     weights = None
     if target.weighting != "equal":

@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from rlae_jax import files, hosts, records, sharding
+from rlae_jax import digests, files, hosts, records, sharding
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import finite, gguf_files, gguf_models, hugging_face, quantised_files
@@ -98,6 +98,7 @@ def read_source(directory: Path) -> Source:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
         raise InputError(f"{directory} {what}; expected a Hugging Face directory with config.json and safetensors")
+    digests.check(directory, ".json")  # now, since not all who read this read the tensors
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: missing; expected a Hugging Face directory with config.json and safetensors")
@@ -628,7 +629,7 @@ def write_model(
     with files.making(directory) as partial:
         _write_tensors(partial, stored_tensors(source.family, config), params, DTYPES[config.dtype])
         for name, content in documents.items():
-            files.write_json(partial / name, content)
+            files.write_json(partial / name, content, ours=False)
         if tokenizer is not None:
             with files.library_write(directory):
                 tokenizer.save_pretrained(partial)
@@ -655,7 +656,7 @@ def _write_tensors(directory: Path, tensors: tuple[StoredTensor, ...], params: P
         weight_map |= dict.fromkeys(arrays, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        files.write_json(directory / "model.safetensors.index.json", index)
+        files.write_json(directory / "model.safetensors.index.json", index, ours=False)
 
 
 def _host_arrays(tensor: StoredTensor, params: Params, dtype: Any) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from rlae_jax import sharding
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, lora, transformer
 from rlae_jax.models.config import ModelConfig
-from rlae_jax.models.lm import TextIds, check_text, open_checkpoint, require_tokenizer
+from rlae_jax.models.lm import TextIds, check_text, open_checkpoint, require_tokenizer, unchanged
 
 SMALLEST_WIDTH = 8  # of encoded texts
 
@@ -187,6 +187,7 @@ def load_encoder(
       InputError: whatever is wrong with the checkpoint, in one message, before any tensor is placed; weights that are
         not finite.
     """
-    opened = open_checkpoint(name, encoder=True, dtype=dtype, precision=precision)
-    (params, _), mesh = opened.read_params(mesh, None, check_finite)
+    with unchanged(name):
+        opened = open_checkpoint(name, encoder=True, dtype=dtype, precision=precision)
+        (params, _), mesh = opened.read_params(mesh, None, check_finite)
     return Encoder(params=params, mesh=mesh, **opened._asdict())

@@ -1,5 +1,6 @@
 """A loaded language model: configuration, arrays, tokenizer. `load` makes one from a Hugging Face checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
-from rlae_jax import files, ranges, records, sharding
+from rlae_jax import digests, files, ranges, records, sharding
 from rlae_jax.errors import InputError
 from rlae_jax.files import check_fetched
 from rlae_jax.models import (
@@ -375,11 +376,12 @@ def load(
             "an adapter cannot be merged into a quantised base: load the base with quantise, then keep the adapter "
             "beside it (with_adapters)"
         )
-    opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
-    opened = opened._replace(config=hold_cache_in(opened.config, kv_dtype))
-    if isinstance(adapter, str | os.PathLike):
-        peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
-    (params, starts), mesh = opened.read_params(mesh, quantisation, check_finite)
+    with unchanged(model):
+        opened = open_checkpoint(model, encoder=False, dtype=dtype, context=context, precision=precision)
+        opened = opened._replace(config=hold_cache_in(opened.config, kv_dtype))
+        if isinstance(adapter, str | os.PathLike):
+            peft_files.read_settings(hub.resolve(adapter))  # an unusable adapter is told before the base is read
+        (params, starts), mesh = opened.read_params(mesh, quantisation, check_finite)
     lm = LM(
         params=params,
         starts=starts,
@@ -389,6 +391,12 @@ def load(
         **opened._asdict(),
     )
     return lm if adapter is None else lm.with_adapter(adapter)
+
+
+def unchanged(model: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+    """Makes sure that a directory which `save` wrote is as it was then, while it is read."""
+    path = Path(model).expanduser()
+    return digests.checking(path) if path.is_dir() else contextlib.nullcontext()
 
 
 def hold_cache_in(config: ModelConfig, kv_dtype: str | None) -> ModelConfig:

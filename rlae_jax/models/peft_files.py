@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlae_jax import files, hosts, records
+from rlae_jax import digests, files, hosts, records
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import finite, hugging_face
@@ -94,8 +94,9 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """adapter_config.json.
 
     Raises:
-      InputError: missing, unreadable, or of a kind that is not supported.
+      InputError: missing, unreadable, or of a kind that is not supported; a directory that is not what was written.
     """
+    digests.check(directory)
     path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"{directory}: no {CONFIG}; expected a directory that PEFT wrote")
@@ -311,7 +312,7 @@ def write_adapter(directory: Path, adapter: Adapter, family: Family | None, conf
     }
     with files.making(directory) as partial:
         write_tensors(partial / TENSORS, tensors)
-        files.write_json(partial / CONFIG, raw)
+        files.write_json(partial / CONFIG, raw, ours=False)
 
 
 def _join(module: _Module, parts: list[Any]) -> tuple[np.ndarray, np.ndarray]:

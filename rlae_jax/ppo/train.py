@@ -342,7 +342,7 @@ def train_seeds(
     if newest is not None and not resume:
         raise InputError(f"{saved.path} holds checkpoints: resume (--resume, resume=True) or choose another place")
     if newest is not None:
-        state = saved.restore(newest, sharding.abstract(state, ensemble.mesh))
+        _, state = saved.restore(sharding.abstract(state, ensemble.mesh), going_on=True)
     first = int(state.learner.iteration[0])
     log = MetricsLog(out, first, sinks=log_to)
     began = time.monotonic()
@@ -562,11 +562,10 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
         raise InputError(f"{run} has no agent of seed {seed}; its seeds are {config.seed} to {last}")
     checkpoints = Checkpoints(Path(run), known.checkpoints)
     try:
-        step = checkpoints.newest()
-        if step is None:
+        if checkpoints.newest() is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")
         shapes = jax.eval_shape(functools.partial(_fresh, config, dims))
-        state = sharding.to_host(checkpoints.restore(step, sharding.abstract(shapes, None)))
+        state = sharding.to_host(checkpoints.restore(sharding.abstract(shapes, None))[1])
     finally:
         checkpoints.close()
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed

@@ -1,7 +1,8 @@
-"""Checkpoints of a run through Orbax: atomic, the newest kept."""
+"""Checkpoints of a run through Orbax: atomic, the newest two kept, each with the digests of its files."""
 
 import contextlib
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from rlae_jax import files, hosts
+from rlae_jax import digests, files, hosts
 from rlae_jax.errors import InputError
 
 DIRECTORY_NAME = "checkpoints"
+_KEPT = 2  # the newest, and what is gone back to if that is damaged
+_AGAIN = "going on with the run (--resume) makes it again from the one before"
 
 
 class Checkpoints:
@@ -34,7 +37,7 @@ class Checkpoints:
         if at is None or "://" not in at:
             self.path = self.path.resolve()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(n=1),
+            preservation_policy=LatestN(n=_KEPT),
             enable_async_checkpointing=False,
         )
         try:
@@ -48,7 +51,7 @@ class Checkpoints:
         return step
 
     def save(self, iteration: int, state: Any) -> None:
-        """Writes a checkpoint; older ones go once it is complete.
+        """Writes a checkpoint; all but the one before go once it is complete.
 
         Raises:
           OutputError: it cannot be written; the newest one is the one before, and nothing is left of this one.
@@ -60,6 +63,8 @@ class Checkpoints:
         try:
             with files.library_write(self.path / str(iteration), needed):
                 self._manager.save(iteration, args=ocp.args.StandardSave(state), force=True)
+                if hosts.is_first():
+                    digests.seal(self.path / str(iteration))
         except BaseException:
             self._remove_incomplete()
             raise
@@ -71,15 +76,42 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     left.rmtree()
 
-    def restore(self, iteration: int, abstract: Any) -> Any:
-        """The state of an iteration.
+    def restore(self, abstract: Any, *, going_on: bool = False) -> tuple[int, Any]:
+        """The newest iteration and its state. There must be one.
 
         Args:
           abstract: a tree of `jax.ShapeDtypeStruct` that says what is expected.
+          going_on: where the newest checkpoint is damaged, the one before is taken, which is said, and from there on
+            the run makes it again.
 
         Raises:
-          InputError: the checkpoint is damaged or holds something of another shape.
+          InputError: the checkpoint is damaged, with none before it that is not, or holds something of another shape.
         """
+        damaged: list[tuple[int, str]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            where = self.path / str(step)
+            (found,) = hosts.gather([digests.damage(where) if hosts.is_first() else None])[0]
+            if found is None:
+                try:
+                    state = self._restore(step, abstract)
+                except InputError as error:
+                    if digests.has_digests(where) or not going_on:
+                        raise
+                    found = str(error)  # of an older version, without digests: it may be damaged
+                else:
+                    break
+            damaged.append((step, found))
+            if not going_on:
+                raise InputError(f"{where}: this checkpoint is damaged ({found}); {_AGAIN}")
+        else:
+            told = "; ".join(f"{step}: {found}" for step, found in damaged)
+            raise InputError(f"{self.path}: no checkpoint is whole ({told}); begin the run anew in another directory")
+        for number, found in damaged:
+            warnings.warn(f"{self.path}: checkpoint {number} is damaged ({found}); going on from {step}", stacklevel=2)
+            self._manager.delete(number)
+        return step, state
+
+    def _restore(self, iteration: int, abstract: Any) -> Any:
         where = self.path / str(iteration)
         try:
             state = self._manager.restore(iteration, args=ocp.args.StandardRestore(abstract))

@@ -5,7 +5,6 @@ needs a package of its own, imported only then.
 """
 
 import importlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -159,7 +158,7 @@ class MetricsLog:
         """One line, on disk when this returns."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        self._file.write(files.json_line({"iteration": iteration, **values}))
         for sink in self._sinks:
             sink.write(iteration, scalars_of(values))
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
+from rlae_jax import files
 from rlae_jax.errors import Interrupted, Preempted
 from rlae_jax.ppo import train as train_module
 from rlae_jax.runs.checkpoints import Checkpoints
@@ -84,7 +85,7 @@ class TestARun:
         for row in read_metrics(out):
             assert ("dev" in row) == (row["iteration"] % toys.SETTINGS.eval_every == 0)
             assert {"reward", "policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"} <= set(row)
-        assert [path.name for path in (out / "checkpoints").iterdir() if path.is_dir()] == ["24"]
+        assert {path.name for path in (out / "checkpoints").iterdir() if path.is_dir()} == {"20", "24"}
 
     def test_load_policy_takes_the_best_or_the_newest(self, finished, copied):
         _, returned, _ = finished
@@ -152,9 +153,7 @@ def restore(run):
     config = dataclasses.replace(toys.SETTINGS, span_length=1)
     checkpoints = Checkpoints(run)
     try:
-        return checkpoints.restore(
-            checkpoints.newest(), jax.eval_shape(lambda: train_module._fresh(config, policy.dims))
-        )
+        return checkpoints.restore(jax.eval_shape(lambda: train_module._fresh(config, policy.dims)))[1]
     finally:
         checkpoints.close()
 
@@ -364,9 +363,9 @@ class TestUnusableRuns:
     @pytest.mark.parametrize("newest", [False, True])
     def test_a_checkpoint_of_another_shape(self, copied, raises_input_error, newest):
         path = copied / "config.json"
-        config = json.loads(path.read_text())
+        config = files.read_json(path)
         config["settings"]["agent"]["ffn_width"] = 24
-        path.write_text(json.dumps(config))
+        files.write_json(path, config)
         raises_input_error(lambda: rj.load_policy(copied, newest=newest), str(copied / "checkpoints"))
 
     def test_every_truncated_file_of_a_checkpoint_is_reported_or_harmless(self, finished, copied):
@@ -387,15 +386,37 @@ class TestUnusableRuns:
         assert all(str(copied) in message and len(message.splitlines()) <= 10 for message in refused)
         assert_same_params(rj.load_policy(copied), expected)
 
-    def test_resuming_from_a_truncated_checkpoint(self, copied, ensemble, raises_input_error):
-        config = dataclasses.replace(toys.SETTINGS, iterations=30)
-        newest = copied / "checkpoints" / "24"
-        for path in newest.rglob("*"):
-            if path.is_file() and "metrics" not in str(path):
-                path.write_bytes(path.read_bytes()[:7])
+    def test_resuming_goes_back_to_the_checkpoint_that_is_whole(self, finished, copied, ensemble, raises_input_error):
+        newest, before = (copied / "checkpoints" / name for name in ("24", "20"))
+
+        def damage(step):
+            path = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+            return path.relative_to(step)
+
+        changed = damage(newest)
+        told = rf"checkpoint 24 is damaged \({changed}: content differs from its digest\); going on from 20"
+        raises_input_error(lambda: rj.load_policy(copied), str(newest), str(changed), "--resume")
+        with pytest.warns(UserWarning, match=told):
+            policy = rj.train(ensemble, toys.task(), toys.SETTINGS, copied, resume=True)
+        assert_same_params(policy, finished[1])
+        assert_same_params(rj.load_policy(copied, newest=True), rj.load_policy(finished[0], newest=True))
+        assert iterations(copied) == iterations(finished[0])
+
+        damage(newest)
+        damage(before)
         metrics = (copied / "metrics.jsonl").read_bytes()
-        raises_input_error(lambda: rj.train(ensemble, toys.task(), config, copied, resume=True), str(newest))
+        raises_input_error(
+            lambda: rj.train(ensemble, toys.task(), toys.SETTINGS, copied, resume=True), "no checkpoint is whole", "20: "
+        )
         assert (copied / "metrics.jsonl").read_bytes() == metrics
+
+    def test_a_checkpoint_of_an_older_version_has_no_digests(self, finished, copied):
+        for path in copied.glob("checkpoints/*/digests.json"):
+            path.unlink()
+        assert_same_params(rj.load_policy(copied), finished[1])
 
 
 def newest_step(run):
