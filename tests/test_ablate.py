@@ -11,7 +11,7 @@ from scipy import stats
 
 import rlae_jax as rj
 from rlae_jax import ablate as ablation
-from rlae_jax import report
+from rlae_jax import files, report
 from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary
 from rlae_jax.config import ALGORITHMS, MAPPOConfig, PPOConfig
 from rlae_jax.errors import Interrupted
@@ -167,7 +167,7 @@ def test_the_interval_is_students():
 class TestAGrid:
     def test_results(self, finished):
         out, results, _ = finished
-        assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+        assert files.read_json(out / "results.json") == json.loads(json.dumps(results))
         assert (results["task"], results["split"], results["n"], results["seeds"]) == ("toy", "dev", 32, [0, 1])
         assert results["vary"] == VARY
         cells = results["cells"]
@@ -299,7 +299,7 @@ class TestGoingOn:
         raises_input_error(
             lambda: ablate(ensemble, toys.task(), BASE, {"seed": [5]}, out), "every cell failed", "MemoryError: no room"
         )
-        assert json.loads((out / "results.json").read_text())["cells"][0]["error"] == "MemoryError: no room"
+        assert files.read_json(out / "results.json")["cells"][0]["error"] == "MemoryError: no room"
 
     @pytest.mark.slow
     @pytest.mark.rare  # interrupting and going on are `ppo.train`'s, and tested there

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from rlae_jax import demo, specialists
+from rlae_jax import demo, files, specialists
 from rlae_jax.config import PPOConfig
 from rlae_jax.demo import DemoSettings, run_demo, verdict
 from rlae_jax.evaluation import searches
@@ -42,7 +42,7 @@ def test_the_demo(small, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "metrics.jsonl", "results.json", "predictions.jsonl", "curve.png", "weights.png"):
         assert (out / name).stat().st_size > 0, name
     assert any((out / "checkpoints").iterdir())
-    assert json.loads((out / "results.json").read_text()) == results
+    assert files.read_json(out / "results.json") == results
     assert list(results["methods"]) == METHODS
     assert {method["n"] for method in results["methods"].values()} == {12}
     assert {"schema", "task", "split", "methods", "seconds", "environment", "verdict"} <= set(results)
@@ -76,7 +76,7 @@ def test_the_demo(small, tmp_path, monkeypatch, capsys):
     assert json.loads((out / "config.json").read_text())["settings"]["seed"] == 1
     kept = tmp_path / "demo-seed0"
     assert {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()} == first
-    assert json.loads((out / "results.json").read_text()) == other
+    assert files.read_json(out / "results.json") == other
     demo._take_directory(out, 0)
     assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == first
     assert (tmp_path / "demo-seed1" / "results.json").is_file()

@@ -132,7 +132,7 @@ class TestPictures:
 class TestFiles:
     def test_results(self, evaluated):
         results, out, _ = evaluated
-        assert json.loads((out / "results.json").read_text()) == results
+        assert files.read_json(out / "results.json") == results
         assert records.plain(read_results(out)) == results
         assert set(results) == {"schema", "task", "split", "methods", "differences", "seconds", "environment"}
         assert (results["schema"], results["task"], results["split"]) == (1, "toy", "test")

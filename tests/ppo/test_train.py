@@ -409,7 +409,9 @@ class TestUnusableRuns:
         damage(before)
         metrics = (copied / "metrics.jsonl").read_bytes()
         raises_input_error(
-            lambda: rj.train(ensemble, toys.task(), toys.SETTINGS, copied, resume=True), "no checkpoint is whole", "20: "
+            lambda: rj.train(ensemble, toys.task(), toys.SETTINGS, copied, resume=True),
+            "no checkpoint is whole",
+            "20: ",
         )
         assert (copied / "metrics.jsonl").read_bytes() == metrics
 
