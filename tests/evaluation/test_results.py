@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rlae_jax import records, report, statistics
+from rlae_jax import files, records, report, statistics
 from rlae_jax.evaluation import (
     Method,
     evaluate,
