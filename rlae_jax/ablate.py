@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import rich.markup
 import rich.table
@@ -360,8 +359,6 @@ def _train_or_reuse(
         raise
     except Exception as error:  # whatever went wrong here, other cells may well run
         record |= {"error": _reason(error), "seconds": time.perf_counter() - began}
-    # Every compiled program keeps mappings of memory, of which a process may have a limited number.
-    jax.clear_caches()
     return record, time.perf_counter() - began
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # file directly under rlae_jax; the package itself ("") is its public API, for commands and users alone.
 LEAVES = {
     "digests",
+    "compilation",
     "errors",
     "files",
     "hlo",
@@ -32,6 +33,7 @@ LEAVES = {
 }
 LOW = LEAVES | {"runs", "report"}
 MAY_IMPORT: dict[str, set[str]] = {
+    "compilation": set(),
     "version": set(),
     "errors": set(),
     "memory": {"errors"},

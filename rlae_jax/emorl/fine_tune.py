@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from rlae_jax import ranges
+from rlae_jax.compilation import jit
 from rlae_jax.config import SCHEDULES
 from rlae_jax.emorl import losses
 from rlae_jax.emorl.scorers import COMBINATIONS
@@ -167,7 +168,7 @@ def step_keys(seeds: Integer[Array, " M"], steps: Int[Array, " M"], purpose: int
     return jax.vmap(one)(seeds, steps)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jit, static_argnames="config")
 def sample(
     base: transformer.Params,
     state: TrainingState,
@@ -275,7 +276,7 @@ class _Part(NamedTuple):
     rows: Int[Array, " R"]  # their numbers within their block, for dropout
 
 
-@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnames="state")
+@functools.partial(jit, static_argnames=("model", "config"), donate_argnames="state")
 def update(
     base: transformer.Params,
     state: TrainingState,

@@ -28,6 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import programs
 from rlae_jax.fusion.decode import decode_spans, params_places, prefill
@@ -254,7 +255,7 @@ def _row_subsets(points: Float[np.ndarray, "N M"], prompts: int, samples: int) -
     return RowSubsets(*(np.stack(index).astype(np.int32).ravel() for index in (rows, places)))
 
 
-@jax.jit
+@jit
 def _keys(seed: Array, numbers: Int[Array, " B"]) -> Array:
     """A key for each prompt, by its number."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
@@ -267,7 +268,7 @@ def _for_points(state: DecodeState, points: int, samples: int) -> DecodeState:
     return repeat_rows(many, samples) if samples > 1 else many
 
 
-@functools.partial(jax.jit, static_argnames="samples")
+@functools.partial(jit, static_argnames="samples")
 def _answer(
     params: Any,
     state: DecodeState,
@@ -306,7 +307,7 @@ def _answer_rows(
     return answers_of(decode_spans(params, many, weights, spec))
 
 
-@functools.partial(jax.jit, static_argnames=("samples", "points"))
+@functools.partial(jit, static_argnames=("samples", "points"))
 def _answer_each(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int, points: int) -> Answers:
     """Where prompts themselves read differently under every point."""
 

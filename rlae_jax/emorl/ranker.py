@@ -23,6 +23,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from rlae_jax import files
+from rlae_jax.compilation import jit
 from rlae_jax.emorl import scorers
 from rlae_jax.errors import InputError
 from rlae_jax.models import Encoder, ModelConfig, transformer
@@ -214,7 +215,7 @@ def _optimiser(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit, static_argnums=(0, 1))
 def _run_steps(
     config: ModelConfig,
     steps: int,

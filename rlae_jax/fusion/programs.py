@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
+from rlae_jax.compilation import jit
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion import likelihood
 from rlae_jax.fusion.decode import decoding_places, params_places
@@ -64,7 +65,7 @@ def _fill_choice(params: Any, batch: int, filled: int) -> Any:
     return params._replace(weights=jnp.concatenate([params.weights, jnp.repeat(params.weights[:1], missing, axis=0)]))
 
 
-@functools.partial(jax.jit, static_argnames="samples")
+@functools.partial(jit, static_argnames="samples")
 def decode_batch(params: Any, prompts: Prompts, policy_params: Any, spec: DecodeSpec, samples: int) -> Answers:
     """From prompts to answers."""
 
@@ -75,7 +76,7 @@ def decode_batch(params: Any, prompts: Prompts, policy_params: Any, spec: Decode
     return answers
 
 
-@functools.partial(jax.jit, static_argnames="samples")
+@functools.partial(jit, static_argnames="samples")
 def prefill(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int) -> DecodeState:
     """The state before the first token."""
 
@@ -87,7 +88,7 @@ def prefill(params: Any, prompts: Prompts, spec: DecodeSpec, samples: int) -> De
     return state
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jit, donate_argnames="state")
 def decode_until(
     params: Any, state: DecodeState, policy_params: Any, spec: DecodeSpec, until: Int[Array, ""]
 ) -> DecodeState:
@@ -97,7 +98,7 @@ def decode_until(
     return later
 
 
-@jax.jit
+@jit
 def lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, longer: DecodeSpec) -> DecodeState:
     """Room for more steps, for the rows that wrote up to the last step and did not stop there."""
     longer_state: DecodeState = by_rows(_lengthen, (ROWS, ROWS, WHOLE, WHOLE))(state, stopped, old, longer)
@@ -123,7 +124,7 @@ def _lengthen(state: DecodeState, stopped: Bool[Array, " B"], old: DecodeSpec, l
     )
 
 
-@functools.partial(jax.jit, static_argnames="top")
+@functools.partial(jit, static_argnames="top")
 def read_given(params: Any, texts: Texts, policy_params: Any, spec: DecodeSpec, top: int) -> Scores:
     """The log-probabilities of given texts."""
     run = functools.partial(likelihood.read_given, top=top)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Integer, Key
 
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion.reading import Text
 from rlae_jax.sharding import fill, groups_of, platform
@@ -46,7 +47,7 @@ def row_keys(key: Key[Array, ""] | Key[Array, " B"], batch: int) -> Key[Array, "
     return jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(batch)) if key.ndim == 0 else key
 
 
-@functools.partial(jax.jit, static_argnames="batch")
+@functools.partial(jit, static_argnames="batch")
 def keys_of_seeds(seed: Integer[Array | np.ndarray, "*B"], batch: int) -> Key[Array, " B"]:
     """Row b's key: fold_in(key(seed), b), or key(seed[b]) if there is a seed per row."""
     if seed.ndim:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from rlae_jax.compilation import jit
 from rlae_jax.fusion.decode import begin, decode_spans
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, bind_members
@@ -47,7 +48,7 @@ def no_options(rows: int) -> RowOptions:
     return RowOptions(sampling, zeros, jnp.zeros((rows,), bool), zeros, zeros + 1, zeros - 1, zeros, zeros)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "slots"))
+@functools.partial(jit, static_argnames=("rows", "slots"))
 def empty_state(
     params: tuple[MemberParams, ...], prompts: Prompts, spec: DecodeSpec, rows: int, slots: int
 ) -> DecodeState:
@@ -96,20 +97,20 @@ def _empty_member(run: ForwardPass, rows: int, slots: int) -> RaggedMember:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "slots"))
+@functools.partial(jit, static_argnames=("config", "rows", "slots"))
 def empty_prompt(config: ModelConfig, rows: int, slots: int) -> Cache:
     """Where a prompt is read into: a member's rows, no rings."""
     return empty_cache(config, rows, slots, ahead=None)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
+@functools.partial(jit, static_argnames="slots")
 def resize(state: DecodeState, spec: DecodeSpec, slots: int) -> DecodeState:
     """The same with caches of so many slots, where all rows write the same one."""
     assert isinstance(state.members, Lockstep)
     return state._replace(members=state.members.resize(slots, spec))
 
 
-@functools.partial(jax.jit, static_argnames="slots")
+@functools.partial(jit, static_argnames="slots")
 def grow(cache: Cache, slots: int) -> Cache:
     """A prompt's cache with more slots."""
 
@@ -132,7 +133,7 @@ def _model(params: MemberParams, config: ModelConfig, members: int) -> transform
     return transformer.Model.bind(config, params, members)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "members", "slots"))
+@functools.partial(jit, static_argnames=("config", "members", "slots"))
 def read_first(
     params: MemberParams, ids: Int[Array, "1 W"], count: Int[Array, ""], config: ModelConfig, members: int, slots: int
 ) -> Cache:
@@ -150,7 +151,7 @@ def read_first(
     return read
 
 
-@functools.partial(jax.jit, static_argnames=("config", "members"))
+@functools.partial(jit, static_argnames=("config", "members"))
 def read_chunk(
     params: MemberParams,
     cache: Cache,
@@ -175,7 +176,7 @@ def read_chunk(
     return write_chunk(cache, new, slots)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jit, donate_argnames="state")
 def admit(
     params: tuple[MemberParams, ...],
     state: DecodeState,
@@ -223,7 +224,7 @@ def admit(
     return _strong(others._replace(members=members, clock=state.clock))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jit, donate_argnames="state")
 def advance(
     params: tuple[MemberParams, ...],
     state: DecodeState,

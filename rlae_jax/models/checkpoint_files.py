@@ -27,6 +27,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from rlae_jax import digests, files, hosts, records, sharding
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.files import read_json
 from rlae_jax.models import finite, gguf_files, gguf_models, hugging_face, quantised_files
@@ -572,7 +573,7 @@ def _stacked(slices: Iterable[list[Any]], n: int) -> list[Any]:
     return leaves
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jit, donate_argnums=0)
 def _put_slice(array: jax.Array, part: jax.Array, i: int) -> jax.Array:
     filled: jax.Array = lax.dynamic_update_index_in_dim(array, part, i, axis=0)
     return filled

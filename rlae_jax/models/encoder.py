@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from rlae_jax import sharding
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError
 from rlae_jax.models import checkpoint_files, lora, transformer
 from rlae_jax.models.config import ModelConfig
@@ -152,12 +152,12 @@ class Encoder:
         checkpoint_files.write_model(Path(directory), self.config, self.params, self.source, self.tokenizer)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
     return transformer.Model.bind(config, params, len(ids)).forward(ids, mask, types_bt=types)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, types: Any) -> Array:
     hidden = _hidden(config, params, ids, mask, types)
     return transformer.Model.bind(config, params, len(ids)).scores(hidden, mask)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from rlae_jax import sharding
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError, grouped_error
 
 Key = TypeVar("Key")
@@ -21,7 +22,7 @@ _DAMAGED = "the file is damaged or its training diverged; --no-check-finite (che
 _TOO_LARGE = "bfloat16 and float32 hold larger numbers"
 
 
-@jax.jit
+@jit
 def flag(leaf: Any) -> Bool[Array, ""]:
     """Whether all numbers of a leaf, an array or a quantised kernel with its scales, are finite.
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from tokenizers import Tokenizer
 
 from rlae_jax import digests, files, ranges, records, sharding
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError
 from rlae_jax.files import check_fetched
 from rlae_jax.models import (
@@ -306,19 +307,19 @@ def save(lm: LM, directory: str | os.PathLike[str]) -> None:
     lm.save(directory)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _hidden(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
     model = transformer.Model.bind(config, params, len(ids))
     return model.forward(ids, mask, decoder_ids=decoder_ids)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _logits(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
     model = transformer.Model.bind(config, params, len(ids))
     return model.logits(model.forward(ids, mask, decoder_ids=decoder_ids)[0])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _log_probs(config: ModelConfig, params: Any, ids: Array, mask: Array, decoder_ids: Any) -> Array:
     model = transformer.Model.bind(config, params, len(ids))
     hidden, _ = model.forward(ids, mask, decoder_ids=decoder_ids)

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from rlae_jax import ranges
+from rlae_jax.compilation import jit
 from rlae_jax.models import transformer
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.ranges import Count, CountOr0, LearningRate, Positive, PositiveOr0
@@ -93,7 +94,7 @@ def _shared(
     return pinned, state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jit, static_argnums=(0, 1), donate_argnums=2)
 def _begin(
     config: ModelConfig, train: PretrainConfig, params: transformer.Params
 ) -> tuple[transformer.Params, optax.OptState]:
@@ -101,7 +102,7 @@ def _begin(
     return _shared(config, train, params, _optimiser(train).init(params))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+@functools.partial(jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def _run_steps(
     config: ModelConfig,
     train: PretrainConfig,

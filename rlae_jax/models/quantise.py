@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError
 
 Kind = Literal["int8", "int4", "fp8"]
@@ -128,7 +129,7 @@ def forms(params: Any) -> dict[str, int]:
     return dict(Counter(leaf.form for leaf in leaves if isinstance(leaf, Quantised)))
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "inputs", "group"))
+@functools.partial(jit, static_argnames=("kind", "inputs", "group"))
 def quantise_kernel(kernel: Array, *, kind: Kind, inputs: int, group: int = 0) -> Quantised:
     """A kernel in fewer bits.
 
@@ -144,7 +145,7 @@ def quantise_kernel(kernel: Array, *, kind: Kind, inputs: int, group: int = 0) -
     return _affine(wide, axes) if kind == "int4" else absmax(wide, axes, kind)
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@functools.partial(jit, static_argnames="kind")
 def quantise_table(table: Float[Array, "V D"], *, kind: Kind) -> Quantised:
     """An embedding table with a scale per row."""
     return absmax(table.astype(jnp.float32), (1,), kind)

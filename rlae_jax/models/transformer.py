@@ -21,6 +21,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from rlae_jax.compilation import jit
 from rlae_jax.models import quantise
 from rlae_jax.models.attention import Angles, Attention, Packing, RelativeBiasTable
 from rlae_jax.models.cache import Cache, LayerCache, Layers, LayerState, Visible, cache_layout
@@ -559,7 +560,7 @@ def active_bytes(config: ModelConfig, sizes: Mapping[str, int] | None = None, ro
     return round(sum(n * (share if ".ffn.experts." in path else 1) for path, n in read.items()))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Fresh random parameters: normal with standard deviation fan_in^-1/2, norms at 1, biases at 0."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))

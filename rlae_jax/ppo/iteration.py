@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from rlae_jax.compilation import jit
 from rlae_jax.config import PPOConfig
 from rlae_jax.fusion.decode import decode_batch, params_places
 from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
@@ -354,7 +355,7 @@ def _learn_all(
     return whole
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
+@functools.partial(jit, static_argnames="config", donate_argnames="states")
 def iterate(
     states: LearnerState,
     params: tuple[Any, ...],
@@ -380,7 +381,7 @@ def iterate(
     return _learn_all(states, experience, scores, seeds, spec, config)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jit, static_argnames="config")
 def rollout_for_text(
     policy_params: Any,
     params: tuple[Any, ...],
@@ -396,7 +397,7 @@ def rollout_for_text(
     return pinned
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="states")
+@functools.partial(jit, static_argnames="config", donate_argnames="states")
 def learn_from_text(
     states: LearnerState,
     experience: Rollout,

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlae_jax import ranges
+from rlae_jax import compilation, ranges
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import slots as programs
 from rlae_jax.fusion.ensemble import Ensemble
@@ -158,6 +158,11 @@ class Engine:
         Args:
           told: is called with how many of how many sizes of caches are done.
         """
+        with compilation.kept_for(self):
+            self._warm_up(told)
+        self._compiled = _compilations()
+
+    def _warm_up(self, told: Callable[[int, int], None] | None) -> None:
         read = [(self._prompts.warm_up(size), size) for size in self._prompts.sizes]
         for i, slots in enumerate(self._sizes):
             state = self._empty_state(slots)
@@ -169,7 +174,6 @@ class Engine:
             jax.block_until_ready(self._advance(state, np.zeros(self.slots, bool), _LEAST_STEPS))
             if told is not None:
                 told(i + 1, len(self._sizes))
-        self._compiled = _compilations()
 
     @property
     def compiles(self) -> int:
@@ -259,6 +263,7 @@ class Engine:
                     ticket.cancelled = True
             self._changed.notify_all()
         self._thread.join()
+        compilation.release(self)
 
     def _wake(self) -> None:
         with self._changed:
@@ -267,6 +272,10 @@ class Engine:
     # From here on in the engine's thread.
 
     def _run(self) -> None:
+        with compilation.kept_for(self):
+            self._serve()
+
+    def _serve(self) -> None:
         landed: _Flight | None = None
         while True:
             with self._changed:

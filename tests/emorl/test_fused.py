@@ -229,6 +229,6 @@ def test_programs_are_shared_between_points(make_lm):
     points = Fused(lm, [random_adapter(lm, m, rank=2) for m in range(2)]).prepare(ROWS, max_new_tokens=3)
     rng = np.random.default_rng(0)
     points.decode(rng.random((17, 2)))
-    before = fused_module._answer._cache_size(), programs.prefill._cache_size()
+    before = fused_module._answer.cache_size(), programs.prefill.cache_size()
     points.decode(rng.random((18, 2)))  # 17 were filled up to 18
-    assert (fused_module._answer._cache_size(), programs.prefill._cache_size()) == before
+    assert (fused_module._answer.cache_size(), programs.prefill.cache_size()) == before

@@ -199,9 +199,9 @@ class TestRowsOfOneModel:
 
     def test_choices_share_a_program(self, stacked):
         write(stacked, adapters=self.CHOICE)
-        before = programs.decode_batch._cache_size()
+        before = programs.decode_batch.cache_size()
         outs = [write(stacked, adapters=choice) for choice in ([0] * B, np.full((B, 3), 0.2), self.CHOICE[::-1])]
-        assert programs.decode_batch._cache_size() == before
+        assert programs.decode_batch.cache_size() == before
         assert len({str(out.tokens) for out in outs}) == 3
 
     def test_sums_of_adapters_and_rows_alone(self, lm, trio, stacked):
@@ -242,9 +242,9 @@ class TestRowsOfOneModel:
         ids=str,
     )
     def test_bad_choices(self, stacked, raises_input_error, choice, parts):
-        before = programs.decode_batch._cache_size()
+        before = programs.decode_batch.cache_size()
         raises_input_error(lambda: write(stacked, adapters=choice), *parts)
-        assert programs.decode_batch._cache_size() == before
+        assert programs.decode_batch.cache_size() == before
 
     def test_nothing_to_choose_from(self, lm, raises_input_error):
         raises_input_error(lambda: write(rj.Ensemble([lm]), adapters=[0] * B), "no member has adapters")

@@ -244,7 +244,7 @@ class TestWeights:
 
 class TestCompilation:
     def test_what_changes_from_call_to_call_does_not_compile_anew(self, pair):
-        count = programs.decode_batch._cache_size
+        count = programs.decode_batch.cache_size
         generate_ids(pair, PROMPTS, **SAMPLED)
         before = count()
         generate_ids(pair, [[5] * 16, [2, 2], [1], [3], [4]], **SAMPLED)  # 16 is the smallest bucket

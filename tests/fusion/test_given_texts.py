@@ -295,7 +295,7 @@ def test_programs_are_used_again(pair):
         rows = [rng.integers(0, 23, n).tolist() for n in (22, *rng.integers(18, 23, 15))]
         tokens = [rng.integers(0, 23, 3).tolist() for _ in rows]
         ensemble.score_tokens(rows, tokens, rng.dirichlet([1, 1], 16))
-        sizes.add(programs.read_given._cache_size())
+        sizes.add(programs.read_given.cache_size())
     assert len(sizes) == 1
 
 

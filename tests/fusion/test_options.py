@@ -144,7 +144,7 @@ class TestScoresAndLimits:
         np.testing.assert_array_equal(read_answers(counter.codec, job, answers).spans, expected)
 
     def test_limits_are_data_and_only_cut(self, pair, weights):
-        count = programs.decode_batch._cache_size
+        count = programs.decode_batch.cache_size
         whole = write(pair, weights=weights, max_new_tokens=[N] * B, **SAMPLED)
         before = count()
         for limits in ([1, 9, 4, 2], [9, 2, 3, 1]):

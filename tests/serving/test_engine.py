@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.fusion import slots
+from rlae_jax import compilation
+from rlae_jax.fusion import programs, slots
 from rlae_jax.fusion.policy import BoundPolicy, Dims
 from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.models.config import Rope
@@ -189,6 +190,16 @@ def test_nothing_is_compiled_after_warm_up(pair, engine):
     assert stats.prefix_hits - before.prefix_hits == 3
     assert stats.cached_tokens - before.cached_tokens == 39 + 129 + 199
     assert stats.prompt_tokens - before.prompt_tokens == sum(map(len, prompts))
+
+
+def test_what_an_engine_has_compiled_stays(pair, engine, monkeypatch):
+    monkeypatch.setattr(compilation, "MOST_PROGRAMS", 1)
+    for n in (1, 2):
+        pair.generate(prompt_ids=[[1]], max_new_tokens=n)
+    assert programs.decode_batch.cache_size() == 1
+    before = engine.stats()
+    engine.submit(ask(7, length=2)).result(60)
+    assert engine.stats().compiles == before.compiles
 
 
 def test_long_prompts_and_known_beginnings_change_nothing(pair, engine):
