@@ -28,6 +28,7 @@ MOST_PROGRAMS = 256
 _MOST_SHARING = 32  # programs of one outline, before its entry begins anew
 _WIDEST, _DEEPEST = 4, 2  # of a tree, what an outline looks at
 _MAPPINGS_EACH = 1000  # of a large program
+_TRACES = 64  # programs that go, until what was traced of inner functions goes, too
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 
@@ -98,6 +99,7 @@ class _Programs:
         self._lock = threading.RLock()
         self._entries: collections.OrderedDict[tuple[Any, ...], _Entry] = collections.OrderedDict()
         self._unseen = 0  # programs that may be compiled before mappings are counted again
+        self._dropped = 0  # programs whose traces of inner functions are still there
 
     def entry(self, key: tuple[Any, ...], make: Callable[[], _Entry]) -> _Entry:
         """What is kept under a key, which is now the one used last."""
@@ -135,13 +137,15 @@ class _Programs:
             self._drop(self.count() - MOST_PROGRAMS, newest)
             self._unseen -= 1
             most = most_mappings()
-            if most is None or self._unseen > 0:
-                return
-            found = mappings()
-            while found > most and self._drop(max(1, self.count() // 8), newest):
-                gc.collect()
+            if most is not None and self._unseen <= 0:
                 found = mappings()
-            self._unseen = (most - found) // _MAPPINGS_EACH
+                while found > most and self._drop(max(1, self.count() // 8), newest):
+                    gc.collect()
+                    found = mappings()
+                self._unseen = (most - found) // _MAPPINGS_EACH
+            if self._dropped >= _TRACES:
+                self._dropped = 0
+                _forget_traces()
 
     def _drop(self, programs: int, spared: _Entry) -> bool:
         """Drops entries with at least so many programs, the least recently used first. Whether there were any."""
@@ -152,7 +156,18 @@ class _Programs:
             if entry is not spared and not entry.keepers:
                 del self._entries[key]
                 dropped += entry.traces[0]
+        self._dropped += dropped
         return dropped > 0
+
+
+def _forget_traces() -> None:
+    """JAX has no bound for what it traced of functions inside of programs (`jnp.where` of every shape), and no public
+    way to drop that alone: `jax.clear_caches` would drop the programs, too. What is compiled stays, and is called as
+    before; only arguments of another kind (numpy's after JAX's) would be traced once more."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src.interpreters import partial_eval
+
+        partial_eval.trace_to_jaxpr.cache_clear()
 
 
 class _Thread(threading.local):

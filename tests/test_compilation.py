@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import rlae_jax as rj
+from benchmarks import shapes
 from rlae_jax import compilation
 from rlae_jax.fusion import programs
 
@@ -85,6 +86,19 @@ def test_mappings_are_a_bound_of_their_own(monkeypatch):
     double(jnp.ones(4))
     double(jnp.ones(1))
     assert traced[4:] == [(1,)]
+
+
+def test_traces_of_inner_functions_go_with_their_programs(monkeypatch):
+    monkeypatch.setattr(compilation, "_TRACES", 3)
+    inner = jax.jit(lambda x: x + 1)
+    outer = compilation.jit(lambda x: inner(x) * 2)
+    for n in range(1, 8):
+        known = outer(np.ones(n))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
+    compilation._forget_traces()
+    np.testing.assert_array_equal(outer(np.ones(7)), known)
+    assert "/jax/core/compile/backend_compile_duration" not in compiled
 
 
 def test_what_is_kept_stays_until_it_is_released():
@@ -215,3 +229,11 @@ def test_many_threads():
         thread.join()
     assert not wrong
     assert compilation.count() <= 4
+
+
+@pytest.mark.rare
+def test_the_soak_in_short():
+    figures = shapes.soak(shapes.tiny(), shapes.shapes(10))
+    assert figures["programs"] <= 4
+    assert figures["changed"] == 0
+    assert figures["calls"] == 20
