@@ -11,7 +11,7 @@ import rich.console
 import rich.markup
 import rich.table
 
-from rlae_jax import report
+from rlae_jax import ranges, report
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.vocabulary import UnionVocabulary, load_or_build
 from rlae_jax.models import LM
@@ -20,6 +20,7 @@ from rlae_jax.models.checkpoint_files import disk_bytes
 from rlae_jax.models.config import ModelConfig
 from rlae_jax.models.quantise import forms, weight_bytes
 from rlae_jax.models.transformer import experts_share
+from rlae_jax.ranges import Bandwidth, Count
 
 FEW_PARTNERS = 0.2  # of a vocabulary's texts: with fewer, members seldom write in common tokens
 DIFFERENT_CONTEXTS = 4  # times as long
@@ -172,9 +173,9 @@ def inspect_members(
     members: Sequence[LM],
     end_ids: Sequence[Sequence[int]] | None = None,
     *,
-    bandwidth_gb_s: float = 1000.0,
-    batch: int = 1,
-    tokens: int = 1024,
+    bandwidth_gb_s: Bandwidth = 1000.0,
+    batch: Count = 1,
+    tokens: Count = 1024,
     cache: Path | None = None,
 ) -> Inspection:
     """What there is to know of an ensemble before it runs.
@@ -187,14 +188,11 @@ def inspect_members(
       cache: directory of union vocabularies, see `load_or_build`.
 
     Raises:
-      InputError: no members, a number that is not positive, another number of end id lists than members.
+      InputError: no members, a number out of range, another number of end id lists than members.
     """
     if not members:
         raise InputError("give at least one model to inspect")
-    if not (bandwidth_gb_s > 0 and batch > 0 and tokens > 0):
-        raise InputError(
-            f"bandwidth_gb_s ({bandwidth_gb_s}), batch ({batch}) and tokens ({tokens}) must be greater than 0"
-        )
+    ranges.check_arguments(inspect_members, bandwidth_gb_s=bandwidth_gb_s, batch=batch, tokens=tokens)
     if end_ids is not None and len(end_ids) != len(members):
         raise InputError(f"end_ids: {len(end_ids)} lists for {len(members)} members; give one list per member")
     ends = [lm.config.end_ids for lm in members] if end_ids is None else end_ids

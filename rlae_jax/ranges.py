@@ -44,7 +44,7 @@ class Range(PrimitiveConstructorSpec[Any]):
         super().__init__(
             nargs=1,
             metavar=self._shown(unit or kind.__name__.upper()),
-            instance_from_str=lambda texts: kind(texts[0]),
+            instance_from_str=lambda texts: self.parse(texts[0]),
             is_instance=lambda value: isinstance(value, kind | int),
             str_from_instance=lambda value: [str(value)],
         )
@@ -72,6 +72,13 @@ class Range(PrimitiveConstructorSpec[Any]):
         if not (self.above or self.below):
             return f"{what} from {self.low:.10g} to {self.high:.10g}"
         return f"{what}{low} and {'below' if self.below else 'at most'} {self.high:.10g}"
+
+    def parse(self, text: str) -> Any:
+        """The number that a text is; or the text, which fits no range and is told as what does not."""
+        try:
+            return self.kind(text)
+        except (ValueError, OverflowError):
+            return text
 
     def fits(self, value: Any) -> bool:
         """Whether a value is such a number: of Python's, of numpy's, or an array without axes."""
@@ -177,7 +184,7 @@ def check_arguments(function: Callable[..., Any], **arguments: Any) -> None:
 def check_options(command: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """Raises an `InputError` for an option of a command that is outside its range."""
     for name, value, within in _misfits(options, command):
-        raise InputError(f"--{name.replace('_', '-')} {value}: {within.instead_of(value)}")
+        raise InputError(f"--{name.replace('_', '-')} {_short(value)}: {within.instead_of(value)}")
 
 
 def read(text: str, hint: Any, where: str) -> Any:
@@ -190,13 +197,16 @@ def read(text: str, hint: Any, where: str) -> Any:
       InputError: it is none, or outside the range; the message begins with `where` and the text.
     """
     (within,) = ranges_in(hint)
-    try:
-        value = within.kind(text)
-    except (ValueError, OverflowError):
-        value = None
+    value = within.parse(text)
     if not within.fits(value):
-        raise InputError(f"{where}{text[:40]}: {within.instead_of(value)}")
+        raise InputError(f"{where}{_short(text)}: {within.instead_of(value)}")
     return value
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def from_environment(variable: str, hint: Any, default: Any) -> Any:

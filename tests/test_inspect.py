@@ -139,7 +139,7 @@ def test_real_tokenizers(make_lm: Callable[..., LM], shared: Path, tmp_path: Pat
 
 def test_bad_input(mixed: list[LM], raises_input_error: Callable[..., str]) -> None:
     raises_input_error(lambda: inspect_members([]), "at least one")
-    raises_input_error(lambda: inspect_members(mixed, batch=0), "batch (0)")
+    raises_input_error(lambda: inspect_members(mixed, batch=0), "batch is 0; expected")
     raises_input_error(lambda: inspect_members(mixed, [[1]]), "1 lists for 2 members")
 
 

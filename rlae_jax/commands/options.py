@@ -75,7 +75,12 @@ class MemberOptions:
         for text in self.end_ids:
             if not all(text.split(",")):
                 raise InputError(f"--end-ids {text!r}: expected ids with commas between them, such as 50256 or 1,2")
-            lists.append([ranges.read(part, CountOr0, "--end-ids ") for part in text.split(",")])
+            lists.append(
+                [
+                    ranges.read(part, CountOr0, f"--end-ids {text!r}, ids such as 50256 or 1,2: ")
+                    for part in text.split(",")
+                ]
+            )
         if len(lists) not in (1, members):
             raise InputError(
                 f"--end-ids: {len(lists)} lists for {members} members; give one per member, such as "

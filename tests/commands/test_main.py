@@ -415,13 +415,13 @@ class TestBadInput:
         ("options", "parts"),
         [
             (["--weights", "1", "2", "3"], ("[3]", "[2]")),
-            (["--weights", "1", "-2"], ("1 negative", "-2.0")),
+            (["--weights", "1", "-2"], ("--weights -2.0: expected a number from 0",)),
             (["--weights", "0", "0"], ("all zero",)),
-            (["--weights", "nan", "1"], ("not finite",)),
+            (["--weights", "nan", "1"], ("--weights nan: expected a number",)),
             (["--temperature", "-1"], ("temperature",)),
-            (["--max-new-tokens", "0"], ("max_new_tokens",)),
-            (["--top-p", "0"], ("top_p",)),
-            (["--span-length", "0"], ("span_length",)),
+            (["--max-new-tokens", "0"], ("--max-new-tokens 0: expected",)),
+            (["--top-p", "0"], ("--top-p 0.0: expected",)),
+            (["--span-length", "0"], ("--span-length 0: expected",)),
             (["--seed", "-1"], ("seed",)),
             (["--chat"], ("chat template",)),
             (["--policy", "nowhere"], ("nowhere is not a run directory", "perplexity", "draw")),
@@ -433,9 +433,9 @@ class TestBadInput:
             (["--end-ids", "1,x", "1"], ("'1,x'", "50256 or 1,2")),
             (["--end-ids", "999"], ("999", "outside the vocabulary")),
             (["--samples", "0"], ("samples",)),
-            (["--min-p", "2"], ("min_p",)),
-            (["--repetition-penalty", "0"], ("repetition_penalty",)),
-            (["--member-tokens", "0"], ("member_tokens",)),
+            (["--min-p", "2"], ("--min-p 2.0: expected",)),
+            (["--repetition-penalty", "0"], ("--repetition-penalty 0.0: expected",)),
+            (["--member-tokens", "0"], ("--member-tokens 0: expected",)),
             (["--stream", "--samples", "2"], ("one prompt and one sample", "1 and 2")),
             (["--stream", "--scores"], ("--stream prints text only",)),
             (["--stream", "--html", "out.html"], ("--stream prints text only", "--html")),
@@ -456,7 +456,7 @@ class TestBadInput:
         base = ["inspect", "--models", *mixed]
         refused(*base, "--end-ids", "1", "2", "3", parts=["3 lists for 2 members"])
         refused(*base, "--end-ids", "1", parts=["1 lists for 2 members"])
-        refused(*base, "--bandwidth", "0", parts=["greater than 0"])
+        refused(*base, "--bandwidth", "0", parts=["--bandwidth 0.0: expected a number above 0"])
         refused("inspect", "--models", "nowhere", parts=["nowhere"])
 
     def test_prompts(self, refused, models):
@@ -499,8 +499,7 @@ class TestBadInput:
             *base,
             "--out",
             tmp_path / "new",
-            "--iterations",
-            "0",
+            *("--iterations", "0"),
             parts=["--iterations 0: expected"],
         )
         fewer = [*base, "--reward", "last_number", "--out", run, "--resume", "--iterations", "1"]

@@ -34,5 +34,9 @@ def sentencepiece(words: Sequence[str], byte_fallback: bool = True) -> Any:
     steps = [decoders.Replace("▁", " "), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([steps[0], decoders.ByteFallback(), steps[1]] if byte_fallback else steps)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=0
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
