@@ -345,7 +345,7 @@ class Pool:
           RuntimeError: the pool was not started, or is closed.
         """
         if self._closed or not self._lanes[0].is_alive():
-            raise RuntimeError("workers take calls between their start and their end only")
+            raise RuntimeError("calls are taken within the start and the end of the workers only")
         pending = Pending(len(calls))
         for index, call in enumerate(calls):
             self._jobs.put((pending, index, json.dumps(list(call)).encode()))
