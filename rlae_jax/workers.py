@@ -305,6 +305,8 @@ class Pool:
     Args:
       source, wrapper, limits: see `Worker`.
       n: workers; by default as many as there are cores, at most 8.
+
+    The first batch starts the workers, if `start` did not before; they end with `close`, or with this object.
     """
 
     def __init__(self, source: str, wrapper: str = "", limits: Limits | None = None, n: int | None = None) -> None:
@@ -312,7 +314,7 @@ class Pool:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lanes = [_Lane(Worker(source, wrapper, limits), self._jobs, count) for _ in range(count)]
         self._pending: list[Pending] = []
-        self._closed = False
+        self._end = weakref.finalize(self, _end_lanes, self._lanes, self._jobs)
 
     @property
     def printed(self) -> Printed:
@@ -321,20 +323,14 @@ class Pool:
         return Printed(sum(one.size for one in each), each[0].beginning) if each else Printed()
 
     def start(self) -> None:
-        """Starts all workers, and does not wait for them."""
+        """Starts all workers, unless they are there, and does not wait for them."""
         for lane in self._lanes:
-            lane.start()
+            if lane.ident is None:
+                lane.start()
 
     def close(self) -> None:
         """Ends all workers, whatever they do; what is still pending fails."""
-        self._closed = True
-        for lane in self._lanes:
-            lane.stopped = True
-            self._jobs.put(None)
-        for lane in self._lanes:
-            lane.worker.close()
-            if lane.is_alive():
-                lane.join()
+        self._end()
         for pending in self._pending:
             pending.fail(RuntimeError("the workers were closed before all was done"))
 
@@ -342,10 +338,11 @@ class Pool:
         """Begins to make these calls.
 
         Raises:
-          RuntimeError: the pool was not started, or is closed.
+          RuntimeError: the pool is closed.
         """
-        if self._closed or not self._lanes[0].is_alive():
-            raise RuntimeError("calls are taken within the start and the end of the workers only")
+        if not self._end.alive:
+            raise RuntimeError("the workers are closed, and take no calls")
+        self.start()
         pending = Pending(len(calls))
         for index, call in enumerate(calls):
             self._jobs.put((pending, index, json.dumps(list(call)).encode()))
@@ -399,6 +396,16 @@ class _Lane(threading.Thread):
             for (pending, index, _), outcome in zip(batch, outcomes, strict=True):
                 pending.set(index, outcome)
             size = min(2 * size, _LONGEST_BATCH) if time.monotonic() - began < _BATCH_SECONDS else max(size // 2, 1)
+
+
+def _end_lanes(lanes: Sequence[_Lane], jobs: "queue.SimpleQueue[_Job | None]") -> None:
+    for lane in lanes:
+        lane.stopped = True
+        jobs.put(None)
+    for lane in lanes:
+        lane.worker.close()
+        if lane.is_alive():
+            lane.join()
 
 
 def check(source: str) -> None:

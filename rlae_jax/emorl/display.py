@@ -1,11 +1,12 @@
 """What people see of a run while it is made and afterwards: progress of its training and searches, its tables."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rlae_jax import records, report
+from rlae_jax import hosts, records, report
 from rlae_jax.emorl.run import Run
+from rlae_jax.emorl.scorers import Objective
 from rlae_jax.emorl.search import SearchConfig, most_points
 from rlae_jax.emorl.train import OBJECTIVES, TRAINING_FILE, Progress, Training
 
@@ -36,6 +37,13 @@ def show_training(run: Run) -> None:
     report.say(f"adapters in {report.quoted(run.directory)}:")
     taken = {name: records.plain(records.read(path, Training)) for name, path in paths.items()}
     report.console.print(report.adapters_table(taken))
+
+
+def show_problems(objectives: Sequence[Objective]) -> None:
+    """What went wrong with functions of one's own, and that they printed; of every process."""
+    told = hosts.gather([str(objective.problems) for objective in objectives if objective.problems])
+    for line in dict.fromkeys(line for own in told for line in own):
+        report.say(line)
 
 
 def show_results(results: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from rlae_jax import records, report
 from rlae_jax.emorl.agent import objectives_task
+from rlae_jax.emorl.display import show_problems
 from rlae_jax.emorl.fused import MODES, Fused
 from rlae_jax.emorl.run import AGENT, Run
 from rlae_jax.emorl.scorers import Objective
@@ -186,13 +187,14 @@ def evaluate_run(
     """Evaluates everything that a run has. Returns the content of results.json.
 
     Raises:
-      InputError: an unknown or empty split.
+      InputError: an unknown or empty split; what `Run.objectives` raises.
     """
+    objectives = run.objectives(run.singles())  # first: what the user has to confirm is asked before any work
     methods = run_methods(run)
-    return evaluate(
+    results = evaluate(
         methods,
         run.prompts.split(split)[:limit],
-        run.objectives(run.singles()),
+        objectives,
         task=run.prompts.name,
         split=split,
         max_new_tokens=run.config.settings.max_new_tokens,
@@ -200,3 +202,5 @@ def evaluate_run(
         seed=seed,
         out=out,
     )
+    show_problems(objectives)
+    return results

@@ -1,18 +1,20 @@
 """A run's directory as commands see it: its base, its prompts, what its adapters were taught, and the adapters.
 
 In: a directory that `train_adapters` made. Out: objects to search, evaluate and export with. What a command needs to
-make prompts and objectives again, their names on the command line, lies in the run's files.
+make prompts and objectives again, their names on the command line, lies in the run's files. They are data: a function
+that they name is run only where the user names it again, or says that the run's code may run.
 """
 
 import dataclasses
 import functools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlae_jax import files, hosts, records
 from rlae_jax.emorl import embedded
-from rlae_jax.emorl.scorers import Objective, get_objectives
+from rlae_jax.emorl.scorers import Objective, get_objectives, own_function
 from rlae_jax.emorl.search import SearchRun
 from rlae_jax.emorl.train import (
     ADAPTER,
@@ -91,11 +93,17 @@ def make_targets(specs: Sequence[str], baselines: Sequence[str], data: Data) -> 
 class Run:
     """What `emorl train` left.
 
+    Args:
+      functions: "module:function" or "file.py:function" of objectives that are the user's own, named by the user.
+      allow_code: the functions that the directory names may run.
+
     Raises:
       InputError: no such directory, or one of another command.
     """
 
     directory: Path
+    functions: Sequence[str] = ()
+    allow_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.directory.is_dir():
@@ -176,13 +184,30 @@ class Run:
         """The objectives of these adapters.
 
         Raises:
-          InputError: an unknown adapter; what `get_objectives` raises.
+          InputError: an unknown adapter; a function of the directory's that the user neither named nor allowed, or one
+            that it does not have; what `get_objectives` raises.
         """
         targets = self.targets()
         unknown = [name for name in names if name not in targets]
         if unknown:
             raise InputError(f"{self.directory} has no adapters {', '.join(unknown)}; it has {', '.join(targets)}")
-        return make_objectives([spec for name in names for spec in targets[name].specs], self.data)
+        specs = [spec for name in names for spec in targets[name].specs]
+        return make_objectives(self._with_functions(specs), self.data)
+
+    def _with_functions(self, specs: Sequence[str]) -> list[str]:
+        """What objectives' names stand for, functions as the user named them."""
+        named = {own_function(spec): spec for spec in self.functions}
+        asked = {own_function(spec): spec for spec in specs if own_function(spec)}
+        if unknown := [spec for name, spec in named.items() if name not in asked]:
+            has = f"its own are {', '.join(asked)}" if asked else "none of its objectives is one"
+            raise InputError(f"{', '.join(unknown)} names no function that is an objective of {self.directory}: {has}")
+        missing = [spec for name, spec in asked.items() if name not in named]
+        if missing and not self.allow_code:
+            raise InputError(
+                f"{self.directory} asks to run code: {', '.join(missing)}. If you know it, name it again "
+                f"(--objective {shlex.join(missing)}) or add --allow-code"
+            )
+        return [named.get(own_function(spec), spec) for spec in specs]
 
     def search_directory(self, name: str) -> Path:
         """Where a search of this name is, by default."""

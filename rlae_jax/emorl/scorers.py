@@ -8,6 +8,7 @@ empty response scores `low` everywhere, whatever a model would make of it.
 import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from rlae_jax import hosts, sharding
+from rlae_jax import hosts, sharding, workers
 from rlae_jax.errors import InputError
 from rlae_jax.models import LM, Encoder, load, load_encoder
 from rlae_jax.models.lm import require_tokenizer
+from rlae_jax.tasks import reward_worker
+from rlae_jax.tasks.reward_worker import number_of
 from rlae_jax.tasks.rewards import find_function
-from rlae_jax.worker_script import described, resolve
+from rlae_jax.tasks.scoring import Problems, attempt
+from rlae_jax.workers import Outcome
 
 Score = Callable[[Sequence[str], Sequence[str]], Any]  # (prompts, responses) -> N numbers
 _ROWS = 64  # texts that a model reads at once
@@ -36,12 +40,14 @@ class Objective:
       name: what tables and files call it.
       score: (prompts, responses) -> one number each; see `of_function` for one of your own.
       low, high: the range that its numbers are clipped to.
+      problems: what went wrong with a function of one's own, whose answers then scored 0.
     """
 
     name: str
     score: Score
     low: float = 0.0
     high: float = 1.0
+    problems: Problems = dataclasses.field(default_factory=Problems, compare=False)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, " N"]:
         """Scores within the range.
@@ -154,8 +160,40 @@ def of_words(name: str, vocabulary: Sequence[str], enough: int = 1) -> Objective
 
 
 def of_function(name: str, score: Callable[[str, str], float]) -> Objective:
-    """A user's function of one prompt and one response, in [0, 1]."""
-    return Objective(name, lambda prompts, responses: [score(*pair) for pair in zip(prompts, responses, strict=True)])
+    """A user's function of one prompt and one response, in [0, 1], called here. What it fails for scores 0."""
+    return _of_outcomes(name, lambda pairs: [attempt(number_of, score, *pair) for pair in pairs])
+
+
+def _of_source(name: str, source: str) -> Objective:
+    """A user's function that worker processes import, and never this one. They start with the first batch."""
+    pool = workers.Pool(source, f"{reward_worker.__file__}:number_of")
+
+    def call(pairs: Sequence[tuple[str, str]]) -> list[Outcome]:
+        try:
+            outcomes = pool.submit(pairs).result()
+        except workers.Lost as error:
+            raise InputError(f"scorer {source!r}: {error}") from None
+        objective.problems.printed = pool.printed
+        return outcomes
+
+    objective = _of_outcomes(name, call)
+    return objective
+
+
+def _of_outcomes(name: str, call: Callable[[Sequence[tuple[str, str]]], Sequence[Outcome]]) -> Objective:
+    problems = Problems(f"objective {name}")
+
+    def score(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        pairs = list(zip(prompts, responses, strict=True))
+        outcomes = call(pairs)
+        for (prompt, _), (_, problem) in zip(pairs, outcomes, strict=True):
+            if problem and not problems.counts:
+                warnings.warn(f"objective {name} failed for an answer, which scores 0: {problem}", stacklevel=2)
+            if problem:
+                problems.add(prompt, problem)
+        return [0.0 if problem else value for value, problem in outcomes]
+
+    return Objective(name, score, problems=problems)
 
 
 def _in_batches(call: Callable[[Sequence[str], Sequence[str]], Any]) -> Score:
@@ -314,6 +352,11 @@ _KNOWN = (
 )
 
 
+def own_function(text: str) -> str:
+    """The name of the user's function that a command's argument names; "" where it names something else."""
+    return text.rpartition(":")[2] if text.partition("=")[0] not in MODEL_OBJECTIVES and ":" in text else ""
+
+
 def _named(text: str) -> tuple[str, Callable[[], Objective]]:
     """An objective's name, and what makes it."""
     name, _, checkpoint = text.partition("=")
@@ -326,18 +369,10 @@ def _named(text: str) -> tuple[str, Callable[[], Objective]]:
     if match := _DIVERSITY.fullmatch(text):
         n = int(match[1] or 2)
         return f"diversity_{n}", functools.partial(diversity, n)
-    if ":" not in text:
+    if not own_function(text):
         raise InputError(f"objective {text!r} is unknown; use one of {_KNOWN}")
     name = text.rpartition(":")[2]
-    function = resolve(find_function(text, f"scorer {text!r}"))
-
-    def score(prompt: str, response: str) -> float:
-        try:
-            return float(function(prompt, response))
-        except Exception as error:
-            raise InputError(f"scorer {name} failed for the response {response[:60]!r}: {described(error)}") from error
-
-    return name, functools.partial(of_function, name, score)
+    return name, functools.partial(_of_source, name, find_function(text, f"scorer {text!r}"))
 
 
 def _from_checkpoint(name: str, checkpoint: str) -> Objective:

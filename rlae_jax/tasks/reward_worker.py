@@ -1,4 +1,5 @@
-"""What is checked of a reward's numbers, here and in worker processes: the standard library alone, see `workers`."""
+"""What is checked of the numbers of rewards and objectives, here and in worker processes: the standard library alone,
+see `workers`."""
 
 import math
 import numbers
@@ -25,20 +26,39 @@ def best(function: Callable[[str, str], Any], text: str, reference: str | Sequen
     return max((checked(function(text, one)) for one in references), default=0.0)
 
 
+def number_of(function: Callable[..., Any], *arguments: Any) -> float:
+    """The function's number, checked.
+
+    Raises:
+      UnusableReward: it is something else than a finite number.
+    """
+    return number(function(*arguments))
+
+
 def checked(value: Any) -> float:
     """A reward's number.
 
     Raises:
       UnusableReward: it is something else than a number in [0, 1].
     """
+    found = number(value)
+    if not 0.0 <= found <= 1.0:
+        raise UnusableReward(f"gave {found:g}, outside [0, 1]")
+    return found
+
+
+def number(value: Any) -> float:
+    """A number of whatever type as a float.
+
+    Raises:
+      UnusableReward: it is something else than a finite number.
+    """
     # Arrays of one number count as numbers only without axes.
     if not isinstance(value, numbers.Real | Decimal) and getattr(value, "shape", None) != ():
         shape = getattr(value, "shape", None)
         kind = f"{type(value).__name__} of shape {tuple(shape)}" if shape is not None else type(value).__name__
         raise UnusableReward(f"gave no number but {kind}")
-    number = float(value)
-    if math.isnan(number):
-        raise UnusableReward("gave NaN")
-    if not 0.0 <= number <= 1.0:
-        raise UnusableReward(f"gave {number:g}, outside [0, 1]")
-    return number
+    found = float(value)
+    if not math.isfinite(found):
+        raise UnusableReward("gave NaN" if math.isnan(found) else f"gave {found:g}")
+    return found

@@ -26,7 +26,10 @@ _SHOWN_CHARACTERS = 60
 
 
 class Problems:
-    """What went wrong with rewards: how often, and the first few cases.
+    """What went wrong with a reward, or an objective: how often, and the first few cases.
+
+    Args:
+      of: what it is, as messages begin.
 
     Attributes:
       counts: how often each thing happened.
@@ -34,7 +37,8 @@ class Problems:
       printed: what workers printed meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of: str = "the reward") -> None:
+        self._of = of
         self.counts: collections.Counter[str] = collections.Counter()
         self.shown: list[tuple[str, str]] = []
         self.printed = Printed()
@@ -51,12 +55,12 @@ class Problems:
     def __str__(self) -> str:
         """At most eight lines, or nothing where nothing went wrong."""
         failed = self._failed() if self.counts else []
-        return "\n".join([*failed, f"the reward printed: {self.printed}"] if self.printed.size else failed)
+        return "\n".join([*failed, f"{self._of}: {self.printed}"] if self.printed.size else failed)
 
     def _failed(self) -> list[str]:
         kinds = [f"{n} {kind}" for kind, n in self.counts.most_common(SHOWN_PER_KIND)]
         more = ", ..." if len(self.counts) > SHOWN_PER_KIND else ""
-        lines = [f"the reward failed for {self.counts.total()} answers, which score 0: {', '.join(kinds)}{more}"]
+        lines = [f"{self._of} failed for {self.counts.total()} answers, which score 0: {', '.join(kinds)}{more}"]
         for prompt, problem in self.shown:
             short = " ".join(prompt.split())
             # Few-shot prompts begin alike; the question is at the end.
@@ -114,10 +118,11 @@ class RewardPool:
         self.reward = reward
         self.limit_seconds = limit_seconds
         self.problems = Problems()
-        self._closed = False
+        self._open = False
         self._pool = reward.pool(Limits(limit_seconds), workers) if isinstance(reward, NamedReward) else None
 
     def __enter__(self) -> "RewardPool":
+        self._open = True
         if self._pool is not None:
             self._pool.start()
         return self
@@ -125,7 +130,7 @@ class RewardPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._closed = True
+        self._open = False
         if self._pool is not None:
             self._pool.close()
 
@@ -135,7 +140,7 @@ class RewardPool:
         Raises:
           RuntimeError: outside of the pool's `with` block.
         """
-        if self._closed:
+        if not self._open and self._pool is not None:
             raise RuntimeError("a reward pool scores within its `with` block only")
         pairs = list(zip(texts, references, strict=True))
         if self._pool is not None:
@@ -143,7 +148,7 @@ class RewardPool:
         if isinstance(self.reward, BatchReward):
             outcomes = [Outcome(float(score), "") for score in self.reward.many(texts, references)]
         else:
-            outcomes = [_attempt(self.reward, text, reference) for text, reference in pairs]
+            outcomes = [attempt(lambda *pair: checked(self.reward(*pair)), *pair) for pair in pairs]
         return Pending(prompts, lambda: outcomes, self._tell)
 
     def _tell(self, prompts: Sequence[str], outcomes: Sequence[Outcome]) -> None:
@@ -163,10 +168,10 @@ class RewardPool:
         return lambda: hosts.join(pending.result(), own, len(texts))
 
 
-def _attempt(reward: Callable[[str, Any], Any], text: str, reference: Reference) -> Outcome:
-    """The score or, where the call fails, what happened."""
+def attempt(call: Callable[..., float], *arguments: Any) -> Outcome:
+    """What a call gives here, without a process of its own, or what happened."""
     try:
-        return Outcome(checked(reward(text, reference)), "")
+        return Outcome(call(*arguments), "")
     except UnusableReward as error:
         return Outcome(None, str(error))
     except Exception as error:

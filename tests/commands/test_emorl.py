@@ -94,11 +94,14 @@ def test_a_whole_run(call, base, tmp_path):
 
 @pytest.mark.rare
 def test_what_failed_at_once_can_be_begun_again(call, base, tmp_path):
-    (tmp_path / "broken.py").write_text("def score(prompt, answer):\n    return float('nan')\n")
+    (tmp_path / "broken.py").write_text(
+        "import pathlib\nseen = pathlib.Path(__file__).with_suffix('.seen')\n"
+        "if seen.exists(): raise ValueError('not twice')\nseen.touch()\ndef score(prompt, answer): return 0.5\n"
+    )
     (tmp_path / "mended.py").write_text("def score(prompt, answer):\n    return 0.5\n")
     given = ("train", "--base", base, "--data", "reflections", "--out", tmp_path / "run", *TINY)
     status, _, error = call(*given, "--objective", f"{tmp_path}/broken.py:score")
-    assert (status, "nan" in error) == (2, True)
+    assert (status, "not twice" in error) == (2, True)
     assert call(*given, "--objective", f"{tmp_path}/mended.py:score")[0] == 0
 
 

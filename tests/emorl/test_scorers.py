@@ -3,6 +3,7 @@
 import itertools
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -122,6 +123,23 @@ def broken(prompt, response):
 def nothing(prompt, response):
     return None
 
+def nan(prompt, response):
+    return float("nan")
+
+def leaves(prompt, response):
+    import sys
+    sys.exit(3)
+
+def numbers(prompt, response):
+    import numpy
+    from decimal import Decimal
+    print("x")
+    return [numpy.float32(0.5), Decimal("0.25"), numpy.array(7), False][int(response)]
+
+def process(prompt, response):
+    import os, sys
+    return os.getppid() != 1 and "jax" not in sys.modules
+
 NUMBER = 3
 """
 
@@ -193,11 +211,40 @@ class TestByName:
         monkeypatch.syspath_prepend(functions.parent)
         assert get_objective("mine:share")(["abcd"], ["a"]).tolist() == [0.25]
 
-    @pytest.mark.parametrize(("name", "error"), [("broken", "KeyError: 'oh no'"), ("nothing", "TypeError")])
-    def test_a_users_function_that_fails(self, functions, raises_input_error, name, error):
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("broken", "raised KeyError: 'oh no'"),
+            ("nothing", "gave no number but NoneType"),
+            ("nan", "gave NaN"),
+            ("leaves", "ended its process (exit status 3)"),
+        ],
+    )
+    def test_a_users_function_that_fails_scores_nothing_and_is_told(self, functions, name, said, capfd):
         scorer = get_objective(f"{functions}:{name}")
-        message = raises_input_error(lambda: scorer(["a"], ["oh no"]), f"scorer {name} failed", error, "'oh no'")
-        assert "\n" not in message
+        with pytest.warns(UserWarning, match=f"objective {name} failed for an answer, which scores 0"):
+            assert scorer(["a", "b"], ["oh no", "oh no"]).tolist() == [0.0, 0.0]
+        assert scorer.problems.shown == [("a", said), ("b", said)]
+        assert str(scorer.problems).startswith(f"objective {name} failed for 2 answers, which score 0: 2 ")
+        assert capfd.readouterr() == ("", "")
+
+    def test_kinds_of_numbers_and_what_is_printed(self, functions, capfd):
+        scorer = get_objective(f"{functions}:numbers")
+        assert scorer(["a"] * 4, ["0", "1", "2", "3"]).tolist() == [0.5, 0.25, 1.0, 0.0]
+        assert not scorer.problems.counts
+        assert str(scorer.problems) == "objective numbers: it printed 8 bytes, which are not kept; they begin: 'x'"
+        assert capfd.readouterr() == ("", "")
+
+    def test_it_is_not_imported_here(self, functions):
+        scorer = get_objective(f"{functions}:process")
+        assert scorer(["a"], ["b"]).tolist() == [1.0]
+        assert not [name for name in sys.modules if name.endswith("mine")]
+
+    def test_a_function_given_in_python_that_fails(self):
+        scorer = scorers.of_function("mine", lambda prompt, response: 1 / len(response.strip("x")))
+        with pytest.warns(UserWarning, match="ZeroDivisionError"):
+            assert scorer(["a", "b"], ["x", "ab"]).tolist() == [0.0, 0.5]
+        assert scorer.problems.counts == {"raised ZeroDivisionError": 1}
 
     @pytest.mark.parametrize(
         ("text", "parts"),

@@ -1,13 +1,18 @@
 """`rlae-jax emorl evaluate`."""
 
 from pathlib import Path
+from typing import Annotated
 
+from tyro.conf import OmitArgPrefixes
+
+from rlae_jax.commands.emorl.options import CodeOptions
 from rlae_jax.ranges import Count, Seed, Temperature
 
 
 def evaluate(
     *,
     run: Path,
+    code: Annotated[CodeOptions, OmitArgPrefixes],
     split: str = "test",
     limit: Count | None = None,
     temperature: Temperature = 1.0,
@@ -18,6 +23,7 @@ def evaluate(
 
     Args:
         run: a directory that `emorl train` made. Weights are those that `emorl search` found and left in RUN/search.
+        code: which functions of one's own may run.
         split: whose prompts are answered.
         limit: only its first prompts.
         temperature: of the second table, of sampled answers; the first is of greedy ones.
@@ -30,5 +36,5 @@ def evaluate(
     from rlae_jax.emorl.run import Run
 
     where = out or run
-    show_results(evaluate_run(Run(run), split, limit, temperature, seed, where))
+    show_results(evaluate_run(Run(run, code.objective, code.allow_code), split, limit, temperature, seed, where))
     report.say(f"in {report.quoted(where)}: results.json, predictions.jsonl")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from rlae_jax.commands.emorl.options import Mode, Names
+from rlae_jax.commands.emorl.options import CodeOptions, Mode, Names
 from rlae_jax.commands.options import resumable
 from rlae_jax.ranges import Count, GiB, Levels, Seed, ShareAbove0, Temperature
 
@@ -53,6 +53,7 @@ class SearchOptions:
 def search(
     *,
     run: Path,
+    code: Annotated[CodeOptions, OmitArgPrefixes],
     mode: Mode = "hidden",
     adapters: Names = (),
     search: Annotated[SearchOptions, OmitArgPrefixes],
@@ -68,6 +69,7 @@ def search(
 
     Args:
         run: a directory that `emorl train` made.
+        code: which functions of one's own may run.
         mode: what is fused: hidden = last hidden states, probs = probabilities, loglinear = log-probabilities, params =
             the adapters' own parameters.
         adapters: of the run. Default: all of one objective.
@@ -82,13 +84,13 @@ def search(
     """
     from rlae_jax import report
     from rlae_jax.emorl.agent import train_run_agent
-    from rlae_jax.emorl.display import search_progress, with_values
+    from rlae_jax.emorl.display import search_progress, show_problems, with_values
     from rlae_jax.emorl.fused import Fused
     from rlae_jax.emorl.run import AGENT, Run
     from rlae_jax.emorl.search import require_points
     from rlae_jax.emorl.search import search as search_weights
 
-    trained = Run(run)
+    trained = Run(run, code.objective, code.allow_code)
     names = list(adapters) or trained.singles()
     objectives = trained.objectives(names)
     config = None
@@ -106,6 +108,7 @@ def search(
                 seed=search.seed,
                 resume=resume,
             )
+        show_problems(objectives)
         report.say(
             f"the agent is in {report.quoted(where)}; compare it with all else: "
             f"rlae-jax emorl evaluate --run {report.quoted(run)}"
@@ -117,6 +120,7 @@ def search(
         result = search_weights(
             *(fused, asked, objectives, config, where), resume=resume, memory=int(memory * 2**30), on_points=on_points
         )
+    show_problems(objectives)
     summary = result.summary()
     report.say(
         f"best of {summary.points} points, {summary.evaluations} of them decoded, on {len(asked)} {split} "

@@ -137,7 +137,7 @@ def train(
             or s3://... (s3fs).
     """
     from rlae_jax import report
-    from rlae_jax.emorl.display import show_training, training_progress
+    from rlae_jax.emorl.display import show_problems, show_training, training_progress
     from rlae_jax.emorl.run import Data, Run, make_targets
     from rlae_jax.emorl.train import train_adapters
     from rlae_jax.models import load
@@ -169,4 +169,5 @@ def train(
             data=dataclasses.asdict(source),
             on_progress=on_progress,
         )
+    show_problems(list({one.name: one for target in targets for one in target.objectives}.values()))
     show_training(Run(out))
