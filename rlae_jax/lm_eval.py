@@ -26,7 +26,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Row, pad_rows
 from rlae_jax.fusion.weights import Weights
-from rlae_jax.models import load
+from rlae_jax.models import chat_templates, load
 from rlae_jax.ppo.policies import get_policy
 from rlae_jax.ppo.train import check_members
 from rlae_jax.ranges import Count, Weight
@@ -124,13 +124,9 @@ class EnsembleLM(TemplateLM):  # type: ignore[misc]  # the harness has no annota
         """
         if self.ensemble.codec.own_prompts(True):
             raise InputError("members with different tokenizers or chat templates cannot read one chat's text")
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return text
+        first = self.ensemble.members[0]
+        goes_on = not add_generation_prompt
+        return chat_templates.render(self.tokenizer, first.name, [chat_history], goes_on=goes_on)[0]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each request's continuation its log-probability, and whether it is what would be written greedily."""

@@ -13,11 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
-from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error, one_line
+from rlae_jax.errors import SHOWN_PER_KIND, InputError, grouped_error
 from rlae_jax.fusion import vocabulary as vocabularies
 from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.spec import Spelling, UnionTables
-from rlae_jax.models import LM
+from rlae_jax.models import LM, chat_templates
+from rlae_jax.models.tokenizer import told
 
 # A text, or a chat's messages: {"role": ..., "content": ...}.
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -351,7 +352,12 @@ def _of_members(row: Row, members: int) -> tuple[Sequence[int], ...]:
 def _encode(lm: LM, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
     """One member's ids of prompts; see `Ensemble.encode`."""
     tokenizer = lm.require_tokenizer()
-    ids = [_chat_ids(lm, tokenizer, prompt) for prompt in prompts] if chat else tokenizer(list(prompts))["input_ids"]
+    if chat:
+        chats = [[{"role": "user", "content": one}] if isinstance(one, str) else list(one) for one in prompts]
+        ids = chat_templates.encode(tokenizer, lm.name, chats)
+    else:
+        with told(lm.name, "its tokenizer cannot take these prompts"):
+            ids = tokenizer(list(prompts))["input_ids"]
     empty = [("empty prompts", f"prompt {b}") for b, row in enumerate(ids) if not row]
     if empty:
         raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
@@ -363,28 +369,6 @@ def _template(lm: LM) -> tuple[Any, dict[str, Any]]:
     template = getattr(lm.tokenizer, "chat_template", None)
     special = getattr(lm.tokenizer, "special_tokens_map", {})
     return template, {name: token for name, token in special.items() if name in str(template)}
-
-
-def _chat_ids(lm: LM, tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The ids of a chat, or of a prompt as a user's message."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise InputError(f"{lm.name} has no chat template; leave out chat")
-    if isinstance(template, dict) and "default" not in template:
-        raise InputError(
-            f"{lm.name} has chat templates for {', '.join(template)} and none called default; set "
-            "tokenizer.chat_template, or leave out chat"
-        )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    except Exception as error:  # a template is a program, which may raise anything, and may be none
-        why = f"{type(error).__name__}: {one_line(error)}"
-        what = "a user's message" if isinstance(prompt, str) else "these messages"
-        raise InputError(f"{lm.name}: its chat template cannot take {what} ({why}); leave out chat") from error
-    return ids
 
 
 def _check_ids(lm: LM, rows: Sequence[Sequence[int]], what: str = "prompt") -> None:
