@@ -5,13 +5,12 @@ In: fused adapters, prompts, objectives, a method. Out: a directory
     config.json  points.jsonl  search.json  weights.png (of three adapters)  points.png  contributions.png
 
 All points are scored on the same prompts, with the same keys. `points.jsonl` has a line per evaluation, from which an
-interrupted search goes on (not that of the method halving, which begins again).
+interrupted search goes on; its lines say what they cost, of which the totals are sums.
 """
 
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,8 +142,8 @@ class PointEvaluator:
         self._fused, self._config, self._memory = fused, config, memory
         self._on_points = on_points
         self.decoder = self._read(self._prompts, 0)
+        self._part: tuple[tuple[int, int], PointDecoder] | None = None  # of some prompts
         self.decoded = 0  # points decoded so far
-        self.answers = 0
 
     def _read(self, prompts: Sequence[str], first: int) -> PointDecoder:
         """What answers these prompts, the first of which has this number, under many points."""
@@ -166,15 +165,16 @@ class PointEvaluator:
 
     def on(self, points: Float[np.ndarray, "N d"], rows: Any) -> Float[np.ndarray, "N n M"]:
         """Scores on some of the prompts, which follow each other."""
-        chosen = [self._prompts[i] for i in rows]
-        return self._scores(self._read(chosen, int(rows[0])), chosen, points)
+        chosen, place = [self._prompts[i] for i in rows], (int(rows[0]), len(rows))
+        if self._part is None or self._part[0] != place:
+            self._part = place, self._read(chosen, place[0])
+        return self._scores(self._part[1], chosen, points)
 
     def _scores(
         self, decoder: PointDecoder, prompts: Sequence[str], points: Float[np.ndarray, "N d"]
     ) -> Float[np.ndarray, "N n M"]:
         texts = decoder.texts(decoder.decode(points))
         self.decoded += len(points)
-        self.answers += len(points) * len(prompts) * self._samples
         asked = [prompt for prompt in prompts for _ in range(self._samples)] * len(points)
         flat = [text for own in texts for text in own]
         scores = np.stack([objective.share(asked, flat) for objective in self._objectives], axis=-1)
@@ -248,8 +248,8 @@ class SearchOutcome:
     mode: str
     names: tuple[str, ...]  # of the adapters
     objectives: tuple[str, ...]
-    answers: int  # decoded for it, of this call
-    seconds: float
+    answers: int  # decoded for it
+    seconds: float  # that these took
 
     def summary(self) -> Found:
         """What search.json holds."""
@@ -307,7 +307,6 @@ def search(
     Raises:
       InputError: a budget below one level, a directory with another search.
     """
-    began = time.perf_counter()
     d = len(fused.names)
     require_points(config, d)
     levels = levels_within(config, d) if config.method == "hierarchical" else 0
@@ -318,10 +317,12 @@ def search(
     evaluator = PointEvaluator(fused, prompts, objectives, config, memory, on_points)
     known = searching.Scores(
         evaluator,
+        evaluator.on,
         scale_invariant=fused.scale_invariant(config.temperature),
         path=path,
         sizes=(d, len(objectives)),
         batch=evaluator.decoder.at_once,
+        answers=(len(prompts) * config.samples, config.samples),
     )
     if config.method == "hierarchical":
         result = searching.hierarchical(known, d, levels, config.space)
@@ -333,9 +334,9 @@ def search(
         if config.method == "random":
             result = searching.random_points(known, d, n, config.seed, config.space)
         else:
-            result = searching.successive_halving(evaluator.on, drawn, len(prompts))
+            result = searching.successive_halving(known.on, drawn, len(prompts))
     names = tuple(objective.name for objective in objectives)
-    outcome = SearchOutcome(result, fused.mode, fused.names, names, evaluator.answers, time.perf_counter() - began)
+    outcome = SearchOutcome(result, fused.mode, fused.names, names, known.answers, known.seconds)
     if out is not None:
         files.write_json(Path(out) / SEARCH_FILE, records.plain(outcome.summary()))
         draw(outcome, Path(out))

@@ -8,14 +8,14 @@ can decode them as rows of one batch. Out: the best point, all points with their
 - `grid`, `random_points`: every point of a grid, or random ones.
 - `successive_halving`: the best of given points, most of which are tried on a few prompts only.
 
-The first three evaluate no point twice (`Scores`), and what was evaluated can be kept in a file from which a search
-goes on. The last one evaluates no point twice on one prompt, unless it is asked to.
+No point is evaluated twice (`Scores`), and what was evaluated can be kept in a file from which a search goes on: its
+result and its costs are those of one that was not interrupted. The last one may be asked to evaluate points again.
 """
 
 import dataclasses
 import itertools
-import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,10 +41,18 @@ _FINALISTS = 8
 
 
 class ScoredPoint(records.Record):
-    """A line of a search's file."""
+    """A line of a search's file: an evaluation and its cost. In older ones there is no cost.
+
+    Attributes:
+      prompts: on which, as the first one's place and how many; None: on all.
+      scores: under each objective; on some prompts those of the first one, then those of the second, and so on.
+    """
 
     point: Annotated[list[records.Share], msgspec.Meta(min_length=1)]
     scores: Annotated[list[records.Finite], msgspec.Meta(min_length=1)]
+    prompts: tuple[records.Count, records.Positive] | None = None
+    answers: records.Count | None = None
+    seconds: records.Seconds = 0.0
 
 
 def require_few(points: int, what: str, fewer: str) -> None:
@@ -86,16 +94,25 @@ def require_grid(dimensions: int, step: float, space: str = "box", most: int = M
     )
 
 
+_Key = tuple[tuple[float, ...], tuple[int, int] | None]  # a point, and on which prompts, if not on all
+
+
 class Scores:
-    """Points and their scores; evaluates those that are new.
+    """Points and their scores; evaluates those that are new, and knows what all that was asked for has cost.
 
     Args:
       evaluate: points to scores; the objectives' mean is what a search raises.
+      on_prompts: the same of some prompts, for `on`.
       scale_invariant: a point's scores depend on its direction from the origin alone, as with greedily decoded hidden
         states; of several points in one direction one is evaluated.
-      path: a file with a line per point. What it has already is not evaluated again.
+      path: a file with a line per evaluation, which says what it cost. What it has already is not evaluated again.
       sizes: d and M of such a file; by default those of its first line.
       batch: points per call at most.
+      answers: that a point takes, of all prompts and of one.
+
+    Attributes:
+      points: in the order in which they were asked for.
+      evaluations, answers, seconds: of what was asked for, whether it was evaluated now or is from the file.
 
     Raises:
       InputError: a file with something else in it; scores that are not finite, or not one row per point.
@@ -104,17 +121,22 @@ class Scores:
     def __init__(
         self,
         evaluate: Evaluate,
+        on_prompts: EvaluatePrompts | None = None,
         *,
         scale_invariant: bool = False,
         path: Path | None = None,
         sizes: tuple[int, int] | None = None,
         batch: int | None = None,
+        answers: tuple[int, int] = (0, 0),
     ):
-        self._evaluate, self._scale_invariant, self._path, self._batch = evaluate, scale_invariant, path, batch
-        self._sizes = sizes
-        self._known: dict[tuple[float, ...], Float[np.ndarray, " M"]] = {}
-        self.points: list[tuple[float, ...]] = []  # in the order in which they were asked for
-        self.evaluations = 0
+        self._evaluate, self._on_prompts = evaluate, on_prompts
+        self._scale_invariant, self._path, self._batch = scale_invariant, path, batch
+        self._sizes, self._answers = sizes, answers
+        self._known: dict[_Key, ScoredPoint] = {}
+        self._asked: set[_Key] = set()
+        self.points: list[tuple[float, ...]] = []
+        self.evaluations = self.answers = 0
+        self.seconds = 0.0
         if path is not None and path.is_file():
             self._read(path)
 
@@ -122,13 +144,13 @@ class Scores:
         rows = records.read_lines(path, ScoredPoint, growing=True)
         sizes = self._sizes
         for i, row in enumerate(rows, 1):
-            own = len(row.point), len(row.scores)
-            sizes = own if sizes is None else sizes
+            own = len(row.point), len(row.scores) / (1 if row.prompts is None else row.prompts[1])
+            sizes = (own[0], int(own[1])) if sizes is None else sizes
             if own != sizes:
                 raise InputError(
-                    f"{path}:{i}: {own[0]} weights and {own[1]} scores; expected {sizes[0]} and {sizes[1]}"
+                    f"{path}:{i}: {own[0]} weights and {own[1]:g} scores; expected {sizes[0]} and {sizes[1]}"
                 )
-            self._known[self._key(row.point)] = np.array(row.scores, np.float64)
+            self._known[self._key(row.point), row.prompts] = row
         if not path.read_bytes().endswith(b"\n"):  # cut off in the middle; what comes next needs a line of its own
             files.write_json_lines(path, map(records.plain, rows))
 
@@ -143,29 +165,56 @@ class Scores:
         wanted = [tuple(float(value) for value in np.round(point, _DIGITS)) for point in points]
         tried = set(self.points)
         self.points += [point for point in dict.fromkeys(wanted) if point not in tried]
-        new = {key: point for point in wanted if (key := self._key(point)) not in self._known}
+        return self._scores(wanted, None, self._evaluate, self._answers[0])
+
+    def on(self, points: Float[np.ndarray, "N d"], rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "N n M"]:
+        """The scores of these points on prompts that follow each other."""
+        assert self._on_prompts is not None
+        evaluate, n = self._on_prompts, len(rows)
+
+        def flat(points: Float[np.ndarray, "N d"]) -> Float[np.ndarray, "N nM"]:
+            return _checked(evaluate(points, rows), len(points), n).reshape(len(points), -1)
+
+        wanted = [tuple(map(float, point)) for point in points]
+        scores = self._scores(wanted, (int(rows[0]), n), flat, n * self._answers[1])
+        return scores.reshape(len(wanted), n, -1)
+
+    def _scores(
+        self, wanted: Sequence[tuple[float, ...]], prompts: tuple[int, int] | None, evaluate: Evaluate, answers: int
+    ) -> Float[np.ndarray, "N s"]:
+        keys = [(self._key(point), prompts) for point in wanted]
+        new = {key: point for key, point in zip(keys, wanted, strict=True) if key not in self._known}
         size = self._batch or max(len(new), 1)
         items = list(new.items())
         for start in range(0, len(items), size):
             part = items[start : start + size]
-            scores = np.asarray(self._evaluate(np.array([point for _, point in part])), np.float64)
+            began = time.perf_counter()
+            scores = np.asarray(evaluate(np.array([point for _, point in part])), np.float64)
             if scores.ndim != 2 or len(scores) != len(part) or not np.all(np.isfinite(scores)):
                 raise InputError(
                     f"scores of {len(part)} points must be {len(part)} rows of finite numbers, not of shape "
                     f"{list(scores.shape)}: {scores.ravel()[:5].tolist()}"
                 )
-            self.evaluations += len(part)
-            for (key, _), row in zip(part, scores, strict=True):
-                self._known[key] = row
-            self._write(part)
-        return np.array([self._known[self._key(point)] for point in wanted])
+            each = (time.perf_counter() - began) / len(part)
+            for (key, point), row in zip(part, scores.tolist(), strict=True):
+                self._known[key] = ScoredPoint(
+                    point=list(point), scores=row, prompts=prompts, answers=answers, seconds=each
+                )
+            self._write([self._known[key] for key, _ in part])
+        for key in keys:
+            if key not in self._asked:
+                self._asked.add(key)
+                row = self._known[key]
+                self.evaluations += 1
+                self.answers += answers if row.answers is None else row.answers
+                self.seconds += row.seconds
+        return np.array([self._known[key].scores for key in keys])
 
-    def _write(self, part: Sequence[tuple[tuple[float, ...], tuple[float, ...]]]) -> None:
+    def _write(self, rows: Sequence[ScoredPoint]) -> None:
         if self._path is None or not hosts.is_first():
             return
-        rows = [ScoredPoint(point=list(point), scores=self._known[key].tolist()) for key, point in part]
         with files.GrowingFile(self._path) as file:
-            file.write("".join(json.dumps(records.plain(row)) + "\n" for row in rows))
+            file.write("".join(files.json_line(records.plain(row)) for row in rows))
 
 
 @dataclasses.dataclass(frozen=True)

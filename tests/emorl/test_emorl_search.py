@@ -169,21 +169,35 @@ class TestResuming:
 
     def test_only_what_is_missing_is_evaluated(self, fused, finished, cut):
         found = search(fused[2, "params"], PROMPTS, SCORERS[2], settings(), cut, resume=True)
-        assert (found.result.evaluations, found.answers) == (7, 7 * 3)
+        assert (found.result.evaluations, found.answers) == (19, 19 * 3)
         same(found.result, finished[1].result)
-        passing = {"seconds", "evaluations", "answers"}
-        one, other = ({k: v for k, v in read(out).items() if k not in passing} for out in (cut, finished[0]))
+        one, other = ({k: v for k, v in read(out).items() if k != "seconds"} for out in (cut, finished[0]))
         assert one == other
         again = search(fused[2, "params"], PROMPTS, SCORERS[2], settings(), cut, resume=True)
-        assert (again.result.evaluations, again.answers) == (0, 0)
+        assert (again.result.evaluations, again.answers, again.seconds) == (19, 57, found.seconds)
         same(again.result, finished[1].result)
 
     def test_deeper_levels(self, fused, finished, cut):
         one = fused[2, "params"]
         found = search(one, PROMPTS, SCORERS[2], settings(levels=4), cut, resume=True)
-        assert found.result.evaluations == 7 + 5
+        assert found.result.evaluations == 19 + 5
         same(found.result, search(one, PROMPTS, SCORERS[2], settings(levels=4)).result)
         assert found.result.points[:19].tolist() == finished[1].result.points.tolist()
+
+    def test_of_halving(self, fused, tmp_path):
+        one = fused[2, "params"]
+        config = settings(method="halving", budget=22)
+        whole = search(one, PROMPTS, SCORERS[2], config, tmp_path / "whole")
+        same(whole.result, search(one, PROMPTS, SCORERS[2], config).result)
+        shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+        points = tmp_path / "cut" / "points.jsonl"
+        points.write_text("".join(points.read_text().splitlines(True)[:9]))
+        told = []
+        found = search(one, PROMPTS, SCORERS[2], config, tmp_path / "cut", resume=True, on_points=told.append)
+        same(found.result, whole.result)
+        assert (found.answers, told[-1]) == (whole.answers, 22 - 9)
+        one, other = ({k: v for k, v in read(tmp_path / out).items() if k != "seconds"} for out in ("cut", "whole"))
+        assert one == other
 
     def test_what_it_refuses(self, fused, cut, raises_input_error):
         one = fused[2, "params"]

@@ -87,10 +87,45 @@ class TestScores:
         lines = path.read_text().splitlines()
         assert len(lines) == first.evaluations
         path.write_text("\n".join(lines[:7]) + "\n" + lines[7][:10])
-        again = hierarchical(Scores(cone(np.full(2, 0.3)), path=path), 2, levels=3)
-        assert again.evaluations == first.evaluations - 7
+        asked = []
+        known = Scores(lambda points: asked.append(points) or cone(np.full(2, 0.3))(points), path=path, answers=(5, 1))
+        again = hierarchical(known, 2, levels=3)
+        assert len(np.concatenate(asked)) == first.evaluations - 7
+        assert again.evaluations == first.evaluations  # what it cost is what it cost in both calls
+        # The first seven took no answers.
+        assert known.answers == 5 * (first.evaluations - 7)
+        assert known.seconds == pytest.approx(
+            sum(json.loads(line)["seconds"] for line in path.read_text().splitlines())
+        )
         np.testing.assert_array_equal(again.points, first.points)
         np.testing.assert_array_equal(again.scores, first.scores)
+
+    def test_of_halving_too(self, tmp_path):
+        path, points = tmp_path / "points.jsonl", np.random.default_rng(0).random((60, 2))
+
+        def evaluate(points, rows):
+            asked.append((len(points), *rows[[0, -1]]))
+            return np.sin(points.sum(axis=1)[:, None, None] * (rows[None, :, None] + 1)) + np.array([0, 1])
+
+        def search(**options):
+            known = Scores(None, evaluate, answers=(40, 2), **options)
+            return successive_halving(known.on, points, 20, first=2), known
+
+        asked = []
+        expected, _ = search()
+        whole, known = search(path=path, batch=16)
+        lines = path.read_text().splitlines()
+        totals = known.evaluations, known.answers
+        assert totals == (len(lines), 2 * expected.evaluations)
+        for kept in (1, 30, 60, 61, len(lines) - 1, len(lines)):
+            path.write_text("".join(f"{line}\n" for line in lines[:kept]))
+            asked.clear()
+            again, known = search(path=path)
+            for name in ("weights", "score", "points", "scores", "evaluations"):
+                np.testing.assert_array_equal(getattr(again, name), getattr(expected, name))
+                np.testing.assert_array_equal(getattr(whole, name), getattr(expected, name))
+            assert sum(n for n, *_ in asked) == len(lines) - kept
+            assert (known.evaluations, known.answers) == totals
 
     def test_a_file_of_something_else(self, tmp_path, raises_input_error):
         path = tmp_path / "points.jsonl"
@@ -248,4 +283,4 @@ def test_a_file_that_was_cut_off_goes_on_where_it_was_whole(tmp_path):
         Scores(evaluate, path=path)(np.array(points))
     known = Scores(evaluate, path=path)
     assert known(np.array([[0.0, 0.5], [0.5, 0.0], [1.0, 1.0]])).ravel().tolist() == [0.5, 0.5, 2.0]
-    assert known.evaluations == 0
+    assert known.evaluations == 3
