@@ -11,12 +11,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import tyro
 
-from rlae_jax import hosts, ranges
+from rlae_jax import caches, hosts, ranges
 from rlae_jax.commands import (
     ablate,
     demo,
@@ -84,12 +83,11 @@ def turn_on_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, so that a second call does not compile again."""
     import jax
 
-    place = os.environ.get(CACHE_VARIABLE)
-    if place == "off" or getattr(jax.config, "jax_compilation_cache_dir", None):
+    given = os.environ.get(CACHE_VARIABLE)
+    if given == "off" or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", place or str(base / "rlae_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if (place := caches.place("programs", given or None)) is not None:
+        caches.keep_programs(place)
 
 
 # What the runtime's errors begin with.

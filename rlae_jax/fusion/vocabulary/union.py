@@ -9,8 +9,9 @@ merging them would let a member that is alone choose another token than it does 
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
-import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from rlae_jax import files
+from rlae_jax import caches
 from rlae_jax.errors import InputError, OutputError, grouped_error
 from rlae_jax.fusion.vocabulary.rows import join
 from rlae_jax.fusion.vocabulary.spelling import Speller, canonical_ids, spell
@@ -26,7 +27,6 @@ from rlae_jax.fusion.vocabulary.tokens import backend_of, read_tokens
 from rlae_jax.fusion.vocabulary.utf8 import utf8_states
 
 FORMAT = 1  # of the stored tables; another number makes them anew
-DEFAULT_CACHE = "~/.cache/rlae_jax/unions"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class UnionVocabulary:
         )
 
     def save(self, path: Path) -> None:
-        """Writes an .npz file, at once.
+        """Writes a file of `caches`, whose content is an .npz archive, at once.
 
         Raises:
           OutputError: it cannot be written.
@@ -83,19 +83,20 @@ class UnionVocabulary:
                 arrays |= {f"{field.name}.{k}": array for k, array in enumerate(value)}
             else:
                 arrays[field.name] = np.asarray(value)
-        with files.writing(path, binary=True) as file:
-            np.savez(file, **arrays)
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        caches.store(path, content.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "UnionVocabulary":
         """What `save` wrote.
 
         Raises:
-          InputError: the file is absent, broken, or of another format.
+          InputError: the file is absent, not as it was written, or of another format.
         """
+        content = io.BytesIO(caches.fetch(path))
         try:
-            # Opened here: numpy leaves a broken file open.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            with np.load(content, allow_pickle=False) as stored:
                 if stored["format"] != FORMAT:
                     raise ValueError(f"format {stored['format']}, expected {FORMAT}")
                 values: dict[str, Any] = {"end": int(stored["end"])}
@@ -227,18 +228,22 @@ def load_or_build(
     """`build`, kept on disk under a hash of the tokenizers, end ids and sizes.
 
     Args:
-      cache: the directory; by default `DEFAULT_CACHE`. One that cannot be written is no error.
+      cache: the directory; by default the user's for unions. One that cannot be used is no error.
     """
     limits = [None] * len(tokenizers) if sizes is None else sizes
     ends = _check_ends(tokenizers, names, end_ids, limits)
     digest = hashlib.sha256(json.dumps([FORMAT, ends, list(limits)]).encode())
     for tokenizer in tokenizers:
         digest.update(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest())
-    directory = Path(os.path.expanduser(DEFAULT_CACHE)) if cache is None else Path(cache)
-    path = directory / f"{digest.hexdigest()}.npz"
+    directory = caches.place("unions", cache)
+    if directory is None:
+        return build(tokenizers, names, ends, sizes)
+    path = directory / f"{digest.hexdigest()}.union"
     try:
         return UnionVocabulary.load(path)
-    except InputError:  # absent or broken
+    except InputError as error:
+        if path.exists():
+            warnings.warn(f"{error}; it is made anew", stacklevel=2)
         union = build(tokenizers, names, ends, sizes)
     with contextlib.suppress(OutputError):
         union.save(path)
