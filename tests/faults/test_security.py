@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -152,6 +153,13 @@ class TestGivenAgain:
         mine.write_text("def score(prompt, answer): return 0.25\n")
         [objective] = Run(run, [f"{mine}:score"]).objectives(["score"])
         assert objective(["a"], ["b"]).tolist() == [0.25]
+
+
+def test_what_is_promised_names_its_tests():
+    root = Path(__file__).parents[2]
+    named = re.findall(r"`(tests/[^`]*)`", (root / "SECURITY.md").read_text())
+    assert len(named) > 8
+    assert [path for path in named if not (root / path).is_file()] == []
 
 
 class TestAModel:
