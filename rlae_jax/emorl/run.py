@@ -192,7 +192,13 @@ class Run:
         if unknown:
             raise InputError(f"{self.directory} has no adapters {', '.join(unknown)}; it has {', '.join(targets)}")
         specs = [spec for name in names for spec in targets[name].specs]
-        return make_objectives(self._with_functions(specs), self.data)
+        specs, data = self._with_functions(specs), self.data
+        try:
+            return make_objectives(specs, data)
+        except InputError as error:
+            raise InputError(
+                f"{self.directory}: what its adapters were taught cannot be made again: {error}"
+            ) from error
 
     def _with_functions(self, specs: Sequence[str]) -> list[str]:
         """What objectives' names stand for, functions as the user named them."""
