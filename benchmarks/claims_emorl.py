@@ -209,7 +209,7 @@ def time_training(out: Path, plan: Plan) -> dict[str, float]:
     and of the three as a stack. All cores, seed 0; rounds of the first run of each kind compile and are not counted."""
     path = out / "times.json"
     if path.is_file():
-        return records.check(files.read_json(path), dict[str, records.Seconds], path)
+        return records.read(path, dict[str, records.Seconds])
     base, prompts = base_of(out, plan, 0), DATA.read()
     every = settings(plan, 0).validate_every
     config = dataclasses.replace(settings(plan, 0), steps=every * plan.timed_rounds, window=10_000)

@@ -194,7 +194,7 @@ def read_column(path: Path, names: Sequence[str]) -> dict[str, Column]:
     Raises:
       InputError: it is not of the shape, or lacks rows.
     """
-    columns = records.check(files.read_json(path), dict[str, Column], path)
+    columns = records.read(path, dict[str, Column])
     for agent in AGENTS:
         rows = columns[agent].rows if agent in columns else []
         if sorted(rows) != sorted(names) or len(rows) != len(columns[agent].scores):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import msgspec
 
 from rlae_jax import digests, files
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, one_line
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ MOST = 2**53  # a whole number that any reader of JSON keeps
 Schema = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
 Finite = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
+Place = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]+\Z")]  # a file, a directory, an address
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
@@ -192,7 +193,8 @@ def _told(error: msgspec.ValidationError, value: Any, shape: Any, under: str) ->
     what, place = (at[1], at[2]) if at else (str(error), "")
     found, key = _follow(value, _named(str(error), place, value, shape), under)
     if isinstance(error.__cause__, InputError):  # a dataclass's own word on what goes together
-        return f"{key}: {error.__cause__}" if key else str(error.__cause__)
+        said = one_line(error.__cause__, 400)
+        return f"{key}: {said}" if key else said
     if unknown := _UNKNOWN_KEY.fullmatch(what):
         return f"unknown key {_join(key, unknown[1])}: written by a newer version, or by hand"
     if missing := _MISSING_KEY.fullmatch(what):
@@ -203,6 +205,8 @@ def _told(error: msgspec.ValidationError, value: Any, shape: Any, under: str) ->
         wanted = f"expected one of {names[1].replace(chr(92), '').replace('|', ', ')}"
     if str(_LARGEST) in wanted:
         wanted = "expected a finite number"
+    if "matching regex '^[^" in wanted:
+        wanted = "expected the name of a file or directory"
     return f"{key or 'the whole'} is {shown(found)}; {wanted}"
 
 

@@ -1,5 +1,6 @@
 """Files are checked against a shape as they are read: what is wrong is told in a line that names file and key."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -11,6 +12,25 @@ import pytest
 
 from rlae_jax import records
 from rlae_jax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Who may parse JSON. What is read from files goes through the first two; a new reader belongs there, not here.
+PARSE = {
+    *("rlae_jax.files", "rlae_jax.records"),
+    *("rlae_jax.tasks.rows", "rlae_jax.tasks.prompts"),  # users' rows, whatever is in them
+    *("rlae_jax.hosts", "rlae_jax.workers", "rlae_jax.worker_script", "rlae_jax.serving.fields"),  # messages
+    "rlae_jax.runs.lock",  # of a process that may be writing it
+    "rlae_jax.fusion.vocabulary.tokens",  # what a library gives of a tokenizer that it has read
+    "rlae_jax.models.stored",  # a header that a library has read
+    *("benchmarks.load", "benchmarks.soak"),  # messages
+    *("benchmarks.members", "benchmarks.mixed", "benchmarks.real_models", "benchmarks.scoring", "benchmarks.serving"),
+}
+# Who may have an object unchecked: to check it against one of several shapes, to compare it, to hand it on.
+UNCHECKED = {
+    *("rlae_jax.records", "rlae_jax.runs.directory", "rlae_jax.runs.metrics"),
+    *(f"rlae_jax.models.{name}" for name in ("checkpoint_files", "lm", "peft_files", "quantised_files")),
+    *("benchmarks.accelerator", "benchmarks.study", "benchmarks.tpu"),
+}
 
 
 class _Part(records.Record):
@@ -141,3 +161,23 @@ def test_what_is_written_is_read_again() -> None:
     written = records.plain(record)
     assert written["settings"] == {"steps": 3, "rate": 0.5, "names": ["x", "y"]}
     assert records.check(json.loads(json.dumps(written)), _Run, "f") == record
+
+
+def _uses(names: set[str]) -> set[str]:
+    """The modules that name one of these, as json.loads or files.read_json."""
+    found = set()
+    for package in ("rlae_jax", "benchmarks", "examples"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                used = isinstance(node, ast.Attribute) and ast.unparse(node) in names
+                imported = isinstance(node, ast.ImportFrom) and {f"{node.module}.{a.name}" for a in node.names} & names
+                if used or imported:
+                    found.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return found
+
+
+def test_who_parses_json() -> None:
+    parsers = {"json.load", "json.loads", "json.JSONDecoder", "msgspec.json.decode", "msgspec.json.Decoder"}
+    assert _uses({*parsers, "pickle.load", "pickle.loads", "ast.literal_eval"}) <= PARSE
+    assert _uses({"files.read_json", "rlae_jax.files.read_json"}) <= UNCHECKED
+    assert _uses({"json.loads"}) >= {"rlae_jax.files", "rlae_jax.records"}

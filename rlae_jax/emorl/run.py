@@ -26,7 +26,7 @@ from rlae_jax.emorl.train import (
     Target,
     check_targets,
 )
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, one_line
 from rlae_jax.models import LM, Adapter, load, load_adapter
 from rlae_jax.ppo.train import read_run
 from rlae_jax.runs import lock
@@ -44,7 +44,7 @@ assert set(BASELINES.values()) == set(WEIGHTINGS)
 class Data:
     """Where prompts come from: a file, or "reflections" for the embedded ones."""
 
-    path: str
+    path: records.Place
     layout: str = "auto"
     prompt_field: str = "prompt"
 
@@ -197,7 +197,7 @@ class Run:
             return make_objectives(specs, data)
         except InputError as error:
             raise InputError(
-                f"{self.directory}: what its adapters were taught cannot be made again: {error}"
+                f"{self.directory}: what its adapters were taught cannot be made again: {one_line(error, 600)}"
             ) from error
 
     def _with_functions(self, specs: Sequence[str]) -> list[str]:

@@ -11,13 +11,14 @@ names tells which of them the index means. Pickled weights and code are never fe
 
 import difflib
 import errno
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlae_jax import records
 from rlae_jax.errors import InputError, one_line
+from rlae_jax.models import hugging_face
 from rlae_jax.models.gguf_files import SUFFIX, part_names
 
 INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
@@ -160,10 +161,10 @@ def _indexed(snapshot: Path) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({name for name in names if SHARD.fullmatch(name)})
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        names = records.read(path, hugging_face.Index)["weight_map"].values()
+    except InputError:
         return []
+    return sorted({name for name in names if SHARD.fullmatch(name)})
 
 
 def _download(repo: str, revision: str | None, files: Sequence[str], *, begun: Path | None = None) -> Path:

@@ -105,7 +105,7 @@ class Setup(OnDevices, kw_only=True):
     spans: _Size
     text_width: Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_SIZE)]
     preset: str
-    checkpoints: str | None = None
+    checkpoints: records.Place | None = None
 
 
 class AgentRun(Setup, kw_only=True):
@@ -560,7 +560,7 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
     if seed is not None and not config.seed <= seed < config.seed + config.seeds:
         last = config.seed + config.seeds - 1
         raise InputError(f"{run} has no agent of seed {seed}; its seeds are {config.seed} to {last}")
-    checkpoints = Checkpoints(Path(run), known.checkpoints)
+    checkpoints = Checkpoints(Path(run), known.checkpoints, reading=True)
     try:
         if checkpoints.newest() is None:
             raise InputError(f"{run}: no checkpoint yet; resume the run")

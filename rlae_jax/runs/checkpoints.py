@@ -12,7 +12,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from rlae_jax import digests, files, hosts
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, one_line
 
 DIRECTORY_NAME = "checkpoints"
 _KEPT = 2  # the newest, and what is gone back to if that is damaged
@@ -25,25 +25,29 @@ class Checkpoints:
     Args:
       run: its directory, in whose `checkpoints/` they lie by default.
       at: elsewhere: a directory, or a bucket's URL (gs://, s3://) that Orbax writes to.
+      reading: only what is there is wanted: no directory is made for more.
 
     Raises:
       InputError: what is there cannot be read, or the package for such URLs is not installed.
     """
 
-    def __init__(self, run: Path, at: str | None = None):
+    def __init__(self, run: Path, at: str | None = None, *, reading: bool = False):
         # Orbax reports every step of every save; a failure still raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.path = epath.Path(run / DIRECTORY_NAME if at is None else at)
-        if at is None or "://" not in at:
-            self.path = self.path.resolve()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=LatestN(n=_KEPT),
             enable_async_checkpointing=False,
+            read_only=reading,
+            create=not reading,
         )
         try:
+            self.path = epath.Path(run / DIRECTORY_NAME if at is None else at)
+            if at is None or "://" not in at:
+                self.path = self.path.resolve()
             self._manager = ocp.CheckpointManager(self.path, options=options)
         except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            raise InputError(f"{at or self.path}: the checkpoints cannot be read ({error})") from error
+            where = run / DIRECTORY_NAME if at is None else at
+            raise InputError(f"{where}: the checkpoints cannot be read ({one_line(error)})") from error
 
     def newest(self) -> int | None:
         """The iteration of the newest complete checkpoint."""
