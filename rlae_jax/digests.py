@@ -110,7 +110,7 @@ def damage(directory: Any, ending: str = "") -> str | None:
         known = json.loads(text)
         names = dict(known["files"])
         assert known["schema"] == 1
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
         return f"{FILE}: not a list of digests"
     for name, digest in names.items():
         if not name.endswith(ending):

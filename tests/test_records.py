@@ -16,7 +16,7 @@ from rlae_jax.errors import InputError
 ROOT = Path(__file__).resolve().parents[1]
 # Who may parse JSON. What is read from files goes through the first two; a new reader belongs there, not here.
 PARSE = {
-    *("rlae_jax.files", "rlae_jax.records"),
+    *("rlae_jax.files", "rlae_jax.records", "rlae_jax.digests"),
     *("rlae_jax.tasks.rows", "rlae_jax.tasks.prompts"),  # users' rows, whatever is in them
     *("rlae_jax.hosts", "rlae_jax.workers", "rlae_jax.worker_script", "rlae_jax.serving.fields"),  # messages
     "rlae_jax.runs.lock",  # of a process that may be writing it
