@@ -28,11 +28,6 @@ def fork_bomb():
     while True:
         os.fork()
 
-def leaving_fork_bomb():
-    while True:
-        if not os.fork():
-            os.setsid()
-
 def forks_and_returns():
     os.fork()
     return 1
@@ -158,7 +153,6 @@ def test_what_breaks_a_call_is_a_line_and_the_next_call_is_answered(worker, capf
 
 
 def test_processes_that_leave_their_group_are_met(worker, marked):
-    assert worker.call("leaving_fork_bomb").problem in ("started more than 12 processes", "took longer than 5 s")
     first = worker.call("fine").value
     assert len(processes_with(marked)) == 2  # the guard and its new worker
     assert worker.call("daemon").value == 1
