@@ -20,6 +20,7 @@ from rlae_jax.emorl.train import (
     ADAPTER,
     HELD,
     OBJECTIVES,
+    TRAINING_FILE,
     WEIGHTINGS,
     AdapterRun,
     AdaptersRun,
@@ -158,6 +159,7 @@ class Run:
     def targets(self) -> dict[str, AdapterRun]:
         """The configuration of every adapter that is done, those of one objective first, as they were begun."""
         directories = [path.parent for path in self.directory.glob(f"{OBJECTIVES}/*/{ADAPTER}")]
+        directories = [path for path in directories if (path / TRAINING_FILE).is_file()]  # what is written last
         configs = {path.name: read_config(path, AdapterRun) for path in directories}
 
         def order(name: str) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ whenever one likes.
 import dataclasses
 import shutil
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Prompts, Row
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.models import LM, Adapter, init_adapter, lora, save_adapter
+from rlae_jax.models import LM, Adapter, init_adapter, lora, peft_files, save_adapter
 from rlae_jax.models.lm import load_adapter
 from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
@@ -310,6 +311,11 @@ def train_adapters(
     claimed = [name for name, directory in directories.items() if (directory / CONFIG_FILE).exists()]
     there = [name for name in claimed if read_metrics(directories[name])]
     trained = [name for name in claimed if (directories[name] / TRAINING_FILE).is_file()]
+    if resume:
+        for name in list(trained):
+            if problem := _problem(directories[name]):
+                warnings.warn(f"{problem}; {name} is trained again", stacklevel=2)
+                trained.remove(name)
     claimed, there, trained = hosts.gather([claimed, there, trained])[0]
     if there and not resume:
         raise InputError(
@@ -410,14 +416,33 @@ def _is_done(learner: _Learner, config: EMORLConfig) -> bool:
     return learner.step >= config.steps or converged(scores, config.window, config.threshold)
 
 
+def _problem(directory: Path) -> str | None:
+    """Why an adapter that is said to be done cannot be used."""
+    try:
+        records.read(directory / TRAINING_FILE, Training)
+    except InputError as error:
+        return str(error)
+    return _adapter_problem(directory / ADAPTER)
+
+
+def _adapter_problem(directory: Path) -> str | None:
+    try:
+        peft_files.require_whole(directory)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     """Writes what was best on dev, and what it took."""
     rows = learner.history
     best = max(rows, key=lambda row: row["dev"])
     best_factors = jax.tree.map(lambda leaf: leaf[0], sharding.to_host(learner.saved.best))
     adapter = Adapter(config.lora, best_factors, learner.target.name)
-    if hosts.is_first() and not (learner.directory / ADAPTER).is_dir():
-        save_adapter(adapter, base, learner.directory / ADAPTER)
+    where = learner.directory / ADAPTER
+    if hosts.is_first() and (not where.is_dir() or _adapter_problem(where)):
+        shutil.rmtree(where, ignore_errors=True)
+        save_adapter(adapter, base, where)
     per_step = config.batch * config.samples
     record = Training(
         steps=learner.step,

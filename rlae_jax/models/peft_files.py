@@ -118,6 +118,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return raw
 
 
+def require_whole(directory: Path) -> dict[str, Any]:
+    """`read_settings`, and the tensors are there, too.
+
+    Raises:
+      InputError: what `read_settings` raises; no tensors.
+    """
+    raw = read_settings(directory)
+    path = directory / TENSORS
+    if not path.is_file():
+        pickled = " (adapter_model.bin is a pickle, which is never read)" if list(directory.glob("*.bin")) else ""
+        raise InputError(f"{directory}: no {TENSORS}{pickled}; the adapter is incomplete")
+    return raw
+
+
 def read_adapter(
     directory: Path,
     name: str,
@@ -133,11 +147,8 @@ def read_adapter(
       InputError: settings or files that cannot be used; tensors that do not fit the base model; values that are not
         finite, if that is to be checked.
     """
-    raw = read_settings(directory)
+    raw = require_whole(directory)
     path = directory / TENSORS
-    if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle, which is never read)" if list(directory.glob("*.bin")) else ""
-        raise InputError(f"{directory}: no {TENSORS}{pickled}")
     family = family or made_family(config)
     known = _modules(family, config)
     pairs, findings = _pairs(path, raw, known, family.prefix, _base_tensors(family, config), base)

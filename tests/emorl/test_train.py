@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 import rlae_jax as rj
 from rlae_jax.emorl import embedded, scorers
 from rlae_jax.emorl import train as train_module
+from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.scorers import Objective
 from rlae_jax.emorl.train import Target, converged, own_seed, train_adapters
 from rlae_jax.models import LM, LoraConfig, transformer
@@ -206,6 +208,38 @@ class TestResuming:
         for name, adapter in again.items():
             same_adapters(adapter, finished[1][name])
         assert contents(run) == contents(finished[0])
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        "lost", ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "training.json"]
+    )
+    @pytest.mark.parametrize("gone", [True, False])
+    def test_an_adapter_that_is_not_whole_is_told_and_trained_again(self, base, finished, tmp_path, lost, gone):
+        out = shutil.copytree(finished[0], tmp_path / "run")
+        path = out / "objectives" / "novelty" / lost
+        if gone:
+            path.unlink()
+        else:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 3] ^= 1
+            path.write_bytes(content)
+        if lost != "training.json":
+            with pytest.raises(rj.InputError, match="digest|missing"):
+                rj.load_adapter(path.parent, base)
+        elif gone:
+            assert "novelty" not in Run(out).targets()
+        warned = [] if gone and lost == "training.json" else ["novelty is trained again"]
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train_adapters(base, [ONE, BOTH], PROMPTS, settings(), out, resume=True)
+        assert [str(one.message).rpartition("; ")[2] for one in told] == warned
+        for name in ("novelty", "both"):
+            found, expected = (tensors_of(where, name) for where in (out, finished[0]))
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                np.testing.assert_array_equal(found[key], tensor)
+            assert training_of(out, name) == training_of(finished[0], name)
 
 
 class TestIndependence:

@@ -94,6 +94,8 @@ class TestSeeds:
         lines.write_text("".join(rows[:2]))
         told(str(lines), "2 answers of rlae_ppo; results.json has 1 seeds of 3")
         lines.write_text("".join(rows).replace("rlae_ppo", "other"))
+        told(f"{lines}:1: content differs from its digest")
+        lines.write_text("".join(files.json_line(json.loads(row) | {"method": "other"}) for row in rows))
         told(str(lines), "has answers of 'other', results.json has none")
         lines.write_text("".join(rows) + "{}\n")
         told(f"{lines}:4: the key method is missing")
