@@ -439,6 +439,7 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     best = max(rows, key=lambda row: row["dev"])
     best_factors = jax.tree.map(lambda leaf: leaf[0], sharding.to_host(learner.saved.best))
     adapter = Adapter(config.lora, best_factors, learner.target.name)
+    learner.checkpoints.save(learner.step, learner.saved)  # from which both files could be made again
     where = learner.directory / ADAPTER
     if hosts.is_first() and (not where.is_dir() or _adapter_problem(where)):
         shutil.rmtree(where, ignore_errors=True)

@@ -225,7 +225,7 @@ class TestDamage:
             content[len(content) // 3] ^= 1
             path.write_bytes(content)
         if lost != "training.json":
-            with pytest.raises(rj.InputError, match="digest|missing"):
+            with pytest.raises(rj.InputError, match=r"digest|missing"):
                 rj.load_adapter(path.parent, base)
         elif gone:
             assert "novelty" not in Run(out).targets()

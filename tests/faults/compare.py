@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 # Keys whose values are measured, not computed.
-MEASURED = re.compile(r"(.*_)?seconds|seconds_.*|ms_per_(token|answer)|environment")
+MEASURED = re.compile(r"digest|(.*_)?seconds|seconds_.*|ms_per_(token|answer)|environment")
 # Of adapters a checkpoint is a means alone, and how many learned together says only how long that took.
 MEANS = {"adapters", "checkpoints"}
 PARTIAL = re.compile(r"\..*\.partial.*|tmp.*|.*\.orbax-checkpoint-tmp.*|rlae_jax-.*")
