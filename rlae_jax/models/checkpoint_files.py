@@ -64,6 +64,7 @@ _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 PRECISIONS = (None, "default", "high", "highest")
 SHARD_BYTES = 5_000_000_000
 _READERS = 2  # tensors that are read at a time
+_ENTRIES_PER_BYTE = 8  # of a quantised tensor, at most
 START = 16  # entries of an array by which a model is known again
 
 
@@ -193,9 +194,39 @@ def read_config(
     """
     path = gguf_files.find(directory)  # whose settings say of the head what its tensors do
     config = _config(source, path or directory / "config.json", dtype, precision, context)
+    if tensors:
+        _check_amount(config, source, directory)
     if path is not None or not tensors or not config.has_head:
         return config
     return dataclasses.replace(config, tied_head=_is_tied(config, source, directory))
+
+
+def _check_amount(config: ModelConfig, source: Source, directory: Path) -> None:
+    """What the files could hold at most against what the configuration says, before anything is made of it.
+
+    Raises:
+      InputError: more layers, experts or parameters than there are tensors or bytes.
+    """
+    path = gguf_files.find(directory)
+    said = path or directory / "config.json"
+    number = len(Safetensors(directory).headers if path is None else gguf_files.open_gguf(path).extents)
+    layers = config.layers + (config.encoder.layers if config.encoder is not None else 0)
+    experts = config.experts
+    modules = source.family.modules if path is None and not source.family.stacked else {}
+    of_experts = 0 if experts is None else experts.number * len(experts.layers)
+    apart = not callable(modules) and any("{e}" in name for name in modules)
+    for what, least in (("layers", layers), ("experts", of_experts if apart else 0)):
+        if least > number:
+            raise InputError(f"{said} says {least} {what}, and there are {number} tensors: they do not belong together")
+    parameters = config.vocab * (config.embedding_width or config.width)
+    if experts is not None:
+        parameters += of_experts * experts.width * config.width
+    held = _ENTRIES_PER_BYTE * disk_bytes(directory)
+    if parameters > held:
+        raise InputError(
+            f"{said} says at least {parameters} parameters, and the files have room for {held}: they do not belong "
+            "together"
+        )
 
 
 def _is_tied(config: ModelConfig, source: Source, directory: Path) -> bool:

@@ -17,7 +17,7 @@ from msgspec import Meta
 from rlae_jax import records
 from rlae_jax.errors import InputError
 
-MOST_LAYERS = 1024
+MOST_LAYERS = 512
 Width = Annotated[int, Meta(ge=1, le=1 << 20)]  # of states, heads and blocks
 Rows = Annotated[int, Meta(ge=1, le=1 << 24)]  # of a table, an entry per token
 Heads = Annotated[int, Meta(ge=1, le=1 << 16)]

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import rlae_jax as rj
+from rlae_jax import digests
 from rlae_jax.errors import InputError
 from rlae_jax.fusion.vocabulary.tokens import byte_alphabet
 from rlae_jax.models import checkpoint_files, hugging_face, quantised_files, stored
@@ -74,7 +75,7 @@ def test_config_and_generation_that_are_no_json(tmp_path: Path, read_config: Any
         ("llama", {"hidden_size": "12"}, r"hidden_size is a text \('12'\); expected int"),
         ("llama", {"rms_norm_eps": float("nan")}, r"rms_norm_eps is a number \(nan\); expected float > 0.0"),
         ("llama", {"rms_norm_eps": 0}, r"rms_norm_eps is a number \(0\); expected float > 0.0"),
-        ("llama", {"num_hidden_layers": 10**8}, r"num_hidden_layers is a number \(100000000\); expected int <= 1024"),
+        ("llama", {"num_hidden_layers": 10**8}, r"num_hidden_layers is a number \(100000000\); expected int <= 512"),
         ("llama", {"vocab_size": 10**12}, r"vocab_size is a number"),
         ("llama", {"max_position_embeddings": 10**12}, r"max_position_embeddings is a number"),
         ("llama", {"eos_token_id": {"a": 1}}, r"eos_token_id is an object; expected"),
@@ -146,6 +147,7 @@ def test_weight_indexes(checkpoint: Path) -> None:
 def test_adapters(checkpoint: Path) -> None:
     lm = rj.load(checkpoint)
     rj.save_adapter(rj.init_adapter(lm, rj.LoraConfig(rank=2)), lm, checkpoint / "adapter")
+    (checkpoint / "adapter" / digests.FILE).unlink()  # others' adapters have none
     path = checkpoint / "adapter" / "adapter_config.json"
     settings = json.loads(path.read_text()) | {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"v_proj": 2}}
     assert _every(path, settings | {"use_rslora": True}, lambda: rj.load_adapter(checkpoint / "adapter", lm), 0.3) > 0
@@ -243,3 +245,21 @@ def test_a_panic_is_told() -> None:
         raise Panic("a\nb")
     with pytest.raises(KeyboardInterrupt), told("DIR"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"num_hidden_layers": 500}),
+        ("llama", {"vocab_size": 10**7, "hidden_size": 10**6, "num_attention_heads": 2}),
+        ("t5", {"num_layers": 500}),
+        ("mixtral", {"num_local_experts": 60_000}),
+        ("gpt_oss", {"num_local_experts": 60_000}),
+        ("qwen3_5_moe", {"num_experts": 60_000}),
+    ],
+)
+def test_more_than_the_files_hold_is_refused_at_once(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
+    case = hf.read_stored(family, next(iter(hf.FAMILIES[family].cases)))
+    hf.write_checkpoint(tmp_path, case.config | settings, case.tensors, case.seed)
+    with pytest.raises(InputError, match=r"config\.json says .*they do not belong together"):
+        rj.load(tmp_path)

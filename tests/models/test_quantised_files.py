@@ -246,7 +246,6 @@ def test_a_group_that_is_not_there(tmp_path):
         (q.make_gptq, {"checkpoint_format": "marlin"}, "GPTQ's form marlin is not supported; supported: gptq, gptq_v2"),
         (q.make_awq, {"version": "GEMV"}, "AWQ's form gemv is not supported; supported: gemm"),
         (q.make_packed, {"config_groups": {}}, "config_groups has no settings for the weights of model.layers.0"),
-        (q.make_packed, {"config_groups": {"W4A16": ["Linear"]}}, "config_groups: W4A16 must be a JSON object"),
         (q.make_packed, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights (sparse-24-bitmask)"),
         (q.make_packed, {"transform_config": {"config_groups": {"u": {}}}}, "rotation of activations"),
         (q.make_fp8, {"weight_block_size": 3}, "weight_block_size must be two whole numbers, not 3"),
@@ -283,6 +282,10 @@ def test_where_settings_are(tmp_path):
         ({"quant_method": "aqlm"}, "quantised by aqlm are not supported; supported: gptq, awq, compressed-tensors"),
         ({"bits": 4}, "quantised by an unnamed method are not supported"),
         ([1], "quantization_config must be a JSON object, not [1]"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"W4A16": ["Linear"]}},
+            "quantization_config: config_groups.W4A16 is a list",
+        ),
     ],
 )
 def test_methods_that_are_not_read(fields, told, tmp_path):
