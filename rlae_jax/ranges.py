@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import operator
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +85,8 @@ class Range(PrimitiveConstructorSpec[Any]):
         """Whether a value is such a number: of Python's, of numpy's, or an array without axes."""
         if isinstance(value, bool | str | bytes) or type(value).__name__.startswith("bool"):
             return False
+        if _is_traced(value):
+            return True
         try:
             given = operator.index(value) if self.kind is int else float(value)
         except (TypeError, ValueError, OverflowError):
@@ -95,6 +98,16 @@ class Range(PrimitiveConstructorSpec[Any]):
         """What is expected instead of a value that does not fit."""
         unsaid = self.high in (MOST, LARGEST) and isinstance(value, int | float) and value > self.high
         return f"expected {self.says}" + (f" and at most {self.high:.10g}" if unsaid else "")
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether a value is known only when the program runs that JAX is about to make."""
+    jax = sys.modules.get("jax")  # which reading a command line does not wait for
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
+def _fields(settings: Any) -> dict[str, Any]:
+    return {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
 def whole(low: int, high: int = MOST) -> Range:
@@ -161,8 +174,8 @@ def _misfits(values: Mapping[str, Any], declaration: Any) -> Iterator[tuple[str,
     """Name, value and range of every number outside its range; dataclasses are looked into."""
     known = ranges_of(declaration)
     for name, value in values.items():
-        if dataclasses.is_dataclass(value):
-            yield from _misfits(vars(value), type(value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _misfits(_fields(value), type(value))
         elif value is not None:
             for within in known.get(name, ()):
                 given = value if isinstance(value, tuple | list) else [value]
@@ -171,7 +184,7 @@ def _misfits(values: Mapping[str, Any], declaration: Any) -> Iterator[tuple[str,
 
 def check(settings: Any) -> None:
     """Raises an `InputError` for a number of a dataclass that is outside its range."""
-    for name, value, within in _misfits(vars(settings), type(settings)):
+    for name, value, within in _misfits(_fields(settings), type(settings)):
         raise InputError(f"{name} is {value!r}; {within.instead_of(value)}")
 
 

@@ -329,8 +329,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize(("name", "value"), [("span_length", 0), ("max_new_tokens", 0), ("temperature", -1.0)])
     def test_settings_outside_their_range(self, tmp_path, ensemble, raises_input_error, name, value):
-        config = dataclasses.replace(toys.SETTINGS, **{name: value})
-        raises_input_error(lambda: rj.train(ensemble, toys.task(), config, tmp_path / "run"), name)
+        def train():
+            rj.train(ensemble, toys.task(), dataclasses.replace(toys.SETTINGS, **{name: value}), tmp_path / "run")
+
+        raises_input_error(train, name)
         assert not (tmp_path / "run").exists()
 
 
