@@ -118,7 +118,7 @@ def verdict(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 def run_demo(seed: int, out: Path, settings: DemoSettings) -> dict[str, Any]:
     """Everything, from two random initialisations to a table and two pictures. Returns the content of results.json."""
-    files.require_writable_parent(out)
+    files.require_place(out)
     _take_directory(out, seed)
     with lock.writing(out):
         return _run_demo(seed, out, settings)

@@ -14,9 +14,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from rlae_jax import digests, hosts
 from rlae_jax.errors import InputError, OutputError, one_line
@@ -30,7 +32,7 @@ except ImportError:  # on Windows, where nothing is locked
 # a disk become full, or the process end.
 before_write: Callable[[Path], None] | None = None
 
-_LONGEST_NAME = 255
+_LONGEST_NAME, _LONGEST_PATH = 255, 3800  # bytes; what is made below a directory has longer paths
 _LFS_POINTER = b"version https://git-lfs"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OS_ERROR = re.compile(r"os[ _]error(?:_code='|:? )(\d+)", re.IGNORECASE)  # as libraries in Rust and C++ tell it
@@ -195,7 +197,7 @@ def _told(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def _output_error(path: Path, error: OSError, needed: int) -> OutputError:
-    reason = error.strerror or one_line(error)
+    reason = _reason(error)
     if error.errno not in _NO_ROOM:
         return OutputError(f"{path}: cannot be written ({reason})")
     room = f"{_size(needed)} needed" if needed else "some"
@@ -404,12 +406,45 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def require_writable_parent(path: Path) -> None:
-    """Raises an `InputError` if no directory can be made at `path`, before any work is done for it."""
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"{path}: {existing} is a file, so no directory can be made there")
-    if not os.access(existing, os.W_OK):
-        raise InputError(f"{path}: {existing} is not writable")
+def require_place(path: str | os.PathLike[str], kind: Literal["directory", "file"] = "directory") -> None:
+    """Makes sure that a file or directory can be made at `path`, or is there and can be written: to be called before
+    any work is done for it. Nothing is made.
+
+    Raises:
+      InputError: it cannot, and why.
+    """
+    given = str(path) if str(path).isprintable() else repr(str(path))
+    told = f"{given[:_LONGEST_NAME]}: no {kind} can be made there"
+    whole = Path(path).absolute()
+    if not _is_text(whole):
+        raise InputError(f"{told} (no name of a file has such characters)")
+    parts = [os.fsencode(part) for part in whole.parts]
+    if max(map(len, parts)) > _LONGEST_NAME or sum(map(len, parts)) + len(parts) > _LONGEST_PATH:
+        raise InputError(f"{told} ({os.strerror(errno.ENAMETOOLONG)})")
+    existing = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+    try:
+        mode = existing.stat().st_mode
+    except OSError as error:
+        what = "is a link that leads nowhere" if isinstance(error, FileNotFoundError) else f"({_reason(error)})"
+        raise InputError(f"{told}: {existing} {what}") from None
+    if not (stat.S_ISREG(mode) if existing == whole and kind == "file" else stat.S_ISDIR(mode)):
+        what = "a directory" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "no file and no directory"
+        raise InputError(f"{told}: {existing} is {what}")
+    directory = existing if stat.S_ISDIR(mode) else existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):  # a file without a name, where there are such
+            pass
+    except OSError as error:
+        raise InputError(f"{told}: {directory} is not writable ({_reason(error)})") from None
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the operating system takes these characters in a path."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

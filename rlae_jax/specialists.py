@@ -264,7 +264,7 @@ def build_pool(
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise InputError(f"specialists {', '.join(unknown)} are unknown; known: {', '.join(RECIPES)}")
-    files.require_writable_parent(Path(directory))
+    files.require_place(directory)
     paths = {name: Path(directory) / fingerprint(name, seed, quick) / name for name in names}
     for name, path in paths.items():
         _save_once(path, functools.partial(_train, name, seed, quick))

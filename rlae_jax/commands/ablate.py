@@ -67,9 +67,10 @@ def ablate(
         resume: go on with the ablation in OUT. Finished cells are kept, failed ones tried again; --vary may have
             further values.
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.ablate import ablate, configured, make_cells, parse_settings, parse_vary, table
 
+    files.require_place(out)
     base = training.config()
     base = configured(base, parse_settings([text for texts in settings for text in texts], base))
     values = parse_vary([text for texts in vary for text in texts], base)

@@ -65,7 +65,7 @@ def evaluate(
     from rlae_jax.ppo.train import read_run
     from rlae_jax.runs.directory import CONFIG_FILE
 
-    files.require_writable_parent(out)
+    files.require_place(out)
     if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
         raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
     asked = task.load()

@@ -65,9 +65,7 @@ def generate(
     if weights is not None and policy is not None:
         raise InputError("give either --weights or --policy")
     if html is not None:
-        if html.is_dir():
-            raise InputError(f"{html} is a directory; --html needs the name of a file")
-        files.require_writable_parent(html.absolute().parent)
+        files.require_place(html, "file")
     used: Weights = None if weights is None else list(weights)
     if policy is not None:
         used = get_policy(policy)

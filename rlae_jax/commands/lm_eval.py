@@ -56,7 +56,7 @@ def lm_eval(
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path}: no such directory")
     if out is not None:
-        files.require_writable_parent(out)
+        files.require_place(out, "file")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:

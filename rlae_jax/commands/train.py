@@ -107,6 +107,9 @@ def train(
     from rlae_jax.ppo.train import RewardLine, train_seeds
     from rlae_jax.runs.metrics import read_metrics
 
+    files.require_place(out)
+    if checkpoints is not None and "://" not in checkpoints:
+        files.require_place(checkpoints)
     asked = task.load()
     config = training.config()
     ensemble = model.load()

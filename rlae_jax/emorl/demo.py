@@ -36,7 +36,7 @@ def run_demo(seed: int, out: Path, quick: bool = False) -> dict[str, Any]:
       InputError: `out` holds something else, or the demo of another seed.
     """
     began = time.perf_counter()
-    files.require_writable_parent(out)
+    files.require_place(out)
     config = embedded.settings(seed=seed, **({"steps": 160} if quick else {}))
     if (out / CONFIG_FILE).is_file() and (there := Run(out).config.settings.seed) != seed:
         raise InputError(f"{out} holds the demo of seed {there}; choose another --out")

@@ -132,6 +132,6 @@ def build_base(directory: Path, seed: int, steps: int = STEPS) -> Path:
     if path.is_dir():
         report.say(f"base model: reusing {report.quoted(path)}")
         return path
-    files.require_writable_parent(directory)
+    files.require_place(directory)
     make_base(seed, steps).save(path)
     return path

@@ -91,7 +91,7 @@ def train_ranker(
     out = Path(out)
     if out.exists():
         raise InputError(f"{out} exists already; choose another name or remove it")
-    files.require_writable_parent(out)
+    files.require_place(out)
     if steps < 1:
         raise InputError(f"steps must be at least 1, not {steps}")
     graded = graded_responses(path)

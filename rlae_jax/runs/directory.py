@@ -132,7 +132,7 @@ def _on(config: OnDevices) -> str:
 
 def _claim(out: Path, wanted: RunConfig, resume: bool) -> None:
     path = out / CONFIG_FILE
-    files.require_writable_parent(out)
+    files.require_place(out)
     if path.is_file():
         raw = files.read_json(path)
         if (made_by := _command(raw)) != (ours := command_of(type(wanted))):

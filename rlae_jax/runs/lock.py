@@ -124,7 +124,7 @@ def _acquire(key: str, target: Path, where: Path, name: str) -> None:
                 raise InputError(f"{target} is being written by another thread of this process")
             held.depth += 1
             return
-        files.require_writable_parent(where)
+        files.require_place(where)
         made: list[Path] = []
         try:
             _held[key] = _take(target, where, name, made)
