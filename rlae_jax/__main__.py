@@ -1,6 +1,6 @@
 """`python -m rlae_jax` is `rlae-jax`."""
 
-from rlae_jax.commands.main import main
+from rlae_jax.commands.entry import main
 
 if __name__ == "__main__":
     main()

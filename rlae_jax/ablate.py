@@ -28,7 +28,7 @@ import rich.table
 
 from rlae_jax import files, ranges, records, report
 from rlae_jax.config import ALGORITHMS, PPOConfig
-from rlae_jax.errors import InputError, Interrupted, grouped_error
+from rlae_jax.errors import InputError, Interrupted, OutputError, grouped_error
 from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.evaluation.results import RESULTS_FILE, read_results
 from rlae_jax.fusion.ensemble import Ensemble
@@ -355,7 +355,7 @@ def _train_or_reuse(
     began = time.perf_counter()
     try:
         record |= _scores(_run(cell, ensemble, task, split, n, directory, place))
-    except Interrupted:
+    except (Interrupted, OutputError):  # the others could not be written either
         raise
     except Exception as error:  # whatever went wrong here, other cells may well run
         record |= {"error": _reason(error), "seconds": time.perf_counter() - began}

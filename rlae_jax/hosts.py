@@ -97,6 +97,7 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
     elif processes is not None or process_id is not None:
         raise InputError("--coordinator auto finds out --processes and --process-id by itself; leave them out")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    answered = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             **given,
@@ -110,8 +111,8 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
             f"--coordinator {coordinator}: the processes cannot be connected ({reason}); where nothing tells them of "
             "each other (a TPU pod, Slurm, Open MPI) give HOST:PORT, --processes and --process-id"
         ) from error
-    # The runtime takes SIGTERM for itself and does nothing but note it; loops ask for it themselves (`runs.directory`).
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The runtime takes SIGTERM for itself and does nothing but note it; loops ask for it themselves (`signals`).
+    signal.signal(signal.SIGTERM, answered)
     state = distributed.global_state
     _run.index, _run.count, _run.client = state.process_id, state.num_processes or 1, state.client
     watch = threading.Thread(target=_watch_failures, name="hosts", daemon=True)

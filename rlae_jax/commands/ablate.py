@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction, arg
 
-from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, TaskFlags, resumable
+from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, TaskFlags
 from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 
@@ -78,8 +78,7 @@ def ablate(
     asked = task.load()
     ensemble = model.load()
     asked = task.select(asked, ensemble)
-    with resumable(resume):
-        results = ablate(ensemble, asked, base, values, out, split=split, limit=limit, resume=resume)
+    results = ablate(ensemble, asked, base, values, out, split=split, limit=limit, resume=resume)
     report.console.print(table(results))
     pictures = ", ".join(f"{field}.png" for field in values)
     report.say(f"in {report.quoted(out)}: table.md, results.json, {pictures}")

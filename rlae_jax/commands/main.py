@@ -5,24 +5,25 @@ imports inside, so that help and mistakes in a call come without waiting for it.
 """
 
 import functools
+import inspect
 import os
-import re
+import shlex
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import tyro
 
-from rlae_jax import caches, hosts, ranges
+from rlae_jax import caches, ranges
 from rlae_jax.commands import (
     ablate,
     demo,
+    ending,
     evaluate,
     families,
     generate,
-    inspect,
     lm_eval,
     plan,
     serve,
@@ -30,13 +31,13 @@ from rlae_jax.commands import (
     train,
     watch,
 )
+from rlae_jax.commands import inspect as inspect_models
 from rlae_jax.commands.devices import on_devices
 from rlae_jax.commands.emorl import demo as emorl_demo
 from rlae_jax.commands.emorl import evaluate as emorl_evaluate
 from rlae_jax.commands.emorl import export as emorl_export
 from rlae_jax.commands.emorl import search as emorl_search
 from rlae_jax.commands.emorl import train as emorl_train
-from rlae_jax.errors import InputError, Interrupted, Preempted
 
 CACHE_VARIABLE = "RLAE_JAX_COMPILATION_CACHE"
 
@@ -54,7 +55,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "lm-eval": on_devices(lm_eval.lm_eval),
     "ablate": on_devices(ablate.ablate),
     "serve": serve.serve,  # an engine runs on one device
-    "inspect": on_devices(inspect.inspect),
+    "inspect": on_devices(inspect_models.inspect),
     "families": families.families,
     "plan": plan.plan,
     "emorl": emorl,
@@ -90,55 +91,67 @@ def turn_on_compilation_cache() -> None:
         caches.keep_programs(place)
 
 
-# What the runtime's errors begin with.
-_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION):")
+def _paths(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """How paths are read: an empty one is a mistake, and not the current directory."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_read_path,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
 
 
-def _end(status: int, line: str) -> NoReturn:
-    """Ends with a line on standard error; of several processes the others end too."""
-    print(line, file=sys.stderr)
-    if hosts.count() > 1:
-        hosts.fail(line, status)
-    sys.exit(status)
+def _read_path(texts: list[str]) -> Path:
+    if not texts[0]:
+        raise ValueError("the path is empty")
+    return Path(texts[0])
 
 
-def main() -> None:
-    """The entry point of `rlae-jax`.
-
-    Exit status 2: unusable input; 130: stopped by Ctrl-C; 75: stopped from outside after the state was saved (SIGTERM,
-    preemption), or another process of the run was lost: run again with --resume.
-    """
-    watch.watch()
+def _run() -> None:
+    """The command of `sys.argv`."""
     turn_on_compilation_cache()
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_paths)
+    with registry:
         if sys.argv[1:2] == ["emorl"]:
             tyro.extras.subcommand_cli_from_dict(
                 {name: within_ranges(command) for name, command in EMORL_COMMANDS.items()},
                 prog="rlae-jax emorl",
                 args=sys.argv[2:],
                 description="LoRA adapters of one model, each fine-tuned with reinforcement learning for an objective "
-                "of its own, write one answer together under weights that are searched.",
+                f"of its own, write one answer together under weights that are searched. {ending.STATUSES}",
             )
             return
         tyro.extras.subcommand_cli_from_dict(
             {name: within_ranges(command) for name, command in COMMANDS.items()},
             prog="rlae-jax",
             description="Several language models write one answer together; an agent learns how much to trust each. "
-            f"Compiled programs are kept in ~/.cache/rlae_jax (set {CACHE_VARIABLE} to another directory, or to off).",
+            f"Compiled programs are kept in ~/.cache/rlae_jax (set {CACHE_VARIABLE} to another directory, or to off). "
+            f"{ending.STATUSES}",
         )
-    except InputError as error:
-        _end(2, f"error: {error}")
-    except Interrupted as error:  # of all processes at once
-        if hosts.is_first():
-            print(error, file=sys.stderr)
-        sys.exit(75 if isinstance(error, Preempted) else 130)
-    except KeyboardInterrupt:
-        _end(130, "stopped")
-    except Exception as error:
-        if hosts.count() == 1:
-            raise
-        if _STATUS.match(str(error)):
-            hosts.await_loss()  # the process that it could not reach may be gone
-        traceback.print_exc()
-        _end(1, f"{type(error).__name__}: {error}")
+
+
+# Commands that go on with what is there when they are called again.
+_REUSING = ("demo", "specialists")
+
+
+def _again() -> str:
+    """The command line that goes on with the command of `sys.argv`; nothing, where it has to begin anew."""
+    commands, name = (EMORL_COMMANDS, sys.argv[2:3]) if sys.argv[1:2] == ["emorl"] else (COMMANDS, sys.argv[1:2])
+    command = commands.get(name[0]) if name else None
+    if command is None:
+        return ""
+    resumable = "resume" in inspect.signature(command).parameters
+    if not resumable and name[0] not in _REUSING:
+        return ""
+    return shlex.join(["rlae-jax", *sys.argv[1:], *(["--resume"] if resumable and "--resume" not in sys.argv else [])])
+
+
+def main() -> None:
+    """Runs the command of `sys.argv`; `ending` says with which status the process ends."""
+    watch.watch()
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    ending.run(_run, _again)

@@ -6,18 +6,14 @@
 A command that offers less, or says more, narrows a field in a subclass of its own.
 """
 
-import contextlib
 import dataclasses
-import shlex
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax import ranges
-from rlae_jax.errors import InputError, Interrupted, Preempted
+from rlae_jax.errors import InputError
 from rlae_jax.ranges import Count, CountOr0, Seed
 
 if TYPE_CHECKING:
@@ -246,16 +242,3 @@ class AgentOptions:
         of_agent = {f.name: changes.pop(f.name) for f in dataclasses.fields(AgentConfig) if f.name in changes}
         config: PPOConfig = preset(**changes, agent=dataclasses.replace(preset().agent, **of_agent))
         return config
-
-
-@contextlib.contextmanager
-def resumable(resumed: bool) -> Iterator[None]:
-    """Turns Ctrl-C into an `Interrupted` that says how to go on: the command's own line, ready to be pasted. What was
-    preempted is run again by a script: one line tells it how."""
-    try:
-        yield
-    except Preempted as preempted:
-        raise Preempted(f"{preempted}; run again with --resume") from None
-    except (Interrupted, KeyboardInterrupt) as interrupted:
-        command = shlex.join(sys.argv[1:] + ([] if resumed else ["--resume"]))
-        raise Interrupted(f"{str(interrupted) or 'stopped'}. Go on with:\n  rlae-jax {command}") from None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, Models, TaskFlags, resumable
+from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, Models, TaskFlags
 from rlae_jax.ranges import Count, LearningRate, Minutes, Positive, PositiveOr0, Spans, Temperature
 from rlae_jax.runs import lock
 
@@ -115,7 +115,7 @@ def train(
     ensemble = model.load()
     asked = task.select(asked, ensemble)
     began = time.perf_counter()
-    with resumable(resume), report.training_progress("training", config.iterations) as display:
+    with report.training_progress("training", config.iterations) as display:
         policies = train_seeds(
             *(ensemble, asked, config, out),
             resume=resume,

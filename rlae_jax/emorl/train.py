@@ -49,10 +49,10 @@ from rlae_jax.runs.directory import (
     devices,
     epoch_rows,
     is_late,
-    stop_requests,
 )
 from rlae_jax.runs.metrics import FILE_NAME as METRICS_FILE
 from rlae_jax.runs.metrics import Line, MetricsLog, read_metrics
+from rlae_jax.signals import stop_requests
 from rlae_jax.tasks.prompts import PromptSet
 
 OBJECTIVES = "objectives"

@@ -45,9 +45,9 @@ from rlae_jax.runs.directory import (
     epoch_rows,
     is_late,
     read_config,
-    stop_requests,
 )
 from rlae_jax.runs.metrics import Line, MetricsLog, load_sinks, read_metrics
+from rlae_jax.signals import stop_requests
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 UNION_FILE = "union.npz"  # of members with different tokenizers

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from rlae_jax import digests, files, hosts
+from rlae_jax import digests, files, hosts, signals
 from rlae_jax.errors import InputError, one_line
 
 DIRECTORY_NAME = "checkpoints"
@@ -65,7 +65,7 @@ class Checkpoints:
         self._remove_incomplete()  # of a process that was killed
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         try:
-            with files.library_write(self.path / str(iteration), needed):
+            with signals.delayed(), files.library_write(self.path / str(iteration), needed):
                 self._manager.save(iteration, args=ocp.args.StandardSave(state), force=True)
                 if hosts.is_first():
                     digests.seal(self.path / str(iteration))

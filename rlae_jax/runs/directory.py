@@ -1,12 +1,8 @@
-"""What all commands that train share: whose a run's directory is, which examples a step reads, how a run is stopped."""
+"""What all commands that train share: whose a run's directory is, which examples a step reads."""
 
-import contextlib
-import signal
-import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rlae_jax import files, hosts, records, sharding
-from rlae_jax.errors import InputError, Interrupted, Preempted, grouped_error
+from rlae_jax.errors import InputError, grouped_error
 
 CONFIG_FILE = "config.json"
 _SECONDS_TO_APPEAR = 60.0
@@ -166,46 +162,6 @@ def epoch_rows(n: int, batch: int, seed: int, iteration: int) -> Int[np.ndarray,
         here = places // n == epoch
         rows[here] = order[places[here] % n]
     return rows
-
-
-# Asked between iterations, by all processes at the same ones: what to raise after saving, if one is to stop.
-StopRequested = Callable[[], type[Interrupted] | None]
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequested]:
-    """Turns Ctrl-C, SIGTERM and preemption notices into requests that are answered between iterations, by all processes
-    after the same one. A second Ctrl-C interrupts at once."""
-    interrupted = preempted = False
-
-    def interrupt(signum: int, frame: Any) -> None:
-        nonlocal interrupted
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted = True
-        sys.stderr.write("\nstopping after this iteration; once more stops at once\n")
-
-    def preempt(signum: int, frame: Any) -> None:
-        nonlocal preempted
-        preempted = True
-        sys.stderr.write("\nSIGTERM: stopping after this iteration\n")
-
-    def requested() -> type[Interrupted] | None:
-        told = hosts.gather([interrupted, preempted])
-        if hosts.preempted() or any(of_host[1] for of_host in told):
-            return Preempted
-        return Interrupted if any(of_host[0] for of_host in told) else None
-
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: preempt}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def is_late(began: float, now: float, max_minutes: float | None) -> bool:

@@ -30,11 +30,12 @@ def evaluate(
         seed: of the sampling.
         out: a directory for results.json and predictions.jsonl. Default: RUN.
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.emorl.display import show_results
     from rlae_jax.emorl.evaluation import evaluate_run
     from rlae_jax.emorl.run import Run
 
-    where = out or run
-    show_results(evaluate_run(Run(run, code.objective, code.allow_code), split, limit, temperature, seed, where))
+    where, trained = out or run, Run(run, code.objective, code.allow_code)
+    files.require_place(where)
+    show_results(evaluate_run(trained, split, limit, temperature, seed, where))
     report.say(f"in {report.quoted(where)}: results.json, predictions.jsonl")

@@ -29,10 +29,11 @@ def export(
         weights: others, one per adapter, in [0, 1].
         adapters: of the run, in the order of the weights. Default: those of the search, or all of one objective.
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.emorl.export import export_run
     from rlae_jax.emorl.run import Run
 
+    files.require_place(out)
     paths = export_run(Run(run), out, mode, weights, adapters)
     without = "" if mode == "params" else f"; no model, since mode {mode} reads all adapters while it writes"
     report.say(f"wrote {', '.join(map(report.quoted, paths))}{without}")

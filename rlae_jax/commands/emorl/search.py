@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import OmitArgPrefixes
 
 from rlae_jax.commands.emorl.options import CodeOptions, Mode, Names
-from rlae_jax.commands.options import resumable
 from rlae_jax.ranges import Count, GiB, Levels, Seed, ShareAbove0, Temperature
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def search(
         out: Default: RUN/search/MODE, or RUN/search/agent.
         resume: go on with the search in OUT.
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.emorl.agent import train_run_agent
     from rlae_jax.emorl.display import search_progress, show_problems, with_values
     from rlae_jax.emorl.fused import Fused
@@ -91,6 +90,7 @@ def search(
     from rlae_jax.emorl.search import search as search_weights
 
     trained = Run(run, code.objective, code.allow_code)
+    files.require_place(out or run)
     names = list(adapters) or trained.singles()
     objectives = trained.objectives(names)
     config = None
@@ -100,14 +100,13 @@ def search(
     fused = Fused(trained.base, [trained.adapter(name) for name in names], mode)
     if config is None:
         where = out or _room(trained, AGENT, names)
-        with resumable(resume):
-            train_run_agent(
-                *(trained, fused, objectives, where),
-                iterations=iterations,
-                span_length=span_length,
-                seed=search.seed,
-                resume=resume,
-            )
+        train_run_agent(
+            *(trained, fused, objectives, where),
+            iterations=iterations,
+            span_length=span_length,
+            seed=search.seed,
+            resume=resume,
+        )
         show_problems(objectives)
         report.say(
             f"the agent is in {report.quoted(where)}; compare it with all else: "
@@ -116,7 +115,7 @@ def search(
         return
     asked = trained.prompts.split(split)[:prompts]
     where = out or _room(trained, mode, names)
-    with resumable(resume), search_progress(mode, config, len(names)) as on_points:
+    with search_progress(mode, config, len(names)) as on_points:
         result = search_weights(
             *(fused, asked, objectives, config, where), resume=resume, memory=int(memory * 2**30), on_points=on_points
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.emorl.options import Names
-from rlae_jax.commands.options import HeldOptions, resumable
+from rlae_jax.commands.options import HeldOptions
 from rlae_jax.errors import InputError
 from rlae_jax.ranges import (
     Count,
@@ -136,13 +136,16 @@ def train(
         checkpoints: where they go, if not into OUT: a directory of this run alone, or a bucket, gs://... (needs gcsfs)
             or s3://... (s3fs).
     """
-    from rlae_jax import report
+    from rlae_jax import files, report
     from rlae_jax.emorl.display import show_problems, show_training, training_progress
     from rlae_jax.emorl.run import Data, Run, make_targets
     from rlae_jax.emorl.train import train_adapters
     from rlae_jax.models import load
     from rlae_jax.runs.directory import CONFIG_FILE
 
+    files.require_place(out)
+    if checkpoints is not None and "://" not in checkpoints:
+        files.require_place(checkpoints)
     run = Run(out) if (out / CONFIG_FILE).is_file() else None
     if run is None and (base is None or data is None):
         raise InputError(f"{out} is no run yet: a new one needs --base MODEL and --data FILE")
@@ -160,7 +163,7 @@ def train(
     finished = {} if run is None else run.targets()
     if done := [target.name for target in targets if target.name in finished]:
         report.say(f"done already, and left as they are: {', '.join(done)}")
-    with resumable(resume), training_progress(len(targets), config.steps) as on_progress:
+    with training_progress(len(targets), config.steps) as on_progress:
         train_adapters(
             *(lm, targets, prompts, config, out),
             resume=resume,
