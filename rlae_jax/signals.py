@@ -9,6 +9,7 @@ running is ended first, which takes seconds.
 Imported before everything else, so that it needs nothing but the standard library.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -49,7 +50,7 @@ def _handled(handlers: dict[int, Handler]) -> Iterator[None]:
 
 
 def end_at_once() -> None:
-    """From now on a signal ends the process, with a line and a status."""
+    """From now on a signal ends the process, with a line and a status; while Python itself ends, it does nothing."""
 
     def end(number: int, frame: FrameType | None) -> None:
         line, status = (b"stopped by SIGTERM\n", RUN_AGAIN) if number == signal.SIGTERM else (b"stopped\n", STOPPED)
@@ -57,9 +58,11 @@ def end_at_once() -> None:
             os.write(2, line)
         os._exit(status)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
+    answered = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    for number in answered:
+        signal.signal(number, end)
+    # Registered first, so called last. Python would give signals back to the system, which kills.
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in answered])
 
 
 @contextlib.contextmanager
