@@ -1,6 +1,6 @@
 """Several language models write one answer together, and an agent learns how much to trust each, span by span.
 
-What is named here is imported when it is first asked for.
+What is named here is imported when it is first asked for, and so are the modules.
 """
 
 TYPE_CHECKING = False  # as in typing, without importing it
@@ -63,6 +63,13 @@ def __getattr__(name: str) -> object:
             value: object = getattr(importlib.import_module(f"{__name__}.{module}"), name)
             globals()[name] = value
             return value
+    whole = f"{__name__}.{name}"
+    try:
+        if not name.startswith("_"):
+            return importlib.import_module(whole)
+    except ModuleNotFoundError as error:
+        if error.name != whole:
+            raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -112,7 +112,7 @@ def initialise(coordinator: str, processes: int | None, process_id: int | None) 
             "each other (a TPU pod, Slurm, Open MPI) give HOST:PORT, --processes and --process-id"
         ) from error
     # The runtime takes SIGTERM for itself and does nothing but note it; loops ask for it themselves (`signals`).
-    signal.signal(signal.SIGTERM, answered)
+    signal.signal(signal.SIGTERM, answered or signal.SIG_DFL)
     state = distributed.global_state
     _run.index, _run.count, _run.client = state.process_id, state.num_processes or 1, state.client
     watch = threading.Thread(target=_watch_failures, name="hosts", daemon=True)

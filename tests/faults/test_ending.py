@@ -219,5 +219,6 @@ def test_every_public_name_has_its_home() -> None:
     assert told == {(f"rlae_jax.{home}", name) for home, names in rlae_jax._HOMES.items() for name in names}
     assert all(getattr(rlae_jax, name) is not None for name in rlae_jax.__all__)
     assert set(rlae_jax.__all__) <= set(dir(rlae_jax))
+    assert rlae_jax.fusion.decode.decode is rlae_jax.decode
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = rlae_jax.nothing  # type: ignore[attr-defined]
