@@ -62,7 +62,7 @@ def test_shares_are_everything_once_and_rows_of_several_are_the_first_ones(monke
         (("localhost:7000", 2, None), ("--process-id",)),
         (("localhost:7000", 2, 2), ("--process-id", "2 of 2")),
         (("localhost", 2, 1), ("HOST:PORT",)),
-        (("localhost:0", 2, 1), ("HOST:PORT",)),
+        (("localhost:0", 2, 1), ("localhost:0", "1 to 65535")),
         (("auto", 2, None), ("leave them out",)),
     ],
 )

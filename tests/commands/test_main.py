@@ -439,7 +439,7 @@ class TestBadInput:
             (["--stream", "--samples", "2"], ("one prompt and one sample", "1 and 2")),
             (["--stream", "--scores"], ("--stream prints text only",)),
             (["--stream", "--html", "out.html"], ("--stream prints text only", "--html")),
-            (["--html", "."], (". is a directory",)),
+            (["--html", "."], (".: no file can be made there", "is a directory")),
             (["--policy", "nowhere", "--weights", "1", "1"], ("either --weights or --policy",)),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -586,10 +586,10 @@ class TestSettings:
             jax.config.update(name, value)
 
     def test_the_cache_lies_in_the_users_cache_directory(self, cache, tmp_path):
-        assert cache(HOME=str(tmp_path)) == str(tmp_path / ".cache" / "rlae_jax" / "xla")
+        assert cache(HOME=str(tmp_path)) == str(tmp_path / ".cache" / "rlae_jax" / "programs")
 
     def test_it_follows_the_desktops_convention(self, cache, tmp_path):
-        assert cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "rlae_jax" / "xla")
+        assert cache(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "rlae_jax" / "programs")
 
     def test_it_can_be_moved(self, cache, tmp_path):
         assert cache(**{commands.CACHE_VARIABLE: str(tmp_path / "mine")}) == str(tmp_path / "mine")

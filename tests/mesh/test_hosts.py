@@ -223,7 +223,8 @@ def test_sigterm_on_one_host(directory, uninterrupted):
     command.process.send_signal(signal.SIGTERM)
     status, _, errors = command.end()
     assert status == RUN_AGAIN
-    assert errors.endswith(f"saved in {out}; run again with --resume\n")
+    assert f"saved in {out}. Go on with:\n  rlae-jax train" in errors
+    assert errors.endswith("--resume\n")
     assert difference(out, out) == 0  # it has a checkpoint
 
 

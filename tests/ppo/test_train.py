@@ -246,13 +246,22 @@ class TestGoingOn:
             assert_same_params(rj.load_policy(out, newest=newest), rj.load_policy(finished[0], newest=newest))
         assert [row.get("dev") for row in read_metrics(out)] == [row.get("dev") for row in read_metrics(finished[0])]
 
-    def test_a_second_ctrl_c_stops_at_once(self, ensemble, tmp_path):
+    def test_a_second_ctrl_c_stops_at_once(self, finished, ensemble, tmp_path):
+        """Nothing is saved; going on ends with the same parameters and lines."""
+        out = tmp_path / "run"
+
         def interrupt(progress):
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            if progress.iteration == 10:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(KeyboardInterrupt):
-            rj.train(ensemble, toys.task(), toys.SETTINGS, tmp_path / "run", on_progress=interrupt)
+            rj.train(ensemble, toys.task(), toys.SETTINGS, out, on_progress=interrupt)
+        assert not (out / "checkpoints" / "10").exists()
+        rj.train(ensemble, toys.task(), toys.SETTINGS, out, resume=True)
+        for newest in (False, True):
+            assert_same_params(rj.load_policy(out, newest=newest), rj.load_policy(finished[0], newest=newest))
+        assert [row.get("dev") for row in read_metrics(out)] == [row.get("dev") for row in read_metrics(finished[0])]
 
 
 class TestRefusals:
