@@ -359,6 +359,7 @@ class TestUnusableRuns:
     def test_no_checkpoint_yet(self, copied, raises_input_error):
         shutil.rmtree(copied / "checkpoints")
         raises_input_error(lambda: rj.load_policy(copied), "no checkpoint yet")
+        assert not (copied / "checkpoints").exists()
 
     @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"settings": 3, "members": []}'])
     def test_a_config_of_something_else(self, copied, raises_input_error, content):
