@@ -51,6 +51,7 @@ CALLS: dict[str, list[str]] = {
     "ablate": [*_MODELS, *_DATA, "--out", "new", "--vary", "span_length=1,2"],
     "serve": ["--models", "alpha", "--port", "0"],
     "inspect": ["--models", "alpha"],
+    "families": [],
     "plan": ["--models", "alpha", "--device", "H100", "--prompt", "8", "--new", "4"],
     "emorl demo": ["--out", "new"],
     "emorl train": ["--objective", "brevity", "--base", "base", "--data", "prompts.jsonl", "--out", "new"],
@@ -572,6 +573,7 @@ def others() -> Iterator[Bad]:
         ],
         "emorl export": [["--weights", "nan"], ["--weights", "2"], ["--mode", "none"]],
         "emorl search": [["--method", "best"], ["--mode", "none"], ["--space", "ball"]],
+        "families": [["alpha"], ["--models", "alpha"], ["--nonesuch"], [""]],
         "demo": [["--out", "mine.jsonl"], ["--out", "mine.jsonl/new"], ["--out", "o" * 300], ["--out", "runs/0"]],
         "emorl demo": [["--out", "mine.jsonl"], ["--out", "mine.jsonl/new"], ["--out", "runs/loop/new"]],
         "specialists": [

@@ -37,7 +37,7 @@ def scratch(tmp_path_factory):
 def _wrong(monkeypatch, tmp_path, command):
     """What is noticed of a command that does this."""
     world = tmp_path / "world"
-    world.mkdir()
+    world.mkdir(exist_ok=True)
     (world / "old").write_text("1")
     monkeypatch.setattr(commands, "main", lambda: command(world))
     return bad_inputs.try_one(Bad("all", ()), world, tmp_path / "scratch").wrong
@@ -80,7 +80,7 @@ def test_there_are_enough_of_every_command():
     assert len(EVERY) >= 300
     tried = {" ".join(bad.arguments[: 2 if bad.arguments[:1] == ("emorl",) else 1]) for bad in EVERY}
     assert tried >= bad_inputs.CALLS.keys()
-    known = commands.COMMANDS.keys() | {f"emorl {name}" for name in commands.EMORL_COMMANDS}
+    known = commands.COMMANDS.keys() - {"emorl"} | {f"emorl {name}" for name in commands.EMORL_COMMANDS}
     assert bad_inputs.CALLS.keys() == known
 
 
@@ -91,13 +91,8 @@ def test_refused(world, scratch, bad):
 
 
 @pytest.mark.rare
-def test_everything_is_refused(capsys):
-    assert bad_inputs.main([]) == 0, capsys.readouterr().out
-
-
-@pytest.mark.rare
 @pytest.mark.parametrize(("what", "command"), COLD.items())
 def test_refused_in_a_process_of_its_own(world, scratch, what, command):
-    (bad, *_) = [bad for bad in EVERY if what in str(bad) and bad.arguments[0] == command]
+    (bad, *_) = [bad for bad in EVERY if what in str(bad) and bad.arguments[:1] == (command,)]
     refusal = bad_inputs.try_alone(bad, world, scratch)
     assert not refusal.wrong, refusal.told
