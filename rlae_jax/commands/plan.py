@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,8 +165,8 @@ def _read(model: str, dtype: str) -> "tuple[str, ModelConfig, Kind | None]":
     """
     from rlae_jax.models import checkpoint_files, hub, quantised_files
 
-    path = Path(model).expanduser()
-    if path.is_file() and path.suffix != ".gguf":
+    path = Path(os.path.expanduser(model))
+    if os.path.isfile(path) and path.suffix != ".gguf":
         if path.name != "config.json":
             raise InputError(
                 f"{model} is a file; expected a directory, a Hub id, a GGUF file or one called config.json"

@@ -396,8 +396,8 @@ def load(
 
 def unchanged(model: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
     """Makes sure that a directory which `save` wrote is as it was then, while it is read."""
-    path = Path(model).expanduser()
-    return digests.checking(path) if path.is_dir() else contextlib.nullcontext()
+    path = os.path.expanduser(os.fsdecode(model))  # no error for what is no path, as in `hub.resolve`
+    return digests.checking(Path(path)) if os.path.isdir(path) else contextlib.nullcontext()
 
 
 def hold_cache_in(config: ModelConfig, kv_dtype: str | None) -> ModelConfig:

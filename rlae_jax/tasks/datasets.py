@@ -417,7 +417,7 @@ def _items(where: str, benchmark: Benchmark, columns: Sequence[str], rows: Any, 
                 items.append(layout.read(row))
             except KeyError as error:
                 findings.append(("rows that lack a column", f"{place} has no {error.args[0]!r}"))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 findings.append(("rows that are no question with its answer", f"{place} ({error})"))
     if findings:
         raise grouped_error(f"{where}: unusable rows", findings)

@@ -3,6 +3,7 @@
 Every choice is asked of a `random.Random`, so that who drives it may be a seed, hypothesis, or a fuzzer's bytes.
 """
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -77,6 +78,10 @@ def value(source: random.Random, document: Any) -> Any:
     return holder[0]
 
 
+def _odd(source: random.Random) -> Any:
+    return copy.deepcopy(source.choice(ODD))
+
+
 def _places(holder: list[Any]) -> list[tuple[Any, Any]]:
     """Every (container, key) of a value, but for the middle of long lists."""
     found: list[tuple[Any, Any]] = []
@@ -100,15 +105,15 @@ def _change(source: random.Random, holder: list[Any]) -> None:
     if kind == "delete" and at is not holder:
         del at[key]
     elif kind == "insert" and isinstance(at, dict):
-        at[source.choice(("new", "schema", "", "type", "_" * 20, str(key) + "_2"))] = source.choice(ODD)
+        at[source.choice(("new", "schema", "", "type", "_" * 20, str(key) + "_2"))] = _odd(source)
     elif kind == "insert":
-        at.insert(0, source.choice(ODD)) if at is not holder else None
+        at.insert(0, _odd(source)) if at is not holder else None
     elif kind == "move":
         other, name = source.choice(places)
         if name in other if isinstance(other, dict) else name < len(other):
             at[key] = json.loads(json.dumps(other[name]))
     elif kind == "wrap":
-        at[key] = source.choice(([at[key]], {"x": at[key]}, [at[key]] * 3, str(at[key])))
+        at[key] = source.choice(([at[key]], {"x": at[key]}, [at[key], copy.deepcopy(at[key])], str(at[key])))
     elif kind == "deep":
         nested: Any = source.choice(ODD[:10])
         for _ in range(source.choice((3, 50, 250))):
@@ -128,7 +133,7 @@ def _change(source: random.Random, holder: list[Any]) -> None:
     elif kind == "near" and isinstance(at[key], str):
         at[key] = text(source, at[key])
     else:
-        at[key] = source.choice(ODD)
+        at[key] = _odd(source)
 
 
 def text(source: random.Random, original: str) -> str:

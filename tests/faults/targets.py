@@ -1,11 +1,13 @@
 """Every reader of the package: valid documents, and what reads them."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.serving.fields import ApiError
 from tests.data import hf
 from tests.faults import mutate
-
-SAMPLES = Path(__file__).parent / "samples"
+from tests.helpers import run_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,7 +375,31 @@ def _unions(directory: Path) -> Iterator[Target]:
     yield Target("union", (path.read_bytes(),), mutate.raw, _written(path, lambda: UnionVocabulary.load(path)))
 
 
-PARTS = (_configurations, _weights, _gguf, _tokenizers, _data, _specifications, _serving, _unions)
+def _runs(directory: Path) -> Iterator[Target]:
+    """What the commands leave in their directories. All lie in one; every reader finds the others as they should be."""
+    root = directory / "runs"
+    run_files.make(root)
+
+    def read(path: Path, good: bytes, readers: Sequence[Callable[[Path], Any]], data: bytes) -> None:
+        *others, last = readers  # the others may want another run's file
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                for reader in others:
+                    path.write_bytes(data)
+                    with contextlib.suppress(InputError):
+                        reader(root)
+                path.write_bytes(data)
+                last(root)
+            finally:
+                path.write_bytes(good)
+
+    for name, readers in run_files.READERS.items():
+        good = (root / name).read_bytes()
+        change = mutate.lines if name.endswith("l") else mutate.json_bytes
+        yield Target(name, (good,), change, functools.partial(read, root / name, good, readers))
+
+
+PARTS = (_configurations, _weights, _gguf, _tokenizers, _data, _specifications, _serving, _unions, _runs)
 
 
 def make_targets(directory: Path) -> list[Target]:

@@ -16,8 +16,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
+from rlae_jax.commands import plan
 from rlae_jax.errors import InputError
-from rlae_jax.models import hub
+from rlae_jax.models import hub, load
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
 INDEX = "model.safetensors.index.json"
@@ -152,12 +153,16 @@ class TestLocal:
         raises_input_error(lambda: hub.resolve(tmp_path, revision="v1"), str(tmp_path), "local directory", "'v1'")
 
     @pytest.mark.parametrize(
-        "name", ["./name", "../name", "/name", "~/name", "a/b/c", "name/", "", "a b", "a--b", "a\0b", "n" * 5000]
+        "name",
+        ["./name", "../name", "/name", "~/name", "~nobody/a", "a/b/c", "name/", "", "a b", "a--b", "a\0b", "n" * 5000],
     )
     def test_what_cannot_be_a_hub_id_does_not_exist(self, cache, name, monkeypatch, raises_input_error):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
-        message = raises_input_error(lambda: hub.resolve(name), name, "does not exist", "config.json", "org/name")
+        shown = name.replace("\0", "\\x00")[:2000]
+        message = raises_input_error(lambda: hub.resolve(name), shown, "does not exist", "config.json", "org/name")
         assert "\n" not in message
+        for read in (load, lambda name: plan._read(name, "float32")):
+            assert raises_input_error(lambda read=read: read(name)) == message
 
     def test_a_typing_error_is_met_with_the_directory_beside(self, cache, raises_input_error):
         Path("models/stories260K").mkdir(parents=True)

@@ -323,6 +323,10 @@ class TestBadFiles:
         path = write("dev", [{"question": "q", "A": "x", "B": "y", "answer": answer} for answer in answers])
         raises_input_error(lambda: load("piqa", path), "6 rows", "none of its options", "full list")
 
+    def test_numbers_of_no_option(self, write, raises_input_error):
+        rows = [{"question": "q", "choices": ["x", "y"], "answer": answer} for answer in (float("inf"), 2)]
+        raises_input_error(lambda: load("mmlu", write("dev", rows)), "2 rows", "line 1 (cannot convert", "line 2 (its")
+
     def test_lines_that_are_not_json(self, tmp_path, raises_input_error):
         (tmp_path / "train.jsonl").write_text('{"question": "a"\n[]\n')
         raises_input_error(lambda: load("gsm8k", tmp_path), "line 1", "1 lines that are not JSON objects: line 2")
