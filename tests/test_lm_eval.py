@@ -1,6 +1,5 @@
 """The model of lm-evaluation-harness: its numbers are those of `log_likelihoods`, `generate` and `evaluate`."""
 
-import functools
 import sys
 
 import numpy as np
@@ -172,7 +171,12 @@ def test_by_its_name(models, raises_input_error):
 
 def test_the_command(models, tasks, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv(commands.CACHE_VARIABLE, "off")
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+    class Few(TaskManager):
+        def __init__(self, **given):
+            super().__init__(include_defaults=False, **given)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Few)
 
     def call(*arguments):
         given = ["rlae-jax", "lm-eval", "--models", *models, "--include-path", tasks, "--tasks", *arguments]
@@ -190,3 +194,10 @@ def test_the_command(models, tasks, monkeypatch, capsys, tmp_path):
     status, _, err = call("nothing")
     assert (status, err) == (2, "error: unknown tasks: nothing; lm-eval ls tasks lists them\n")
     assert call("ways", "--limit", "0")[0] == 2
+    broken = tasks / "broken.yaml"
+    broken.write_text("task: broken\noutput_type: nonesuch\n")
+    try:
+        status, _, err = call("broken")
+    finally:
+        broken.unlink()
+    assert (status, err.splitlines()[-1].startswith("error: the tasks broken cannot be made: ")) == (2, True)

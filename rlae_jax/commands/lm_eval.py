@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from tyro.conf import OmitArgPrefixes, arg
 
 from rlae_jax.commands.options import ModelOptions
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, one_line
 from rlae_jax.ranges import Count, CountOr0, Weight
 from rlae_jax.runs import lock
 
@@ -57,7 +57,19 @@ def lm_eval(
         raise InputError(f"--include-path {include_path}: no such directory")
     if out is not None:
         files.require_place(out, "file")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+
+    class Tasks(TaskManager):  # type: ignore[misc]  # the harness has no annotations that are checked
+        """A task whose own files or packages are at fault is the user's to mend."""
+
+        def load(self, *given: Any, **options: Any) -> Any:
+            try:
+                return super().load(*given, **options)
+            except OSError:
+                raise
+            except Exception as error:  # tasks of others raise anything
+                raise InputError(f"the tasks {', '.join(tasks)} cannot be made: {one_line(error)}") from None
+
+    manager = Tasks(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown or not tasks:
         raise InputError(f"unknown tasks: {', '.join(unknown)}; lm-eval ls tasks lists them" if tasks else "no tasks")

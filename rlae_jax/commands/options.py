@@ -171,7 +171,7 @@ class TaskOptions:
                 self.data,
                 prompt_field=self.prompt_field,
                 answer_field=self.answer_field,
-                reward=self.reward or "exact_match",
+                reward="exact_match" if self.reward is None else self.reward,
                 chat=self.chat,
             )
         else:
