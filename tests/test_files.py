@@ -1,7 +1,6 @@
 """Names that come from files stay inside the directory that they are for."""
 
 import json
-import os
 import types
 from pathlib import Path
 
@@ -83,8 +82,19 @@ def test_a_run_names_its_own_adapters(tmp_path: Path, name: str, monkeypatch: py
     monkeypatch.setattr(export, "_chosen", lambda *args: {name: 1.0})
     with pytest.raises(InputError, match="the name "):
         export.export_run(run, tmp_path / "out")
-    if not os.path.isabs(name):  # there it is the end of a name
-        monkeypatch.setattr(emorl_run, "read_config", lambda *args: types.SimpleNamespace(adapters=[name]))
-        with pytest.raises(InputError, match="the name "):
-            run.room_for_search("params", ["b"])
+    monkeypatch.setattr(emorl_run, "read_config", lambda *args: types.SimpleNamespace(adapters=[name]))
+    with pytest.raises(InputError, match="the name "):
+        run.room_for_search("params", ["b"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "é" * 100, "a" * 201])
+def test_an_earlier_search_stays_beside(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a digest, where its adapters' names make none of a directory."""
+    run = object.__new__(Run)
+    object.__setattr__(run, "directory", tmp_path)
+    files.write_json(tmp_path / "search" / "params" / "config.json", {})
+    monkeypatch.setattr(emorl_run, "read_config", lambda *args: types.SimpleNamespace(adapters=[name]))
+    path, kept = run.room_for_search("params", ["b"])
+    assert kept == path.with_name(f"params-{files.digest([name])[:16]}")
+    assert (kept / "config.json").is_file()

@@ -7,6 +7,7 @@ that they name is run only where the user names it again, or says that the run's
 
 import dataclasses
 import functools
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from rlae_jax.tasks import reflections
 from rlae_jax.tasks.prompts import PromptSet, read_prompts
 
 AGENT = "agent"  # the name of the agent's directory among the searches
+_SHORT_NAME = re.compile(r"[\w.+:=,@-]{1,200}", re.ASCII)
 # Adapters that are taught all objectives at once, by how these are weighted.
 BASELINES = {"uniform_reward": "equal", "dynaopt": "dynaopt", "dynaopt_reference": "dynaopt_reference"}
 assert set(BASELINES.values()) == set(WEIGHTINGS)
@@ -232,8 +234,12 @@ class Run:
             searched = read_config(path, SearchRun).adapters
         if searched == list(adapters):
             return path, None
+        for adapter in searched:
+            files.inside(path.parent, adapter, path / CONFIG_FILE)
         base = f"{name}-{'+'.join(searched)}"
-        kept, number = files.inside(path.parent, base, path / CONFIG_FILE), 2
+        if not _SHORT_NAME.fullmatch(base):  # of no directory here
+            base = f"{name}-{files.digest(searched)[:16]}"
+        kept, number = path.with_name(base), 2
         while kept.exists():
             kept, number = path.with_name(f"{base}-{number}"), number + 1
         with lock.writing(path):

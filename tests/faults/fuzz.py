@@ -107,7 +107,7 @@ def run(count: int, seed: int, only: Sequence[str], directory: Path, keep: Path 
             print(f"{target.name}: {finding}  [{again}]", flush=True)
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
-                (keep / f"{target.name}-{own}").write_bytes(data)
+                (keep / f"{target.name.replace('/', '-')}-{own}").write_bytes(data)
     total = sum(found.values())
     print(f"fuzz_findings: {total} of {count}")
     return total
