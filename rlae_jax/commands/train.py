@@ -105,11 +105,12 @@ def train(
     from rlae_jax.config import DEV_SHARE
     from rlae_jax.evaluation import Method, evaluate
     from rlae_jax.ppo.train import RewardLine, train_seeds
+    from rlae_jax.runs.checkpoints import require_place
     from rlae_jax.runs.metrics import read_metrics
 
     files.require_place(out)
-    if checkpoints is not None and "://" not in checkpoints:
-        files.require_place(checkpoints)
+    if checkpoints is not None:
+        require_place(checkpoints)
     asked = task.load()
     config = training.config()
     ensemble = model.load()

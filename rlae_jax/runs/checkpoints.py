@@ -19,6 +19,23 @@ _KEPT = 2  # the newest, and what is gone back to if that is damaged
 _AGAIN = "going on with the run (--resume) makes it again from the one before"
 
 
+def require_place(at: str) -> None:
+    """Makes sure that checkpoints can go to a directory, or that a URL is of a bucket; nothing is made, or asked there.
+
+    Raises:
+      InputError: they cannot.
+    """
+    if not at:
+        raise InputError("no place is named for the checkpoints: a directory, or a bucket that begins with gs://")
+    if "://" not in at:
+        files.require_place(at)
+        return
+    try:
+        epath.Path(at)
+    except KeyError:
+        raise InputError(f"{at}: no checkpoints can go there; a bucket begins with gs:// or s3://") from None
+
+
 class Checkpoints:
     """The checkpoints of a run.
 

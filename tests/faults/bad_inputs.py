@@ -510,7 +510,7 @@ def others() -> Iterator[Bad]:
         ],
         "train": [
             *_each("--out", "mine.jsonl", "mine.jsonl/new", "o" * 300, "runs/loop/new", "runs/cut"),
-            *_each("--checkpoints", "mine.jsonl", "mine.jsonl/x", "c" * 300, "nonesuch://x"),
+            *_each("--checkpoints", "mine.jsonl", "mine.jsonl/x", "c" * 300, "nonesuch://x", "://", ""),
             *(["--reads"], ["--reads", "red"], ["--reads", "text"], ["--encoder", "gone"], ["--encoder", "alpha"]),
             *(["--reads", "text", "--encoder", text] for text in ("./gone", "alpha", "mine.jsonl", "runs/empty")),
             *(["--span-lengths", "2", "2"], ["--span-lengths", "0"], ["--slots", "2"], ["--algo", "dqn"]),
@@ -569,7 +569,7 @@ def others() -> Iterator[Bad]:
             ),
             *_each("--out", "mine.jsonl", "mine.jsonl/new", "o" * 300, "runs/0", "runs/cut", "runs/loop/x"),
             *(["--base", "runs/empty"], ["--max-new-tokens", "2000000000"], ["--batch", "2000000000"]),
-            *_each("--checkpoints", "mine.jsonl", "nonesuch://x"),
+            *_each("--checkpoints", "mine.jsonl", "nonesuch://x", "file:///x", "://x", "c\0"),
         ],
         "emorl export": [["--weights", "nan"], ["--weights", "2"], ["--mode", "none"]],
         "emorl search": [["--method", "best"], ["--mode", "none"], ["--space", "ball"]],
@@ -603,6 +603,19 @@ KINDS: tuple[Callable[[], Iterator[Bad]], ...] = (numbers, models, data, runs, o
 def everything() -> list[Bad]:
     """All inputs."""
     return [bad for kind in KINDS for bad in kind()]
+
+
+def share(step: int) -> list[Bad]:
+    """Every `step`-th of all, and of each kind at least one of every command."""
+    chosen: list[Bad] = []
+    for kind in KINDS:
+        met: set[str] = set()
+        for i, bad in enumerate(kind()):
+            command = " ".join(bad.arguments[: 2 if bad.arguments[:1] == ("emorl",) else 1])
+            if i % step == 0 or command not in met:
+                chosen.append(bad)
+            met.add(command)
+    return chosen
 
 
 def furnish(world: Path) -> None:

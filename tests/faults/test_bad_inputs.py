@@ -91,6 +91,13 @@ def test_refused(world, scratch, bad):
 
 
 @pytest.mark.rare
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # libraries leave files open on errors
+def test_a_share_of_all_is_refused(world, scratch):
+    taken = {str(bad): bad_inputs.try_one(bad, world, scratch) for bad in bad_inputs.share(14)}
+    assert {bad: (refusal.wrong, refusal.told) for bad, refusal in taken.items() if refusal.wrong} == {}
+
+
+@pytest.mark.rare
 @pytest.mark.parametrize(("what", "command"), COLD.items())
 def test_refused_in_a_process_of_its_own(world, scratch, what, command):
     (bad, *_) = [bad for bad in EVERY if what in str(bad) and bad.arguments[:1] == (command,)]

@@ -141,11 +141,12 @@ def train(
     from rlae_jax.emorl.run import Data, Run, make_targets
     from rlae_jax.emorl.train import train_adapters
     from rlae_jax.models import load
+    from rlae_jax.runs.checkpoints import require_place
     from rlae_jax.runs.directory import CONFIG_FILE
 
     files.require_place(out)
-    if checkpoints is not None and "://" not in checkpoints:
-        files.require_place(checkpoints)
+    if checkpoints is not None:
+        require_place(checkpoints)
     run = Run(out) if (out / CONFIG_FILE).is_file() else None
     if run is None and (base is None or data is None):
         raise InputError(f"{out} is no run yet: a new one needs --base MODEL and --data FILE")
