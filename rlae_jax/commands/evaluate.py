@@ -57,17 +57,20 @@ def evaluate(
             single:NAME, uniform, static, confidence and schedule.
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.
         search_prompts: training prompts that searches read. Default: 1024, or more where an agent saw more answers in
-            training. They take the most time; an evaluation cannot be resumed.
+            training. They take the most time; an evaluation cannot be resumed, one that was stopped begins anew.
     """
     from rlae_jax import files, report
     from rlae_jax.evaluation import baseline_methods, load_agents, router_config
     from rlae_jax.evaluation import evaluate as evaluate_methods
     from rlae_jax.ppo.train import read_run
-    from rlae_jax.runs.directory import CONFIG_FILE
+    from rlae_jax.runs.directory import CONFIG_FILE, made_by
 
     files.require_place(out)
-    if (out / CONFIG_FILE).exists() or (out / "results.json").exists():
-        raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
+    config, finished = out / CONFIG_FILE, all((out / name).exists() for name in ("results.json", "scores.png"))
+    if config.exists() or (out / "results.json").exists():
+        begun = config.exists() and not finished and made_by(out) == "evaluate"
+        if not begun:  # an evaluation that was killed is made anew
+            raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
     asked = task.load()
     ensemble = model.load()
     asked = task.select(asked, ensemble)
@@ -82,10 +85,9 @@ def evaluate(
         runs=out,
         search_prompts=search_prompts,
     )
-    results = evaluate_methods({**baselines, **agents}, asked, split, limit=limit, out=out)
     names = {run: f"rlae_{read_run(run).algorithm}" for run in policy}
     files.write_json(
-        out / CONFIG_FILE,
+        config,
         {
             "schema": 1,
             "command": "evaluate",
@@ -97,6 +99,7 @@ def evaluate(
             "policies": {name: [str(run) for run in policy if names[run] == name] for name in agents},
         },
     )
+    results = evaluate_methods({**baselines, **agents}, asked, split, limit=limit, out=out)
     report.scores_chart(out / "scores.png", results)
     report.console.print(report.results_table(results))
     if results["differences"]:

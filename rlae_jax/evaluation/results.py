@@ -3,6 +3,7 @@
 In: answers by method, a list entry per seed. Out: content of the files, plain dicts and lists.
 """
 
+import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ class Results(records.Record, kw_only=True):
       methods: what `method_row` gives, by name.
       differences: what `differences` gives.
       objectives, sampled: of an evaluation under several objectives, whose `methods` answer greedily.
+      predictions: the SHA-256 of predictions.jsonl, whose answers these are the results of; older versions have none.
       verdict: a demo's.
     """
 
@@ -41,6 +43,7 @@ class Results(records.Record, kw_only=True):
     sampled: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     seconds: dict[str, records.Seconds]
     environment: dict[str, Any]
+    predictions: str | msgspec.UnsetType = msgspec.UNSET
     verdict: str | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -212,9 +215,12 @@ def predictions(
         yield Prediction(**{key: value for key, value in row.items() if key in keys})
 
 
-def write_results(out: Path, results: Mapping[str, Any], lines: Sequence[Prediction]) -> None:
-    """Writes both files into a run's directory."""
-    files.write_json_lines(out / PREDICTIONS_FILE, map(records.plain, lines))
+def write_results(out: Path, results: dict[str, Any], lines: Sequence[Prediction]) -> None:
+    """Writes both files into a run's directory. The results get the key `predictions`, so that those of another
+    evaluation, which ended between the two files, are not taken for these."""
+    text = "".join(files.json_line(records.plain(line)) for line in lines)
+    results["predictions"] = hashlib.sha256(text.encode()).hexdigest()
+    files.write_text(out / PREDICTIONS_FILE, text)
     files.write_json(out / RESULTS_FILE, results)
 
 
@@ -278,6 +284,12 @@ def _read_rewards(path: Path, results: Results) -> tuple[dict[str, Float[np.ndar
                 f"{path / PREDICTIONS_FILE}: {len(own)} answers of {name}; {RESULTS_FILE} has {seeds} seeds of {n}"
             )
         rewards[name] = np.array([row.reward for row in own]).reshape(seeds, n)
+    known = results.predictions
+    if known is not msgspec.UNSET and hashlib.sha256((path / PREDICTIONS_FILE).read_bytes()).hexdigest() != known:
+        raise InputError(
+            f"{path / PREDICTIONS_FILE}: not the answers that {RESULTS_FILE} is of: an evaluation was stopped between "
+            "the two, or they were changed; evaluate again"
+        )
     return rewards, tuple(row.prompt for own in rows.values() for row in own if row.seed == 0)
 
 

@@ -53,11 +53,20 @@ def read_config(directory: Path, shape: type[C]) -> C:
     if not path.is_file():
         raise InputError(f"{directory} is not a run directory: it has no {CONFIG_FILE}")
     there = files.read_json(path)
-    if (made_by := _command(there)) != (wanted := command_of(shape)):
+    if (maker := _command(there)) != (wanted := command_of(shape)):
         what = "a training run" if wanted == "train" else f"a run of {wanted}"
-        but = f", but of {made_by}" if "command" in there else ""
+        but = f", but of {maker}" if "command" in there else ""
         raise InputError(f"{path}: not the configuration of {what}; {directory} is no run of {wanted}{but}")
     return records.check(there, shape, path)
+
+
+def made_by(directory: Path) -> str:
+    """The command whose configuration a directory holds.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    return _command(files.read_json(directory / CONFIG_FILE))
 
 
 def command_of(shape: type[RunConfig]) -> str:
@@ -66,8 +75,8 @@ def command_of(shape: type[RunConfig]) -> str:
 
 
 def _command(there: dict[str, Any]) -> str:
-    made_by = there.get("command", "train")
-    return made_by if isinstance(made_by, str) and len(made_by) <= 40 else records.shown(made_by)
+    maker = there.get("command", "train")
+    return maker if isinstance(maker, str) and len(maker) <= 40 else records.shown(maker)
 
 
 def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
@@ -131,8 +140,8 @@ def _claim(out: Path, wanted: RunConfig, resume: bool) -> None:
     files.require_place(out)
     if path.is_file():
         raw = files.read_json(path)
-        if (made_by := _command(raw)) != (ours := command_of(type(wanted))):
-            raise InputError(f"{out} holds what the command {made_by} made; choose another directory for this {ours}")
+        if (maker := _command(raw)) != (ours := command_of(type(wanted))):
+            raise InputError(f"{out} holds what the command {maker} made; choose another directory for this {ours}")
         there = records.check(raw, type(wanted), path)
         findings = [
             ("settings differ", difference)

@@ -369,6 +369,12 @@ class TestTrainAndEvaluate:
         status, _, errors = call(*arguments, *methods)
         assert (status, errors.startswith(f"error: {out} holds a run already")) == (2, True)
         assert listing(out) == before
+        (out / "scores.png").unlink()  # as a killed evaluation leaves it
+        status, _, errors = call(*arguments, *methods)
+        assert status == 0, errors
+        assert (out / "scores.png").is_file()
+        (out / "config.json").write_text('{"command": "train"}')
+        assert call(*arguments, *methods)[0] == 2
 
     @pytest.mark.slow
     def test_evaluate_everything(self, call, models, data_options, trained, tmp_path):

@@ -100,6 +100,12 @@ class TestSeeds:
         lines.write_text("".join(rows) + "{}\n")
         told(f"{lines}:4: the key method is missing")
         del known["digest"]
+        lines.write_text("".join(rows))
+        join_results([out, out])
+        files.write_json_lines(lines, [json.loads(row) | {"text": "other"} for row in rows])
+        told(f"{lines}: not the answers that results.json is of")
+        files.write_json(results, {key: item for key, item in known.items() if key != "predictions"})
+        join_results([out, out])  # of an older version
         results.write_text(json.dumps(known | {"methods": {"a": {"n": 3}}}))
         told(f"{results}: the key methods.a.score is missing")
         results.write_text(json.dumps(known | {"colour": 3}))
@@ -137,7 +143,9 @@ class TestFiles:
         results, out, _ = evaluated
         assert files.read_json(out / "results.json") == results
         assert records.plain(read_results(out)) == results
-        assert set(results) == {"schema", "task", "split", "methods", "differences", "seconds", "environment"}
+        assert set(results) == {
+            *("schema", "task", "split", "methods", "differences", "seconds", "environment", "predictions")
+        }
         assert (results["schema"], results["task"], results["split"]) == (1, "toy", "test")
         for method in results["methods"].values():
             assert {"score", "accuracy", "n", "ci95", "per_seed", "scores", "ms_per_token", "ms_per_answer"} <= set(
