@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,6 +101,23 @@ def generate(
         files.write_text(html, generation_html(ensemble, generation, prompt, chat=sampling.chat))
         print(f"drawn in {report.quoted(html)}", file=sys.stderr)
     _hint_where_a_member_was_full(ensemble, generation, list(prompt), sampling)
+    _tell_failed(generation.finish_reasons)
+
+
+def _tell_failed(reasons: Sequence[str]) -> None:
+    """Says which answers ended since a prediction was not finite.
+
+    Raises:
+      InputError: all of them.
+    """
+    failed = [str(i + 1) for i, reason in enumerate(reasons) if reason == "error"]
+    if not failed:
+        return
+    which = f"answers {', '.join(failed[:10])}{', ...' if len(failed) > 10 else ''} of {len(reasons)}"
+    said = f"{which} ended early: a prediction was not finite (NaN or infinite)"
+    if len(failed) == len(reasons):
+        raise InputError(f"{said}; weights may be damaged or too large for --dtype")
+    print(f"warning: {said}", file=sys.stderr)
 
 
 def _scores_line(generation: "Generation", names: list[str], row: int) -> str:

@@ -36,7 +36,7 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.prompts import Prompts, Row
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.models import LM, Adapter, init_adapter, lora, peft_files, save_adapter
+from rlae_jax.models import LM, Adapter, finite, init_adapter, lora, peft_files, save_adapter
 from rlae_jax.models.lm import load_adapter
 from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
@@ -495,6 +495,8 @@ class _Loop:
         for _ in range(config.validate_every):
             stack, metrics = self._step(stack, learners)
             told.append(metrics)
+        names = [learner.target.name for learner in learners]
+        finite.check_trained((stack.factors, stack.value), names, f"step {int(np.max(np.asarray(stack.step)))}")
         for m, learner in enumerate(learners):
             learner.saved = learner.saved._replace(state=fine_tune.take(stack, m))
         host = jax.device_get(told)

@@ -92,6 +92,7 @@ def begin(
         steps=jnp.zeros((b,), jnp.int32),
         tokens=jnp.zeros((b, n), jnp.int32),
         scores=_no_scores(b, spec) if spec.scores else None,
+        failed=jnp.zeros((b,), bool),
     )
 
 
@@ -272,6 +273,7 @@ class _Choice(NamedTuple):
     token: Int[Array, " B"]  # 0 in rows that write nothing
     written: Bool[Array, " B"]  # rows that wrote it
     stuck: Bool[Array, " B"]  # rows that could not go on
+    failed: Bool[Array, " B"]  # of these those whose prediction was not finite
     ended: Bool[Array, " B"]  # rows whose token ends them
     log_prob: Float[Array, "B 1"] | None  # of the token under the fused distribution, where scores are asked for
     top: tuple[Float[Array, "B X"], Int[Array, "B X"]] | None  # the likeliest tokens, where they are asked for
@@ -293,12 +295,22 @@ def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, 
         token = choose_token(scores, state.rows.keys, step, sampling)
     else:
         token = lax.dynamic_index_in_dim(state.rows.forced, state.step, axis=1, keepdims=False)
-    stuck = ~state.done & members.stuck(scores, token, state.rows.forced is not None, spec)
+    failed = ~state.done & _not_finite(scores, members, state.rows.forced is not None)
+    stuck = failed | (~state.done & members.stuck(scores, token, state.rows.forced is not None, spec))
     written = ~state.done & ~stuck
     token = jnp.where(written, token, 0)
     log_prob = jnp.take_along_axis(normalised, token[:, None], axis=1) if spec.scores else None
     ended = written & ends[token] & may_end
-    return _Choice(token, written, stuck, ended, log_prob, _top(normalised, options, spec))
+    return _Choice(token, written, stuck, failed, ended, log_prob, _top(normalised, options, spec))
+
+
+def _not_finite(scores: Float[Array, "B V"], members: Lockstep | Ragged, forced: bool) -> Bool[Array, " B"]:
+    """Rows in which no token can be chosen since the scores are no numbers. A NaN is every reduction's result, so that
+    their maximum tells, which the choice of a token computes as well. Tokens at -inf may not follow; of a union it
+    happens that none may, which is no failure."""
+    largest = jnp.max(scores, axis=-1)
+    failed = ~(largest < jnp.inf)
+    return failed if forced or isinstance(members, Ragged) else failed | (largest == -jnp.inf)
 
 
 def _scores(state: DecodeState, fused: Float[Array, "B V"], spec: DecodeSpec) -> tuple[Array, Array]:
@@ -378,6 +390,7 @@ def _record(
         steps=state.steps + choice.written.astype(jnp.int32),
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
         scores=scores,
+        failed=state.failed | choice.failed,
     )
 
 

@@ -544,7 +544,7 @@ class Ensemble:
           options: as `generate`'s, but for `scores`.
 
         Raises:
-          InputError: as `generate`, at the call.
+          InputError: as `generate`, at the call; at the end, if a prediction of some answer was not finite.
         """
         if "scores" in options:
             raise TypeError("stream() takes no scores")
@@ -554,10 +554,14 @@ class Ensemble:
 
         def pieces() -> Iterator[list[str]]:
             given = [""] * job.answers
+            failed: list[int] = []
             for answers, _ in programs.run_in_chunks(job, job.spec.span_length, self._stopped(job)):
+                failed = np.flatnonzero(answers.failed).tolist()
                 ready = read_answers(self.codec, job, answers, settled=True).texts
                 yield [text[len(before) :] for text, before in zip(ready, given, strict=True)]
                 given = ready
+            if failed:
+                raise InputError(f"answers {failed} ended early: a prediction was not finite (NaN or infinite)")
 
         return pieces()
 

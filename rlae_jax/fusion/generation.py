@@ -29,7 +29,8 @@ class Generation:
     decoded: list[str] | None  # None without a tokenizer; read `texts`
     tokens: list[list[int]]  # the first member's ids, end token excluded
     weights: Float[np.ndarray, "B P K"]  # used in each span; NaN after a row's end
-    finish_reasons: list[str]  # "stop" | "length"
+    # "stop" | "length" | "error": a prediction was not finite (NaN or infinite); what was written before it is there.
+    finish_reasons: list[str]
     steps: list[int]  # fused steps, the one that chose the end token included
     chosen: list[list[int]]  # what each step chose, ids or entries of the union, end token excluded
     spans: Int[np.ndarray, "B T"]  # the span that each step was in; -1 after a row's end
@@ -62,7 +63,10 @@ def read_answers(codec: Codec, job: Job, answers: Answers, *, settled: bool = Fa
     rows = [row for row in job.rows for _ in range(job.samples)]
     lengths = answers.steps - answers.ended
     chosen = [tokens[:n].tolist() for tokens, n in zip(answers.tokens, lengths, strict=True)]
-    reasons = ["stop" if ended else "length" for ended in answers.ended]
+    reasons = [
+        "error" if failed else "stop" if ended else "length"
+        for failed, ended in zip(answers.failed, answers.ended, strict=True)
+    ]
     texts = None
     if codec.members[0].tokenizer is not None:
         texts = codec.decode(rows, chosen)
@@ -112,7 +116,7 @@ def read_row(
         return stopped, fewest_tokens(codec, prompt, tokens, stopped), "stop"
     if going:
         return _settled(codec, prompt, tokens, text, stop), tokens, reason
-    return text.rstrip("\ufffd") if reason == "length" else text, tokens, reason  # which may have cut a character
+    return text if reason == "stop" else text.rstrip("\ufffd"), tokens, reason  # others may have cut a character
 
 
 def fewest_tokens(codec: Codec, prompt: Row, tokens: list[int], text: str, least: int = 0) -> list[int]:

@@ -31,7 +31,9 @@ def linear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B
     Summed in the log domain, so that a token improbable to every member keeps its order, and so that a one-hot weight
     returns that member's log-probabilities bit for bit.
     """
-    terms = [log_p + jnp.log(weights[:, k, None]) for k, log_p in enumerate(log_probs)]
+    # A member with weight 0 has no say, not even by numbers that are none.
+    logs = [jnp.where(weights[:, k, None] == 0, 0.0, log_p) for k, log_p in enumerate(log_probs)]
+    terms = [log_p + jnp.log(weights[:, k, None]) for k, log_p in enumerate(logs)]
     largest = terms[0]
     for term in terms[1:]:
         largest = jnp.maximum(largest, term)
@@ -44,7 +46,7 @@ def linear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B
 def loglinear(log_probs: tuple[Float[Array, "B V"], ...], weights: Float[Array, "#B K"]) -> Float[Array, "B V"]:
     """sum_k w_k log p_k, up to each row's normaliser: the weighted geometric mean (product of experts)."""
     # A member with weight 0 has no say, not even by a probability of 0 (0 * -inf).
-    terms = [jnp.where(weights[:, k, None] > 0, weights[:, k, None] * log_p, 0.0) for k, log_p in enumerate(log_probs)]
+    terms = [jnp.where(weights[:, k, None] <= 0, 0.0, weights[:, k, None] * log_p) for k, log_p in enumerate(log_probs)]
     return sum(terms[1:], terms[0])
 
 
@@ -78,14 +80,15 @@ class Candidates:
         for m, log_p in enumerate(log_probs):
             if self.primary in (None, m):
                 least = lax.top_k(log_p, min(self.k, log_p.shape[1]))[0][:, -1:]
-                named = (log_p >= least) & jnp.isfinite(log_p)
+                # What is no number is a candidate, so that it is noticed.
+                named = ((log_p >= least) & (log_p > -jnp.inf)) | jnp.isnan(log_p)
                 candidate = candidate | (named if self.primary == m else named & (weights[:, m, None] > 0))
         normalised = []
         for log_p in log_probs if read is None else read:
             kept = jnp.where(candidate, log_p, -jnp.inf)
             total = jax.nn.logsumexp(kept, axis=-1, keepdims=True)
             # A member that can read no candidate has no say.
-            normalised.append(jnp.where(jnp.isfinite(total), kept - total, -jnp.inf))
+            normalised.append(jnp.where(jnp.isneginf(total), -jnp.inf, kept - total))
         return linear(tuple(normalised), weights)
 
 
@@ -104,7 +107,7 @@ class Proxy:
     ) -> Float[Array, "B V"]:
         del weights
         base, expert, anti = log_probs
-        both = jnp.isfinite(expert) & jnp.isfinite(anti)
+        both = ~(jnp.isneginf(expert) | jnp.isneginf(anti))
         return base + self.alpha * jnp.where(both, jnp.where(both, expert, 0.0) - jnp.where(both, anti, 0.0), 0.0)
 
 

@@ -198,7 +198,7 @@ def _no_answers(begun: DecodeState, n: int, spec: DecodeSpec) -> Answers:
     """Room for n."""
     zeros, false = jnp.zeros((n,), jnp.int32), jnp.zeros((n,), bool)
     trajectory = jax.tree.map(lambda leaf: jnp.zeros((n, spec.spans, *leaf.shape[2:]), leaf.dtype), begun.trajectory)
-    return Answers(~false, false, zeros, jnp.zeros((n, spec.max_new_tokens), jnp.int32), zeros, trajectory, None)
+    return Answers(~false, false, zeros, jnp.zeros((n, spec.max_new_tokens), jnp.int32), zeros, trajectory, None, false)
 
 
 def _small(state: DecodeState) -> DecodeState:
@@ -288,6 +288,7 @@ def _keep(answers: Answers, state: DecodeState, page: Answers, answer: Int[Array
     spans = functools.partial(append, before=options.spans, count=page.decisions)
     return answers._replace(
         ended=answers.ended.at[answer].set(page.ended, mode="drop"),
+        failed=answers.failed.at[answer].set(page.failed, mode="drop"),
         steps=answers.steps.at[answer].set(options.steps + page.steps, mode="drop"),
         tokens=append(answers.tokens, page.tokens, options.steps, page.steps),
         decisions=answers.decisions.at[answer].set(options.spans + page.decisions, mode="drop"),

@@ -266,5 +266,6 @@ def _turn_page(state: DecodeState) -> DecodeState:
         rows=state.rows._replace(options=options, limits=state.rows.limits - state.steps),
         decisions=decisions._replace(taken=zeros, next_step=next_step),
         ended=jnp.zeros_like(state.ended),
+        failed=jnp.zeros_like(state.failed),
         steps=zeros,
     )

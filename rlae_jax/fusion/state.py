@@ -99,6 +99,7 @@ class DecodeState(NamedTuple):
     steps: Int[Array, " B"]  # steps of each row, the one that chose its end token included
     tokens: Int[Array, "B N"]  # chosen tokens or union entries; zeros from steps[b] on
     scores: TokenScores | None  # None where they are not asked for
+    failed: Bool[Array, " B"]  # ended since a prediction was not finite
 
     @property
     def step(self) -> Int[Array, ""]:
@@ -132,6 +133,7 @@ class Answers(NamedTuple):
     decisions: Int[Array, " B"]  # taken
     trajectory: Span  # [B, P, ...]
     scores: TokenScores | None
+    failed: Bool[Array, " B"]  # ended since a prediction was not finite
 
     def span_mask(self) -> Any:
         """Bool[B, P], of the device or of the host as the answers are: True where a row really took a decision."""
@@ -152,6 +154,7 @@ def answers_of(state: DecodeState) -> Answers:
         decisions=state.decisions.taken,
         trajectory=state.trajectory,
         scores=state.scores,
+        failed=state.failed,
     )
 
 

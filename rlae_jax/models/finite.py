@@ -46,6 +46,22 @@ def check(where: object, leaves: Mapping[str, Any], kind: str = "not finite") ->
         raise refusal(where, [(kind, f"{name} is {kind}") for name in wrong])
 
 
+def check_trained(params: Any, names: Sequence[str], when: str) -> None:
+    """Raises an `InputError` where training has diverged: one line that names whose parameters are not finite.
+
+    Args:
+      params: of all that are trained side by side, leaves [N, ...].
+      names: of the N.
+    """
+    if not_finite({"": flag(params)}):
+        host = sharding.to_host(jax.tree.leaves(params))
+        wrong = [name for i, name in enumerate(names) if not all(np.isfinite(leaf[i]).all() for leaf in host)]
+        raise InputError(
+            f"training diverged: the parameters of {', '.join(wrong)} are not finite after {when}; a smaller learning "
+            "rate may help, and what was saved before is kept"
+        )
+
+
 def told(name: str, stored: np.ndarray, dtype: Any) -> tuple[str, str] | None:
     """What is wrong with a stored array, as `grouped_error` takes it; None if it is finite in a dtype."""
     with np.errstate(over="ignore"):

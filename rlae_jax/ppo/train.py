@@ -33,7 +33,7 @@ from rlae_jax.fusion.prompts import Row
 from rlae_jax.fusion.reading import Text, read_prompts
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers
-from rlae_jax.models import Encoder, load_encoder
+from rlae_jax.models import Encoder, finite, load_encoder
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
@@ -357,6 +357,8 @@ def train_seeds(
                 learner, metrics, phases = _iterate(
                     ensemble, task, pool, train_split, rows, state.learner, seeds, spec, static
                 )
+                names = [f"the agent of seed {seed}" for seed in seeds]
+                finite.check_trained(learner.params, names, f"iteration {iteration + 1} in {out}")
                 state = state._replace(learner=learner)
                 values = _values(jax.device_get(metrics))
                 values["seconds"] = took = time.perf_counter() - started

@@ -35,6 +35,10 @@ class Scored(NamedTuple):
     top: list[dict[int, float] | None]  # the most likely tokens at each place
 
 
+# Of a choice with the finish_reason "error", beside which others of the answer may be whole.
+NOT_FINITE = "a prediction was not finite (NaN or infinite): the answer ends before it"
+
+
 def joined(pieces: Sequence[Piece]) -> Piece:
     """Pieces of one sample, one after another, as one."""
     if len(pieces) == 1:
@@ -137,6 +141,8 @@ class Choice:
             text = self.prompt[0] + text
         reason = "length" if piece.finish_reason == "timeout" else piece.finish_reason
         choice: dict[str, Any] = {"index": self.index, "logprobs": logprobs, "finish_reason": reason}
+        if reason == "error":
+            choice["error"] = {"message": NOT_FINITE, "type": "server_error", "param": None, "code": "not_finite"}
         if not self.call.chat:
             choice["text"] = text
         elif not chunk:

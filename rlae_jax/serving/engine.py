@@ -479,7 +479,7 @@ class Engine:
             with self._changed:
                 self._counts["tokens"] += n
                 self._weights += sample.weights_at(sample.steps - n, sample.steps).sum(axis=0)
-            reason = "stop" if answers.ended[row] else "length"
+            reason = "error" if answers.failed[row] else "stop" if answers.ended[row] else "length"
             self._tell_one(sample, reason if answers.done[row] else None)
 
     def _tell_one(self, sample: Sample, reason: str | None) -> None:

@@ -35,7 +35,7 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-_ENDS = {"stop": "ended by itself", "length": "length limit reached"}
+_ENDS = {"stop": "ended by itself", "length": "length limit reached", "error": "a prediction was not finite"}
 
 
 def generation_html(

@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     scores: Float[np.ndarray, " n"] | None  # under the fused distribution
     member_scores: Float[np.ndarray, "n K"] | None
     top: list[dict[int, float]] | None  # of each token, the likeliest ones in its place
-    finish_reason: str | None  # with the last piece: "stop", "length", "timeout" or "cancelled"
+    finish_reason: str | None  # with the last piece: "stop", "length", "error", "timeout" or "cancelled"
 
 
 class Stats(NamedTuple):

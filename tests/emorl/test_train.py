@@ -7,12 +7,13 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import rlae_jax as rj
-from rlae_jax.emorl import embedded, scorers
+from rlae_jax.emorl import embedded, fine_tune, scorers
 from rlae_jax.emorl import train as train_module
 from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.scorers import Objective
@@ -154,6 +155,17 @@ class TestARun:
             for loaded in (rj.load(base.path, adapter=directory), rj.load(base.path).with_adapter(directory)):
                 np.testing.assert_allclose(loaded.logits(asked, None, texts), stacked, atol=1e-5)
             assert (np.abs(stacked - plain).max() > 1e-3) == (training_of(out, name)["best_step"] > 0)
+
+    def test_one_that_diverges_ends_in_a_line(self, base, tmp_path, monkeypatch):
+        update = fine_tune.update
+
+        def diverging(*args):
+            stack, metrics = update(*args)
+            return stack._replace(value=stack.value.at[0].set(jnp.nan)), metrics
+
+        monkeypatch.setattr(fine_tune, "update", diverging)
+        with pytest.raises(rj.InputError, match=rf"the parameters of {ONE.name} are not finite after step \d+"):
+            train_adapters(base, [ONE, BOTH], PROMPTS, settings(), tmp_path / "run")
 
     def test_the_best_on_dev_is_kept(self, finished, base):
         """The adapter that was written scores on dev what was best there."""

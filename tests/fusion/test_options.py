@@ -139,6 +139,7 @@ class TestScoresAndLimits:
             decisions=taken,
             trajectory=Span(None, zeros[..., None], zeros[..., None], zeros, zeros, lengths),
             scores=None,
+            failed=np.zeros(6, bool),
         )
         job = counter._job(["a"] * 6, None, SamplingOptions(max_new_tokens=N), seed=0)
         np.testing.assert_array_equal(read_answers(counter.codec, job, answers).spans, expected)

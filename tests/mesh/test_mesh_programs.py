@@ -186,4 +186,4 @@ def test_points_of_a_search_are_never_one_row(make_wide, monkeypatch):
 
 def _none(points):
     steps, tokens = np.ones(points, np.int32), np.zeros((points, 2), np.int32)
-    return Answers(None, np.zeros(points, bool), steps, tokens, None, None, None)
+    return Answers(None, np.zeros(points, bool), steps, tokens, None, None, None, np.zeros(points, bool))

@@ -179,3 +179,11 @@ def test_one_program_for_each_shape(make_lm, tmp_path):
     assert finite.flag.cache_size() == before
     shapes = {leaf.shape for leaf in jax.tree.leaves(transformer.abstract_params(lm.config))}
     assert len(shapes) < len(jax.tree.leaves(lm.params)) / 3
+
+
+def test_training_that_diverged_is_told():
+    params = {"a": jnp.ones((3, 2)), "b": jnp.zeros((3,)), "step": jnp.arange(3)}
+    finite.check_trained(params, ["x", "y", "z"], "step 3")
+    params["b"] = params["b"].at[1].set(jnp.inf)
+    with pytest.raises(rj.InputError, match=r"diverged: the parameters of y are not finite after step 3; a smaller"):
+        finite.check_trained(params, ["x", "y", "z"], "step 3")

@@ -119,6 +119,21 @@ class TestARun:
         assert iterations(tmp_path / "second") == list(range(13, toys.SETTINGS.iterations + 1))
         assert_same_params(rj.load_policy(tmp_path / "second"), returned)
 
+    def test_one_that_diverges_ends_in_a_line_and_keeps_what_was_saved(self, finished, ensemble, tmp_path, monkeypatch):
+        iterate, calls = train_module._iterate, iter(range(100))
+
+        def diverging(*args):
+            learner, *others = iterate(*args)
+            params = jax.tree.map(lambda leaf: leaf * np.nan, learner.params) if next(calls) == 2 else learner.params
+            return learner._replace(params=params), *others
+
+        monkeypatch.setattr(train_module, "_iterate", diverging)
+        config = dataclasses.replace(toys.SETTINGS, eval_every=2)
+        with pytest.raises(rj.InputError, match=r"the agent of seed \d+ are not finite after iteration 3 in .*run; a"):
+            rj.train(ensemble, finished[2], config, tmp_path / "run")
+        assert iterations(tmp_path / "run") == [1, 2]
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rj.load_policy(tmp_path / "run").params))
+
     def test_metrics_say_how_many_dev_prompts_there_were_and_what_phases_took(self, ensemble, tmp_path):
         """By default they go by an iteration's answers: 8 x 4 of the 64."""
         config = dataclasses.replace(toys.SETTINGS, iterations=2, eval_every=2, prompts=8, eval_prompts=None)

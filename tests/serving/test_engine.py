@@ -202,6 +202,21 @@ def test_what_an_engine_has_compiled_stays(pair, engine, monkeypatch):
     assert engine.stats().compiles == before.compiles
 
 
+def test_a_prediction_that_is_not_finite_ends_its_answer_alone(make_lm):
+    lm = make_lm(2, layers=1, context=64, sharpness=3.0)
+    broken = dataclasses.replace(lm, params=lm.params | {"embedding": lm.params["embedding"].at[V - 1].set(np.nan)})
+    bad, fine = ask(0, prompt=[1, 2, V - 1, 3]), [ask(0, prompt=[4 + i, 2]) for i in range(4)]
+    with rj.Engine(rj.Ensemble([broken], end_ids=()), slots=2, chunk=64) as engine:
+        tickets = [engine.submit(request) for request in (fine[0], bad, *fine[1:], bad)]
+        results = [ticket.result(120) for ticket in tickets]
+        assert engine.stats().finished["error"] == 2
+    assert [result.finish_reason for result in results] == ["length", "error", *["length"] * 3, "error"]
+    expected = [plain(rj.Ensemble([lm], end_ids=()), request)[0] for request in fine]
+    whole = [result.tokens[0] if isinstance(result.tokens[0], list) else result.tokens for result in results]
+    kept = [one for result, one in zip(results, whole, strict=True) if result.finish_reason == "length"]
+    assert [one == want or V - 1 in want for one, want in zip(kept, expected, strict=True)] == [True] * 4
+
+
 def test_long_prompts_and_known_beginnings_change_nothing(pair, engine):
     long = ask(250)
     again = ask(0, prompt=[*long.prompt[:180], 1, 2, 3])

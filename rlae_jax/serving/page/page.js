@@ -85,6 +85,7 @@ async function write(request, view, signal, told) {
   const parts = [`${count === 1 ? "1 token" : `${count} tokens`} in ${seconds(end - start)}`];
   if (first !== null) parts.push(`the first after ${seconds(first - start)}`);
   if (reason === "length") parts.push("length limit reached");
+  if (reason === "error") parts.push("a prediction was not finite");
   return parts.join(" · ");
 }
 
