@@ -292,10 +292,11 @@ def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, 
     early = jnp.reshape(step < least, (-1, 1)) & may_end[:, None]
     scores = jnp.where(ends[None] & early, -jnp.inf, scores)
     if state.rows.forced is None:
-        token = choose_token(scores, state.rows.keys, step, sampling)
+        token, score = choose_token(scores, state.rows.keys, step, sampling)
     else:
         token = lax.dynamic_index_in_dim(state.rows.forced, state.step, axis=1, keepdims=False)
-    failed = ~state.done & _not_finite(scores, members, state.rows.forced is not None)
+        score = jnp.take_along_axis(fused, token[:, None], axis=1)[:, 0]
+    failed = ~state.done & _not_finite(score, members, state.rows.forced is not None)
     stuck = failed | (~state.done & members.stuck(scores, token, state.rows.forced is not None, spec))
     written = ~state.done & ~stuck
     token = jnp.where(written, token, 0)
@@ -304,13 +305,11 @@ def _choose(state: DecodeState, members: Lockstep | Ragged, fused: Float[Array, 
     return _Choice(token, written, stuck, failed, ended, log_prob, _top(normalised, options, spec))
 
 
-def _not_finite(scores: Float[Array, "B V"], members: Lockstep | Ragged, forced: bool) -> Bool[Array, " B"]:
-    """Rows in which no token can be chosen since the scores are no numbers. A NaN is every reduction's result, so that
-    their maximum tells, which the choice of a token computes as well. Tokens at -inf may not follow; of a union it
-    happens that none may, which is no failure."""
-    largest = jnp.max(scores, axis=-1)
-    failed = ~(largest < jnp.inf)
-    return failed if forced or isinstance(members, Ragged) else failed | (largest == -jnp.inf)
+def _not_finite(score: Float[Array, " B"], members: Lockstep | Ragged, forced: bool) -> Bool[Array, " B"]:
+    """Rows whose prediction is not finite, by the score of what was chosen: a maximum, which any NaN makes NaN. Tokens
+    at -inf may not follow; of a union it happens that none may, which is no failure."""
+    failed = ~(score < jnp.inf)
+    return failed if forced or isinstance(members, Ragged) else failed | (score == -jnp.inf)
 
 
 def _scores(state: DecodeState, fused: Float[Array, "B V"], spec: DecodeSpec) -> tuple[Array, Array]:

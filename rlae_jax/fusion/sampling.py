@@ -121,13 +121,20 @@ class Sampling:
         return jnp.where(seen_bv, log_probs_bv * self.repetition_penalty, log_probs_bv)
 
 
-def argmax(scores_bv: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The first index of each row's maximum: two plain reductions, which the CPU runs 1.8 to 2.6 times faster than
-    `jnp.argmax`'s one over (value, index) pairs."""
+class Chosen(NamedTuple):
+    """The tokens, and the scores that they won with: NaN or infinite where no choice could be made."""
+
+    token: Int[Array, " B"]
+    score: Float[Array, " B"]
+
+
+def argmax(scores_bv: Float[Array, "B V"]) -> Chosen:
+    """The first index of each row's maximum, and the maximum: two plain reductions, which the CPU runs 1.8 to 2.6 times
+    faster than `jnp.argmax`'s one over (value, index) pairs."""
     v = scores_bv.shape[-1]
-    at_max = scores_bv == jnp.max(scores_bv, axis=-1, keepdims=True)
-    first = jnp.min(jnp.where(at_max, jnp.arange(v, dtype=jnp.int32), v), axis=-1)
-    return jnp.minimum(first, v - 1)
+    largest = jnp.max(scores_bv, axis=-1, keepdims=True)
+    first = jnp.min(jnp.where(scores_bv == largest, jnp.arange(v, dtype=jnp.int32), v), axis=-1)
+    return Chosen(jnp.minimum(first, v - 1), largest[:, 0])
 
 
 def truncate(scaled_bv: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -160,7 +167,7 @@ def choose_token(
     row_keys: Key[Array, " B"],
     step: Int[Array, " *B"],
     sampling: "Sampling | RowSampling",
-) -> Int[Array, " B"]:
+) -> Chosen:
     """One token per row; the noise of row b at a step is a function of (row_keys[b], step) alone.
 
     Args:
@@ -200,15 +207,13 @@ class RowSampling(NamedTuple):
         """As `Sampling.penalise`."""
         return jnp.where(seen_bv, log_probs_bv * self.repetition_penalty[:, None], log_probs_bv)
 
-    def choose(
-        self, scores_bv: Float[Array, "B V"], row_keys: Key[Array, " B"], step: Int[Array, " *B"]
-    ) -> Int[Array, " B"]:
+    def choose(self, scores_bv: Float[Array, "B V"], row_keys: Key[Array, " B"], step: Int[Array, " *B"]) -> Chosen:
         """As `choose_token` with each row's `Sampling`, bit for bit."""
         greedy = self.temperature == 0
         v = scores_bv.shape[1]
         limited = (self.top_k > 0) & (self.top_k < v)
 
-        def draw() -> Int[Array, " B"]:
+        def draw() -> Chosen:
             scaled = scores_bv / jnp.where(greedy, 1.0, self.temperature)[:, None]
 
             def cut() -> Float[Array, "B V"]:
@@ -224,7 +229,7 @@ class RowSampling(NamedTuple):
             floor = jnp.max(kept, axis=-1, keepdims=True) + jnp.log(self.min_p)[:, None]
             kept = jnp.where(kept < floor, -jnp.inf, kept)
             drawn = argmax(kept + _noise(row_keys, step, v))
-            return jnp.where(greedy, argmax(scores_bv), drawn)
+            return Chosen(*(jnp.where(greedy, *both) for both in zip(argmax(scores_bv), drawn, strict=True)))
 
-        chosen: Int[Array, " B"] = lax.cond(jnp.all(greedy), lambda: argmax(scores_bv), draw)
+        chosen: Chosen = lax.cond(jnp.all(greedy), lambda: argmax(scores_bv), draw)
         return chosen

@@ -34,11 +34,13 @@ def sampling_of(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penal
 @FEW
 @given(WITH_TIES)
 def test_argmax_is_the_first_index_of_the_maximum(scores):
-    np.testing.assert_array_equal(jitted_argmax(scores), np.argmax(scores, axis=-1))
+    token, score = jitted_argmax(scores)
+    np.testing.assert_array_equal(token, np.argmax(scores, axis=-1))
+    np.testing.assert_array_equal(score, np.max(scores, axis=-1))
 
 
 def test_argmax_stays_in_range_where_nothing_equals_the_maximum():
-    assert int(argmax(jnp.full((1, 5), jnp.nan))[0]) < 5
+    assert int(argmax(jnp.full((1, 5), jnp.nan)).token[0]) < 5
 
 
 @FEW
@@ -126,7 +128,7 @@ def test_no_limits_change_nothing():
 
 def draws(fused, sampling, n, seed=0):
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
-    return np.asarray(choose_token(jnp.tile(fused, (n, 1)), keys, jnp.int32(5), sampling))
+    return np.asarray(choose_token(jnp.tile(fused, (n, 1)), keys, jnp.int32(5), sampling).token)
 
 
 @pytest.mark.parametrize("fusion", ["linear", "loglinear"])
@@ -165,10 +167,10 @@ def test_a_draw_depends_on_the_rows_key_and_the_step_alone():
     fused = jnp.asarray(rng.normal(size=(5, 30)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 5)
     sampling = sampling_of(2.0)
-    whole = [np.asarray(choose_token(fused, keys, jnp.int32(step), sampling)) for step in range(8)]
+    whole = [np.asarray(choose_token(fused, keys, jnp.int32(step), sampling).token) for step in range(8)]
     for b in range(5):
         row = fused[b : b + 1], keys[b : b + 1]
-        alone = [int(choose_token(*row, jnp.int32(step), sampling)[0]) for step in range(8)]
+        alone = [int(choose_token(*row, jnp.int32(step), sampling).token[0]) for step in range(8)]
         assert alone == [tokens[b] for tokens in whole]
         assert len(set(alone)) > 1
 
@@ -184,17 +186,17 @@ def test_rows_with_numbers_of_their_own_choose_as_each_alone():
         keys, steps = jax.random.split(jax.random.key(4), 40), jnp.asarray(rng.integers(0, 99, 40), jnp.int32)
         temperature, top_k, top_p, min_p = (jnp.asarray(column) for column in zip(*rows, strict=True))
         own = RowSampling(temperature, top_k, top_p, min_p, jnp.ones((40,)))
-        found = np.asarray(choose(fused, keys, steps, own))
+        found = np.asarray(choose(fused, keys, steps, own).token)
         for b, numbers in enumerate(rows):
             alone = choose_token(fused[b : b + 1], keys[b : b + 1], steps[b], sampling_of(*numbers))
-            assert int(alone[0]) == found[b]
+            assert int(alone.token[0]) == found[b]
 
 
 def test_greedy_ignores_the_limits():
     greedy = sampling_of(0.0, top_k=3, top_p=0.2, min_p=0.5)
     assert greedy == sampling_of()
     fused = jnp.asarray([[0.0, 2.0, 1.0]])
-    assert int(choose_token(fused, jax.random.split(jax.random.key(0), 1), jnp.int32(0), greedy)[0]) == 1
+    assert int(choose_token(fused, jax.random.split(jax.random.key(0), 1), jnp.int32(0), greedy).token[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
+from rlae_jax import digests
 from rlae_jax.commands.options import HeldOptions, ModelOptions
 from rlae_jax.models import finite, transformer
 from rlae_jax.models.quantise import Quantised
@@ -32,6 +33,7 @@ def spoil(directory, change, file="model.safetensors"):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+    (directory / digests.FILE).unlink(missing_ok=True)
 
 
 def put(name, value, count=1):
