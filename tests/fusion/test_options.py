@@ -370,9 +370,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "parts"),
         [
-            ({"temperature": 1.0, "min_p": 1.5}, ("min_p", "1.5", "[0, 1]")),
+            ({"temperature": 1.0, "min_p": 1.5}, ("min_p", "1.5", "from 0 to 1")),
             ({"min_p": -0.5}, ("min_p", "-0.5")),
-            ({"repetition_penalty": 0}, ("repetition_penalty", "0", "positive")),
+            ({"repetition_penalty": 0}, ("repetition_penalty", "0", "above 0")),
             ({"repetition_penalty": float("inf")}, ("repetition_penalty", "inf")),
             ({"samples": 0}, ("samples", "at least 1", "0")),
             ({"samples": -3}, ("samples", "-3")),

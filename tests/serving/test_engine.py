@@ -212,7 +212,7 @@ def test_a_prediction_that_is_not_finite_ends_its_answer_alone(make_lm):
         assert engine.stats().finished["error"] == 2
     assert [r.finish_reasons for r in results] == [["length"], ["error"], *[["length"]] * 3, ["error"]]
     kept = [results[i].tokens for i in (0, 2, 3, 4)]
-    assert kept == [plain(rj.Ensemble([lm], end_ids=()), request).tokens for request in fine]
+    assert kept == [plain(rj.Ensemble([lm], end_ids=()), request) for request in fine]
     assert [results[i].tokens for i in (1, 5)] == [[[]], [[]]]
 
 
@@ -329,7 +329,7 @@ def test_an_error_on_the_device_fails_what_ran_and_nothing_else(pair, monkeypatc
         (ask(4, weights="nobody"), "policy 'nobody' is unknown here"),
         (ask(4, top=21), "top is 21; expected a whole number from 0 to 20"),
         (ask(4, timeout=0.0), "timeout is 0.0; expected a number above 0"),
-        (ask(4, options={"seed": -1}), "seeds must be"),
+        (ask(4, options={"seed": -1}), "seed is -1; expected a whole number"),
         (ask(0, prompt=[V]), "no embedding of"),
         (ask(0, prompt=[1, "a"]), "a prompt is a text"),
         (Request(prompt=[]), "empty"),
