@@ -78,6 +78,15 @@ def spoilt(target: Target, source: random.Random) -> bytes:
     return target.change(source, source.choice(target.documents))
 
 
+def warm(targets: Sequence[Target]) -> None:
+    """Reads all documents: what is imported late is imported now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for target in targets:
+            for document in target.documents:
+                target.read(document)
+
+
 def limit_memory() -> None:
     """An allocation far beyond what readers need fails, as `MemoryError`."""
     held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -87,11 +96,7 @@ def limit_memory() -> None:
 def run(count: int, seed: int, only: Sequence[str], directory: Path, keep: Path | None = None) -> int:
     """Tries documents; returns how many were findings."""
     targets = [target for target in make_targets(directory) if not only or target.name in only]
-    for target in targets:  # what is imported late is imported now
-        for document in target.documents:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                target.read(document)
+    warm(targets)
     limit_memory()
     found: dict[tuple[str, str], int] = {}
     for own in range(seed, seed + count):

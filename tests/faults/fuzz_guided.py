@@ -47,6 +47,7 @@ def main() -> None:
     only, options = given[:at], given[at + 1 :]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as directory:
         targets = [target for target in make_targets(Path(directory)) if not only or target.name in only]
+        fuzz.warm(targets)
 
         def once(data: bytes) -> None:
             source = Choices(data)

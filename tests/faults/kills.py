@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--directory", type=Path, help="kept, with the undisturbed runs; default: a temporary one")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in the background ignores it
     with tempfile.TemporaryDirectory(prefix="kills-") as temporary:
         directory = (given.directory or Path(temporary)).resolve()
         survived = run(given.count, given.seed, directory, only=given.only, kinds=given.kinds)

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from rlae_jax import signals
+
 # Imported before anything is forked: nearly all of a short command's time.
 MODULES = (
     "rlae_jax.commands.main",
@@ -191,6 +193,8 @@ class Runner:
 
 def _serve() -> Request:
     """Answers requests; returns in every forked process, with what it is to do."""
+    # As `entry` does, first of all: forked processes have it from here, and what is called at their end in its order.
+    signals.end_at_once()
     told = os.dup(1)
     os.dup2(2, 1)  # what imports print is no answer
     for name in MODULES:

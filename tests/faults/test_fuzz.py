@@ -2,7 +2,6 @@
 `make fuzz` have more."""
 
 import random
-import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -20,11 +19,7 @@ def targets(tmp_path_factory):
 
 def test_documents_are_read(targets):
     """Otherwise a change of them would say nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for target in targets:
-            for document in target.documents:
-                target.read(document)
+    fuzz.warm(targets)
     assert len({target.name for target in targets}) == len(targets) > 40
 
 
