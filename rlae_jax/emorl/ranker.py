@@ -195,7 +195,7 @@ def _untrained(tokenizer: Any, out: Path, key: Array) -> Encoder:
         "pad_token_id": tokenizer.pad_token_id,
     }
     source = Source(family, raw, {})
-    config = read_config(source, out, dtype="float32", precision="highest")
+    config = read_config(source, out, dtype="float32", precision="highest", tensors=False)
     params = transformer.init_params(config, key)
     return Encoder(config, params, tokenizer, name=out.name, source=source)
 

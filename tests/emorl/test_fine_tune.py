@@ -231,6 +231,6 @@ def test_each_adapter_learns_its_own_objective(make_lm, prompts, algorithm):
 def test_what_settings_refuse(raises_input_error):
     raises_input_error(lambda: EMORLConfig(algorithm="dpo"), "scst, grpo, ppo", "dpo")
     raises_input_error(lambda: EMORLConfig(samples=1), "at least 2")
-    raises_input_error(lambda: EMORLConfig(batch=0, window=0), "batch, window")
+    raises_input_error(lambda: EMORLConfig(batch=0), "batch is 0", "at least 1")
     raises_input_error(lambda: EMORLConfig(schedule="steps"), "cosine", "steps")
     assert EMORLConfig(algorithm="ppo", samples=1).samples == 1
