@@ -55,6 +55,13 @@ def evil(tmp_path):
     assert not (tmp_path / "ran").exists(), "code of a directory was run"
 
 
+def finished(directory, config):
+    """What is there of an adapter that is done, as far as a run looks for its objectives."""
+    write_json(directory / "config.json", config)
+    write_json(directory / "training.json", {})
+    (directory / "adapter").mkdir()
+
+
 def stranger(directory, specs):
     """What `emorl train` would have left, as far as commands look before they load a model."""
     config = {
@@ -69,8 +76,7 @@ def stranger(directory, specs):
     for spec in specs:
         name = spec.rpartition(":")[2]
         target = {"command": "emorl train", "objectives": [name], "weighting": "equal", "specs": [spec]}
-        write_json(directory / "objectives" / name / "config.json", target)
-        (directory / "objectives" / name / "adapter").mkdir()
+        finished(directory / "objectives" / name, target)
     return directory
 
 
@@ -127,8 +133,7 @@ class TestARun:
         run = stranger(tmp_path / "run", ["coverage", "brevity"])
         specs = ["coverage", f"{evil}:score"]
         target = {"command": "emorl train", "objectives": ["a", "b"], "weighting": "equal", "specs": specs}
-        write_json(run / "objectives" / "uniform_reward" / "config.json", target)
-        (run / "objectives" / "uniform_reward" / "adapter").mkdir()
+        finished(run / "objectives" / "uniform_reward", target)
         with pytest.raises(rj.InputError, match="asks to run code"):
             Run(run).objectives(["uniform_reward"])
 

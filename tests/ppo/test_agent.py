@@ -117,7 +117,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("name", ["iterations", "prompts", "epochs", "minibatches", "eval_every", "eval_prompts"])
     def test_counts_must_be_positive(self, name, raises_input_error):
-        raises_input_error(lambda: PPOConfig(**{name: 0}), name, "at least 1")
+        raises_input_error(lambda: PPOConfig(**{name: 0}), f"{name} is 0; expected a whole number")
 
     @pytest.mark.parametrize(
         ("fields", "expected"),
