@@ -36,6 +36,7 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 3800  # bytes; what is made below a director
 _LFS_POINTER = b"version https://git-lfs"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _OS_ERROR = re.compile(r"os[ _]error(?:_code='|:? )(\d+)", re.IGNORECASE)  # as libraries in Rust and C++ tell it
+_PARTIAL = re.compile(r"^\..+\.partial-[0-9a-f]{16}$")  # temporary names
 _KEPT_NAME = 200  # bytes that are taken into a temporary name; file systems allow 255
 
 
@@ -257,7 +258,7 @@ def _partial(path: Path, create: Callable[[Path], None]) -> Iterator[Path]:
         with _told(path):
             _announce(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path.parent, f".{name}.partial-")
+            _remove_abandoned(entry for entry in os.scandir(path.parent) if entry.name.startswith(f".{name}.partial-"))
             while lock is None:
                 create(partial)
                 lock = _lock(partial, wait=True)
@@ -304,14 +305,27 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _remove_abandoned(directory: Path, prefix: str) -> None:
-    """Removes what writers of this name left that were killed: their locks are gone."""
+def _remove_abandoned(partials: Iterable[os.DirEntry[str]]) -> None:
+    """Removes what writers left that were killed: their locks are gone."""
     with contextlib.suppress(OSError):
-        for entry in [entry for entry in os.scandir(directory) if entry.name.startswith(prefix)]:
+        for entry in list(partials):
             with contextlib.suppress(OSError):
                 lock = _lock(Path(entry.path), wait=False)
                 _remove(Path(entry.path))
                 os.close(lock)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Removes what killed writers left at any depth of a directory, which may be of files that nobody writes again."""
+
+    def partials(place: str | Path) -> Iterator[os.DirEntry[str]]:
+        for entry in os.scandir(place):
+            if _PARTIAL.search(entry.name):
+                yield entry
+            elif entry.is_dir(follow_symlinks=False):
+                yield from partials(entry.path)
+
+    _remove_abandoned(partials(directory))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

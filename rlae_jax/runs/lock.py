@@ -128,6 +128,8 @@ def _acquire(key: str, target: Path, where: Path, name: str) -> None:
         made: list[Path] = []
         try:
             _held[key] = _take(target, where, name, made)
+            if where == target:
+                files.remove_abandoned(target)
         except BaseException as error:
             _remove_empty(made)
             if isinstance(error, OSError):

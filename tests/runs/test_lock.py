@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from rlae_jax import files
 from rlae_jax.errors import InputError
 from rlae_jax.evaluation.engine import evaluate
 from rlae_jax.runs import lock
@@ -216,3 +217,16 @@ def test_a_directory_that_cannot_be_made(tmp_path, raises_input_error):
     (tmp_path / "file").touch()
     raises_input_error(lambda: lock.writing(tmp_path / "file" / "run").__enter__(), "is a file")
     raises_input_error(lambda: lock.writing(tmp_path / "file").__enter__(), "is a file")
+
+
+def test_what_killed_writers_left_goes_when_the_next_one_comes(tmp_path):
+    left, mine = tmp_path / "run/deep/.chart.png.partial-0123456789abcdef", tmp_path / "run/.notes.partial-x"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    mine.touch()
+    with files.writing(tmp_path / "run/deep/other") as file:
+        with lock.writing(tmp_path / "run"):
+            assert not left.exists()
+            assert mine.exists()
+        file.write("of somebody who lives")
+    assert (tmp_path / "run/deep/other").read_text()
