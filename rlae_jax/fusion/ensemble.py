@@ -642,7 +642,8 @@ class Ensemble:
           on_progress: called with the number of rows that are done.
 
         Raises:
-          InputError: unusable rows or weights, tokens that do not exist, what does not fit the members' context.
+          InputError: unusable rows or weights, tokens that do not exist, what does not fit the members' context; a
+            prediction that is not finite.
         """
         rows, tokens = list(rows), [list(own) for own in tokens]
         if len(rows) != len(tokens):
@@ -671,6 +672,8 @@ class Ensemble:
                 likelihood.put_back(batch, sharding.to_host(scores), given, found)
             done += len(batch.slots)
             on_progress(done)
+        # A token that cannot be has -inf, which is one's own to sum.
+        _check_predictions([bool(np.any(np.isnan(one.fused) | (one.fused == np.inf))) for one in found])
         return found
 
     def _given(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[likelihood.Given]:
@@ -709,6 +712,7 @@ class Ensemble:
         limits = np.array(list(map(len, tokens)), np.int32)
         job = self._job(prompts, weights, options, seed=0, limits=limits, forced=tokens, rows=rows)
         answers = programs.run(dataclasses.replace(job, spec=dataclasses.replace(job.spec, top=top)))
+        _check_predictions(np.asarray(answers.failed))
         if np.any(answers.steps != limits):
             raise InputError("a text does not fit into the members' room")
         assert answers.scores is not None
@@ -769,3 +773,12 @@ def _batch(prompts: Sequence[str] | None, prompt_ids: Any) -> int:
     """How many prompts there seem to be, before they are checked."""
     given = prompt_ids if prompts is None else prompts
     return len(given) if given is not None else 0
+
+
+def _check_predictions(failed: Sequence[bool] | np.ndarray) -> None:
+    """Texts that are read in one row share its fault."""
+    if n := int(np.sum(failed)):
+        raise InputError(
+            f"{n} of {len(failed)} texts cannot be scored: in what was read with them a prediction was not finite (NaN "
+            "or infinite)"
+        )

@@ -1,6 +1,7 @@
 """The ranker: its loss and accuracy by their definitions, and a tiny training with a plain rule to learn."""
 
 import csv
+import functools
 import itertools
 
 import jax
@@ -110,7 +111,8 @@ def test_training_lowers_for_every_platform(path, trained):
     rows = ranker._rows(encoder, graded_responses(path)["dev"])
     state = jax.eval_shape(ranker._optimiser(4).init, encoder.params)
     args = jax.eval_shape(lambda *args: args, encoder.params, state, rows, jax.random.split(jax.random.key(0), 2))
-    exported = jax.export.export(ranker._run_steps, platforms=PLATFORMS)(encoder.config, 4, *args)
+    run = jax.jit(functools.partial(ranker._run_steps, encoder.config, 4))
+    exported = jax.export.export(run, platforms=PLATFORMS)(*args)
     assert exported.platforms == PLATFORMS
 
 

@@ -236,9 +236,10 @@ class TestByName:
         assert capfd.readouterr() == ("", "")
 
     def test_it_is_not_imported_here(self, functions):
+        before = set(sys.modules)
         scorer = get_objective(f"{functions}:process")
         assert scorer(["a"], ["b"]).tolist() == [1.0]
-        assert not [name for name in sys.modules if name.endswith("mine")]
+        assert not [name for name in sys.modules.keys() - before if "mine" in name]
 
     def test_a_function_given_in_python_that_fails(self):
         scorer = scorers.of_function("mine", lambda prompt, response: 1 / len(response.strip("x")))

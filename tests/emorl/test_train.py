@@ -234,7 +234,8 @@ class TestDamage:
             path.unlink()
         else:
             content = bytearray(path.read_bytes())
-            content[len(content) // 3] ^= 1
+            # Of JSON a letter of the first key: times, which are further on, have no digest.
+            content[content.index(b'"') + 1 if path.suffix == ".json" else len(content) // 3] ^= 1
             path.write_bytes(content)
         if lost != "training.json":
             with pytest.raises(rj.InputError, match=r"digest|missing"):

@@ -136,3 +136,14 @@ def test_the_command_tells(capsys):
     assert "answers 2 of 3 ended early: a prediction was not finite" in capsys.readouterr().err
     with pytest.raises(rj.InputError, match="answers 1, 2 of 2 ended early"):
         _tell_failed(["error", "error"])
+
+
+def test_scores_of_given_tokens(members, raises_input_error):
+    broken, rows, tokens = [poisoned(members[0]), members[1]], [[3, 4], [3, BAD], [5]], [[6, 7], [6], [7]]
+    read = rj.Ensemble(broken)
+    raises_input_error(lambda: read.score_tokens(rows, tokens), "of 3 texts cannot be scored", "not finite")
+    assert all(np.isfinite(one.fused).all() for one in read.score_tokens(rows[::2], tokens[::2]))
+    # The decoding loop scores members with keys in 8 bits, row by row.
+    eight = [dataclasses.replace(lm, config=dataclasses.replace(lm.config, kv_dtype="int8")) for lm in broken]
+    written = rj.Ensemble(eight)
+    raises_input_error(lambda: written.score_tokens(rows, tokens), "1 of 3 texts cannot be scored")
