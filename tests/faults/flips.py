@@ -208,7 +208,7 @@ def _written(out: Path) -> None:
     """A file of every kind that we write, without models."""
     write_json(out / "agent" / "config.json", records.plain(kinds.AGENT))
     write_json_lines(out / "agent" / "metrics.jsonl", kinds.VALIDATIONS)
-    write_results(out / "agent", kinds.RESULTS, [Prediction(**row) for row in kinds.PREDICTIONS])
+    write_results(out / "agent", dict(kinds.RESULTS), [Prediction(**row) for row in kinds.PREDICTIONS])
     write_json(
         out / "adapter" / "config.json",
         records.plain(AdapterRun(objectives=["brevity"], weighting="equal", specs=["brevity"])),

@@ -155,6 +155,7 @@ def test_what_is_not_to_be_taken_back_is_done_first() -> None:
 
 
 START = (
+    "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which background jobs ignore
     "from rlae_jax import signals\nfrom rlae_jax.commands import entry\n"
     "signals.end_at_once()\nprint('ready', flush=True)\nentry.main()"
 )
