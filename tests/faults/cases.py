@@ -61,7 +61,12 @@ CASES = (
     Case("emorl-halving", f"{_SEARCH} --method halving --budget 8"),
     Case("emorl-agent", f"{_SEARCH} --method agent --iterations 2", small=True),
     Case("emorl-demo", "emorl demo --quick --out out", resume="", small=True),
-    Case("evaluate", f"evaluate --models alpha beta {_MINE} --limit 6 --search-prompts 8 --out out", resume=""),
+    Case(
+        "evaluate",
+        f"evaluate --models alpha beta {_MINE} --limit 6 --search-prompts 8 --out out",
+        resume="",
+        done="holds a run already",
+    ),
     Case("emorl-evaluate", "emorl evaluate --run adapters --limit 4 --out out", resume=""),
     Case("emorl-export", "emorl export --run adapters --weights 0.5 1 --out out", resume="", done="out exists already"),
     Case("two-processes", f"{_TRAIN} {_MINE} {_PPO}", processes=2),
