@@ -35,7 +35,11 @@ class OutputError(InputError):
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """What an error of another library says, in one line."""
-    text = " ".join(str(error).split())
+    return shortened(" ".join(str(error).split()), limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or its beginning and three dots: `limit` characters at most."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from rlae_jax import ranges
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, shortened
 from rlae_jax.ranges import PeerPort, WholeSeconds
 
 CONNECT_VARIABLE, HEARTBEAT_VARIABLE = "RLAE_JAX_CONNECT_SECONDS", "RLAE_JAX_HEARTBEAT_SECONDS"
@@ -214,8 +214,7 @@ def _differing(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, A
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(value if isinstance(value, str) else json.dumps(value), 60)
 
 
 def first(work: Callable[[], T]) -> None:

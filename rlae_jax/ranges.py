@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, shortened
 
 MOST = 2**31 - 1  # of whole numbers
 LAST_SEED = 2**32 - 1
@@ -218,8 +218,7 @@ def read(text: str, hint: Any, where: str) -> Any:
 
 def _short(value: Any) -> str:
     """A value as a message shows it."""
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(str(value), 40)
 
 
 def from_environment(variable: str, hint: Any, default: Any) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rlae_jax import files, hosts, records, sharding
-from rlae_jax.errors import InputError, grouped_error
+from rlae_jax.errors import InputError, grouped_error, shortened
 
 CONFIG_FILE = "config.json"
 _SECONDS_TO_APPEAR = 60.0
@@ -88,8 +88,7 @@ def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(repr(value), 60)
 
 
 def claim_directory(out: Path, wanted: RunConfig, *, resume: bool, shared: bool = True) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from rlae_jax import files, hosts
-from rlae_jax.errors import InputError
+from rlae_jax.errors import InputError, shortened
 
 try:
     import fcntl
@@ -239,14 +239,12 @@ if hasattr(os, "register_at_fork"):
 def _record() -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     command = shlex.join(["rlae-jax" if program in ("rlae-jax", "__main__.py") else program, *sys.argv[1:]])
-    if len(command) > _LONGEST_COMMAND:
-        command = command[: _LONGEST_COMMAND - 3] + "..."
     return {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "started": _started(os.getpid()),
         "since": time.time(),
-        "command": command,
+        "command": shortened(command, _LONGEST_COMMAND),
     }
 
 

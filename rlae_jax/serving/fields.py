@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from rlae_jax.errors import shortened
+
 MOST_PROMPTS, MOST_SAMPLES, MOST_CHOICES, MOST_TOP = 2048, 128, 4096, 20
 MOST_STOPS, LONGEST_STOP = 16, 256  # every text that is written is compared with their beginnings
 COMPLETION_TOKENS = 16  # the API's own default
@@ -322,7 +324,7 @@ def shown(value: Any) -> str:
     text = (
         json.dumps(value) if not isinstance(value, dict | list) else ("{...}" if isinstance(value, dict) else "[...]")
     )
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(text, 60)
 
 
 def read_fields(
