@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from rlae_jax import ranges
 from rlae_jax.errors import InputError
@@ -444,6 +444,16 @@ def to_host(tree: T) -> T:
             leaves[i] = leaf
     fetched: T = jax.tree.unflatten(structure, jax.device_get(leaves))
     return fetched
+
+
+def on_every_process(holds: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Which of n things hold on all processes."""
+    if jax.process_count() == 1:
+        return holds
+    from jax.experimental import multihost_utils
+
+    everywhere: np.ndarray = np.all(multihost_utils.process_allgather(holds), axis=0, keepdims=True)[0]
+    return everywhere
 
 
 @contextlib.contextmanager

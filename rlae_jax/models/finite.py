@@ -4,12 +4,14 @@ In: leaves of a parameter tree as they are placed, each of which `flag` reads on
 comes from the disk. Out of `not_finite`: which of them failed; `told` and `refusal` say it in the names of the file.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
 from rlae_jax import sharding
@@ -22,22 +24,41 @@ _DAMAGED = "the file is damaged or its training diverged; --no-check-finite (che
 _TOO_LARGE = "bfloat16 and float32 hold larger numbers"
 
 
-@jit
-def flag(leaf: Any) -> Bool[Array, ""]:
-    """Whether all numbers of a leaf, an array or a quantised kernel with its scales, are finite.
+def flag(leaf: Any) -> Bool[Array, " devices"]:
+    """Whether all numbers of a leaf, an array or a quantised kernel with its scales, are finite; on a mesh every device
+    answers for its own part.
 
-    A finite number times 0 is 0, any other one NaN: this sum is three times as fast on a CPU as to ask each number.
+    Devices exchange nothing: many small programs in which processes wait for one another, all under way at once, can
+    wait for ever.
     """
     parts = [part for part in jax.tree.leaves(leaf) if jnp.issubdtype(part.dtype, jnp.inexact)]
-    wide = [part.astype(jnp.float32) if part.dtype.itemsize == 1 else part for part in parts]
-    sums = [jnp.sum(part * jnp.zeros((), part.dtype), dtype=jnp.float32) for part in wide]
-    return jnp.all(jnp.isfinite(jnp.array(sums)))
+    places = [getattr(part, "sharding", None) for part in parts]
+    mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+    specs = tuple(place.spec if isinstance(place, NamedSharding) else sharding.WHOLE for place in places)
+    flags: Array = flag_parts(parts, mesh, specs if mesh else ())
+    return flags
 
 
-def not_finite(flags: Mapping[Key, Bool[Array, ""]]) -> list[Key]:
-    """The keys of the leaves that are not finite."""
-    found = sharding.to_host(list(flags.values()))
-    return [key for key, finite in zip(flags, found, strict=True) if not finite]
+@functools.partial(jit, static_argnames=("mesh", "specs"))
+def flag_parts(parts: Sequence[Array], mesh: Mesh | None, specs: tuple[PartitionSpec, ...]) -> Bool[Array, " devices"]:
+    """`flag` of arrays: a finite number times 0 is 0, any other one NaN, and this sum is three times as fast on a CPU
+    as to ask each number."""
+
+    def own(parts: Sequence[Array]) -> Bool[Array, " 1"]:
+        wide = [part.astype(jnp.float32) if part.dtype.itemsize == 1 else part for part in parts]
+        sums = [jnp.sum(part * jnp.zeros((), part.dtype), dtype=jnp.float32) for part in wide]
+        return jnp.all(jnp.isfinite(jnp.array(sums)))[None]
+
+    if mesh is None:
+        return own(parts)
+    every = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(own, mesh=mesh, in_specs=(list(specs),), out_specs=every, check_vma=False)(parts)
+
+
+def not_finite(flags: Mapping[Key, Bool[Array, " devices"]]) -> list[Key]:
+    """The keys of the leaves that are not finite, on whichever process."""
+    found = np.array([own.all() for own in sharding.fetch_own_rows(list(flags.values()))])
+    return [key for key, finite in zip(flags, sharding.on_every_process(found), strict=True) if not finite]
 
 
 def check(where: object, leaves: Mapping[str, Any], kind: str = "not finite") -> None:

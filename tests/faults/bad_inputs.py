@@ -707,27 +707,36 @@ def try_one(bad: Bad, world: Path, scratch: Path) -> Refusal:
     return Refusal(status, told.getvalue(), seconds, kib, _changes(world, before))
 
 
+# The peak of a process counts from what its parent held when it was started: a small one starts it.
+_MEASURED = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=2)
+_, status, used = os.wait4(process.pid, 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss]))
+"""
+
+
 def try_alone(bad: Bad, world: Path, scratch: Path) -> Refusal:
     """Runs a call in a process of its own; killed after three times the seconds it may take of a processor."""
     before = listing(world)
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rlae_jax", *bad.arguments],
+            [sys.executable, "-c", _MEASURED, sys.executable, "-m", "rlae_jax", *bad.arguments],
             cwd=world,
             env=os.environ | {"PYTHONPATH": str(_ROOT)} | _variables(scratch),
             stdin=subprocess.DEVNULL,
-            stdout=told,
+            stdout=subprocess.PIPE,
             stderr=told,
             start_new_session=True,
         )
         killer = threading.Timer(3 * SECONDS, os.killpg, (process.pid, signal.SIGKILL))
         killer.start()
-        _, status, used = os.wait4(process.pid, 0)
+        measured, _ = process.communicate()
         killer.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
+        status, seconds, kib = json.loads(measured) if measured else (process.returncode, float("inf"), 0)
         told.seek(0)
         text = told.read().decode(errors="replace")
-    return Refusal(process.returncode, text, used.ru_utime + used.ru_stime, used.ru_maxrss, _changes(world, before))
+    return Refusal(status, text, seconds, kib, _changes(world, before))
 
 
 def main(arguments: list[str]) -> int:

@@ -176,9 +176,9 @@ def test_the_commands_flag(checkpoint):
 def test_one_program_for_each_shape(make_lm, tmp_path):
     make_lm(0, layers=4).save(tmp_path / "m")
     lm = rj.load(tmp_path / "m")
-    before = finite.flag.cache_size()
+    before = finite.flag_parts.cache_size()
     rj.load(tmp_path / "m")
-    assert finite.flag.cache_size() == before
+    assert finite.flag_parts.cache_size() == before
     shapes = {leaf.shape for leaf in jax.tree.leaves(transformer.abstract_params(lm.config))}
     assert len(shapes) < len(jax.tree.leaves(lm.params)) / 3
 
