@@ -102,7 +102,9 @@ class Harness:
             if process.wait(LIMIT):
                 raise RuntimeError(process.errors)
 
-    def _start(self, arguments: list[str], place: Path, setup: str, *, write: int = 0, cold: bool = False) -> Process:
+    def _start(
+        self, arguments: list[str], place: Path, setup: str, *, write: int = 0, full: int = 0, cold: bool = False
+    ) -> Process:
         self._number += 1
         temporary = place / "temporary"
         environment = {"TMPDIR": str(temporary) if temporary.is_dir() else tempfile.gettempdir()}
@@ -114,18 +116,23 @@ class Harness:
             environment=environment,
             setup=[f"tests.faults.small:{setup}"],
             kill_at_write=write,
+            full_at_write=full,
         )
         return start_cold(request) if cold else self._runner.start(request)
 
-    def _furnish(self, name: str) -> Path:
+    def furnish(self, name: str) -> Path:
+        """A new working directory."""
         place = self.directory / name
         shutil.rmtree(place, ignore_errors=True)
         cases.furnish(place, self.world)
         return place
 
-    def _call(self, case: Case, place: Path, *, resumed: bool, write: int = 0, cold: bool = False) -> Process:
+    def call(
+        self, case: Case, place: Path, *, resumed: bool, write: int = 0, full: int = 0, cold: bool = False
+    ) -> Process:
+        """Starts a case's command; the first call, or one that goes on."""
         setup = "shrink" if case.small else "often"
-        return self._start(case.call(resumed), place, setup, write=write, cold=cold)
+        return self._start(case.call(resumed), place, setup, write=write, full=full, cold=cold)
 
     def reference(self, case: Case) -> Reference:
         """The undisturbed run, made once."""
@@ -133,9 +140,9 @@ class Harness:
         took = self.directory / f"{name}.json"
         if case.name not in self._references:
             if not took.is_file():
-                place = self._furnish(name)
+                place = self.furnish(name)
                 began = time.monotonic()
-                process = self._call(case, place, resumed=False)
+                process = self.call(case, place, resumed=False)
                 if process.wait(LIMIT):
                     raise Wrong(f"the undisturbed run failed: {process.errors[-2000:]}")
                 seconds = time.monotonic() - began
@@ -154,35 +161,43 @@ class Harness:
         """
         known = self.reference(case)
         rng = np.random.default_rng(seed)
-        place = self._furnish(f"{case.name}-{seed}")
+        place = self.furnish(f"{case.name}-{seed}")
         cold = not case.small and rng.random() < 0.1
         done: list[str] = ["cold"] if cold else []
         try:
             for kill in range(MOST_KILLS):
                 fault = draw(rng, known, cold, kinds)
                 done.append(str(fault))
-                process = self._call(case, place, resumed=kill > 0, write=fault.write, cold=cold)
+                process = self.call(case, place, resumed=kill > 0, write=fault.write, cold=cold)
                 _inflict(process, fault)
                 _judge(case, process, fault, process.wait(LIMIT))
                 _alone(place)
                 if rng.random() < 0.5:
                     break
-            process = self._call(case, place, resumed=True)
-            status = process.wait(LIMIT)
-            finished = status == 2 and case.done and case.done in process.errors
-            if status and not finished:
-                raise Wrong(f"going on ended with {status}: {_last(process)}")
-            _quiet(process)
-            _alone(place)
-            _unlocked(place)
-            if left := [*compare.leftovers(place), *map(str, (place / "temporary").iterdir())]:
-                raise Wrong(f"left behind: {', '.join(left[:5])}")
-            if found := list(compare.differences(compare.content(place / "out"), known.content)):
-                raise Wrong("; ".join(found[:3]))
+            self.finish(case, place, known)
         except (Wrong, TimeoutError) as error:
             raise Wrong(f"{', '.join(done)}: {error}") from None
         shutil.rmtree(place)
         return ", ".join(done)
+
+    def finish(self, case: Case, place: Path, known: Reference) -> None:
+        """Goes on, undisturbed.
+
+        Raises:
+          Wrong: what is there at the end is not what an undisturbed run leaves.
+        """
+        process = self.call(case, place, resumed=True)
+        status = process.wait(LIMIT)
+        finished = status == 2 and case.done and case.done in process.errors
+        if status and not finished:
+            raise Wrong(f"going on ended with {status}: {_last(process)}")
+        _quiet(process)
+        _alone(place)
+        _unlocked(place)
+        if left := [*compare.leftovers(place), *map(str, (place / "temporary").iterdir())]:
+            raise Wrong(f"left behind: {', '.join(left[:5])}")
+        if found := list(compare.differences(compare.content(place / "out"), known.content)):
+            raise Wrong("; ".join(found[:3]))
 
 
 def draw(rng: np.random.Generator, known: Reference, cold: bool, kinds: Sequence[str]) -> Fault:

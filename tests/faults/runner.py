@@ -7,6 +7,7 @@ A process behaves as a cold one does from `main` on: its session, streams, signa
 """
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -50,6 +51,7 @@ class Request:
       environment: added to the server's.
       setup: "module:function" names, called before the command with nothing.
       kill_at_write: the write, counted from 1, before which it kills itself with SIGKILL; 0 kills never.
+      full_at_write: the write from which on the disk is full; 0 for a disk that is not.
     """
 
     arguments: list[str]
@@ -58,6 +60,7 @@ class Request:
     environment: dict[str, str]
     setup: list[str] = dataclasses.field(default_factory=list)
     kill_at_write: int = 0
+    full_at_write: int = 0
 
 
 class Process:
@@ -133,7 +136,7 @@ class _Cold(Process):
 
 
 def start_cold(request: Request) -> Process:
-    """The command as a user starts it; `setup` and `kill_at_write` are for forked ones."""
+    """The command as a user starts it; `setup` and what happens at writes are for forked ones."""
     return _Cold(request)
 
 
@@ -229,7 +232,7 @@ def _become(request: Request) -> None:
 
 
 def _count_writes(request: Request) -> None:
-    """Tells the number of writes at the end in `streams`.writes, or kills the process before one of them."""
+    """Tells the number of writes at the end in `streams`.writes; does what the request has happen at one of them."""
     from rlae_jax import files
 
     count = 0
@@ -239,6 +242,8 @@ def _count_writes(request: Request) -> None:
         count += 1
         if count == request.kill_at_write:
             os.kill(os.getpid(), signal.SIGKILL)
+        if 0 < request.full_at_write <= count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         Path(f"{request.streams}.writes").write_text(str(count))
 
     files.before_write = before
