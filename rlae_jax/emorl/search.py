@@ -9,7 +9,6 @@ interrupted search goes on; its lines say what they cost, of which the totals ar
 """
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from rlae_jax.emorl.fused import DEFAULT_MEMORY, MODES, Fused, PointDecoder
 from rlae_jax.emorl.scorers import Objective
 from rlae_jax.errors import InputError
 from rlae_jax.fusion import search as searching
-from rlae_jax.fusion.search import SearchResult
+from rlae_jax.fusion.search import SearchResult, level_sizes
 from rlae_jax.ranges import Count, Levels, Seed, ShareAbove0, Temperature
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import RunConfig, claim_directory
@@ -42,6 +41,8 @@ class SearchConfig:
       method: "hierarchical" (EMORL's), "grid", "random", or "halving": random points, the worse half of which is
         dropped after a few prompts, and so on.
       levels: of the hierarchical search.
+      beams: boxes (or simplices) that it keeps at each level, 1 as published; `fusion.search.hierarchical` says when
+        more are needed.
       budget: evaluations at most; it takes whole levels, or limits the points of the other methods.
       step: of the grid.
       space: "box" for weights in [0, 1]^M as published, "simplex" for weights that sum to 1.
@@ -50,6 +51,7 @@ class SearchConfig:
 
     method: str = "hierarchical"
     levels: Levels = 5
+    beams: Count = 1
     budget: Count | None = None
     step: ShareAbove0 = 0.1
     space: str = "box"
@@ -66,15 +68,10 @@ class SearchConfig:
             raise InputError(f"space must be one of {', '.join(searching.SPACES)}, not {self.space!r}")
         if abs(1 / self.step - round(1 / self.step)) > 1e-6:
             raise InputError(f"step must be 1 over a whole number, such as 0.1, not {self.step}")
+        if self.beams > 1 and self.method != "hierarchical":
+            raise InputError(f"beams are of the hierarchical search, not of {self.method}: leave them out")
         if self.samples > 1 and self.temperature == 0:
             raise InputError("samples are alike at temperature 0: give a higher one")
-
-
-def level_sizes(dimensions: int, space: str) -> tuple[int, int]:
-    """The new points of the first level of a hierarchical search, and of every later one at most."""
-    if space == "box":
-        return 3**dimensions, 3**dimensions - 2**dimensions
-    return dimensions * (dimensions + 1) // 2, dimensions * (dimensions - 1) // 2
 
 
 def levels_within(config: SearchConfig, dimensions: int) -> int:
@@ -85,13 +82,18 @@ def levels_within(config: SearchConfig, dimensions: int) -> int:
     """
     if config.budget is None:
         return config.levels
-    first, later = level_sizes(dimensions, config.space)
+    first, _ = level_sizes(dimensions, config.space)
     if config.budget < first:
         raise InputError(
             f"a budget of {config.budget} evaluations is below one level, which takes {first} of {dimensions} "
             "adapters; give more, fewer adapters, or another method"
         )
-    return min(config.levels, 1 + (config.budget - first) // max(later, 1))
+    within = (n for n in range(config.levels, 1, -1) if _size(config, n, dimensions) <= config.budget)
+    return next(within, 1)
+
+
+def _size(config: SearchConfig, levels: int, dimensions: int) -> int:
+    return searching.hierarchical_size(levels, dimensions, config.space, config.beams)
 
 
 def most_points(config: SearchConfig, dimensions: int) -> int:
@@ -101,11 +103,9 @@ def most_points(config: SearchConfig, dimensions: int) -> int:
       InputError: the budget is not enough for one level.
     """
     if config.method == "hierarchical":
-        first, later = level_sizes(dimensions, config.space)
-        return first + (levels_within(config, dimensions) - 1) * later
+        return _size(config, levels_within(config, dimensions), dimensions)
     if config.method == "grid":
-        steps = round(1 / config.step)
-        return (steps + 1) ** dimensions if config.space == "box" else math.comb(steps + dimensions - 1, steps)
+        return searching.grid_size(dimensions, round(1 / config.step), config.space)
     return config.budget or 3**dimensions
 
 
@@ -113,11 +113,7 @@ def require_points(config: SearchConfig, dimensions: int) -> None:
     """Raises an `InputError` for a search of more points than its budget, or than any can try; or of fewer than one
     level."""
     if config.method == "hierarchical":
-        levels = levels_within(config, dimensions)
-        points = level_sizes(dimensions, config.space)[0] * levels
-        searching.require_few(
-            points, f"a search of {levels} levels", "give a lower --levels or --budget, or fewer adapters"
-        )
+        searching.require_levels(levels_within(config, dimensions), dimensions, config.space, config.beams)
     elif config.method == "grid":
         most = min(config.budget or searching.MOST_POINTS, searching.MOST_POINTS)
         searching.require_grid(dimensions, config.step, config.space, most)
@@ -325,7 +321,7 @@ def search(
         answers=(len(prompts) * config.samples, config.samples),
     )
     if config.method == "hierarchical":
-        result = searching.hierarchical(known, d, levels, config.space)
+        result = searching.hierarchical(known, d, levels, config.space, config.beams)
     elif config.method == "grid":
         result = searching.grid(known, d, config.step, config.space)
     else:

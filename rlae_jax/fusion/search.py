@@ -227,7 +227,7 @@ class SearchResult:
       points, scores: all that were tried, in order, with their scores under each objective.
       evaluations: of them, how many had to be evaluated; of successive halving, how many answers were scored, one for
         each pair of a point and a prompt.
-      regions: of a hierarchical search, the corners of the region of each level.
+      regions: of a hierarchical search, the corners of each level's regions, one region after another.
     """
 
     weights: Float[np.ndarray, " d"]
@@ -247,39 +247,79 @@ def _result(known: Scores, regions: list[np.ndarray] | None = None) -> SearchRes
     )
 
 
-def hierarchical(known: Scores, dimensions: int, levels: int = 5, space: str = "box") -> SearchResult:
+def hierarchical(known: Scores, dimensions: int, levels: int = 5, space: str = "box", beams: int = 1) -> SearchResult:
     """EMORL's hierarchical grid search.
 
-    A level tries the points that cut its region in half along every axis (3^d in a box), and the next level's region is
-    the part (of 2^d) whose corners have the highest sum of scores. N levels in a box take 3^d + (N - 1)(3^d - 2^d)
-    evaluations, since a part's corners are known.
+    A level tries the points that cut its regions in half along every axis (3^d in a box), and the next level's regions
+    are those parts (of 2^d each) whose corners have the highest sums of scores. N levels in a box take
+    3^d + (N - 1)(3^d - 2^d) evaluations with one region, since a part's corners are known.
+
+    The published rule keeps one region, and so never comes back to another part of the box: it finds the best where the
+    score falls off gently around it. Where scores lie on plateaus with edges between them, as those of fused
+    probabilities do (an answer changes all at once), the part with the best corners need not hold the best point: keep
+    two or three. With all of them every point of the last level's grid is tried.
 
     Args:
       space: "box" for [0, 1]^d, as published, or "simplex" for weights that sum to 1. The parts of a simplex are those
         of its edgewise subdivision (Edelsbrunner and Grayson, 2000): d(d + 1)/2 points and 2^(d - 1) parts.
+      beams: regions kept at each level; of equally good ones the first. What they share is evaluated once.
 
     Raises:
-      InputError: an unknown space, no levels or no dimensions.
+      InputError: an unknown space, no levels, no dimensions or no beams; more points than can be tried.
     """
     if space not in SPACES:
         raise InputError(f"space must be one of {', '.join(SPACES)}, not {space!r}")
-    if levels < 1 or dimensions < 1:
-        raise InputError(f"a search needs at least one level and one dimension, not {levels} and {dimensions}")
-    looked_at = levels * 3**dimensions if space == "box" else levels * math.comb(2 * dimensions - 1, dimensions - 1)
-    require_few(
-        looked_at, f"a search of {levels} levels over {dimensions} weights", "give fewer levels, or fewer weights"
-    )
+    if levels < 1 or dimensions < 1 or beams < 1:
+        raise InputError(
+            f"a search needs at least one level, one dimension and one beam, not {levels}, {dimensions} and {beams}"
+        )
+    require_levels(levels, dimensions, space, beams)
     parts = _box_parts if space == "box" else _simplex_parts
-    region = np.array(list(itertools.product((0.0, 1.0), repeat=dimensions))) if space == "box" else np.eye(dimensions)
-    regions = []
+    whole = np.array(list(itertools.product((0.0, 1.0), repeat=dimensions))) if space == "box" else np.eye(dimensions)
+    kept, regions = [whole], []
     for _ in range(levels):
-        regions.append(region)
-        candidates = list(parts(region))
+        regions.append(np.concatenate(kept))
+        candidates = [part for region in kept for part in parts(region)]
         points = np.unique(np.round(np.concatenate(candidates), _DIGITS), axis=0)
         known(points)
         totals = [known(corners).mean(axis=1).sum() for corners in candidates]
-        region = candidates[int(np.argmax(totals))]
+        kept = [candidates[i] for i in np.argsort(-np.array(totals), kind="stable")[:beams]]
     return _result(known, regions)
+
+
+def level_sizes(dimensions: int, space: str) -> tuple[int, int]:
+    """The new points of the first level of a hierarchical search, and of each region of a later one at most."""
+    if space == "box":
+        return 3**dimensions, 3**dimensions - 2**dimensions
+    return dimensions * (dimensions + 1) // 2, dimensions * (dimensions - 1) // 2
+
+
+def _regions_below(levels: int, dimensions: int, space: str, beams: int) -> int:
+    """How many regions all levels but the first look at, at most."""
+    parts = 2**dimensions if space == "box" else 2 ** (dimensions - 1)
+    return sum(min(beams, parts**level) for level in range(1, levels))
+
+
+def hierarchical_size(levels: int, dimensions: int, space: str = "box", beams: int = 1) -> int:
+    """How many points a hierarchical search tries at most: exactly so many with one region in a box."""
+    first, later = level_sizes(dimensions, space)
+    new = first + later * _regions_below(levels, dimensions, space, beams)
+    return min(new, grid_size(dimensions, 2**levels, space))
+
+
+def require_levels(levels: int, dimensions: int, space: str = "box", beams: int = 1) -> None:
+    """Raises an `InputError` for a hierarchical search of more points than can be tried."""
+    regions = 1 + _regions_below(levels, dimensions, space, beams)
+    if space == "box":  # of many regions that lie side by side most points are the same
+        looked_at = min(3**dimensions * regions, grid_size(dimensions, 2**levels))
+    else:
+        looked_at = math.comb(2 * dimensions - 1, dimensions - 1) * regions
+    beside = f" with {beams} beams" if beams > 1 else ""
+    require_few(
+        looked_at,
+        f"a search of {levels} levels over {dimensions} weights{beside}",
+        "give fewer levels, weights or beams",
+    )
 
 
 def _box_parts(region: Float[np.ndarray, "C d"]) -> Iterator[Float[np.ndarray, "C d"]]:

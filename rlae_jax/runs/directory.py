@@ -15,7 +15,7 @@ from rlae_jax.errors import InputError, grouped_error, shortened
 CONFIG_FILE = "config.json"
 _SECONDS_TO_APPEAR = 60.0
 # What a resumed run may change: how long it is, where it is, and how its answers are written.
-_SETTINGS = ("iterations", "steps", "engine", "slots", "levels", "budget")
+_SETTINGS = ("iterations", "steps", "engine", "slots", "levels", "beams", "budget")
 MAY_DIFFER = (*(f"settings.{name} " for name in _SETTINGS), "mesh", "processes ", "checkpoints ")
 
 

@@ -12,8 +12,8 @@ import pytest
 from rlae_jax.emorl import embedded
 from rlae_jax.emorl.fused import Fused
 from rlae_jax.emorl.scorers import of_function
-from rlae_jax.emorl.search import PointEvaluator, SearchConfig, level_sizes, levels_within, search
-from rlae_jax.fusion.search import Scores, hierarchical, pareto, search_size
+from rlae_jax.emorl.search import PointEvaluator, SearchConfig, levels_within, most_points, search
+from rlae_jax.fusion.search import Scores, hierarchical, level_sizes, pareto, search_size
 from rlae_jax.models import LM, transformer
 from rlae_jax.tasks import reflections
 from tests.helpers.adapters import random_adapter
@@ -184,6 +184,24 @@ class TestResuming:
         same(found.result, search(one, PROMPTS, SCORERS[2], settings(levels=4)).result)
         assert found.result.points[:19].tolist() == finished[1].result.points.tolist()
 
+    def test_more_boxes(self, fused, finished, cut):
+        """What one box has evaluated is not evaluated again, and the cost is that of a search that began so."""
+        one, told = fused[2, "params"], []
+        shutil.copy(finished[0] / "points.jsonl", cut / "points.jsonl")
+        found = search(one, PROMPTS, SCORERS[2], settings(beams=3), cut, resume=True, on_points=told.append)
+        alone = search(one, PROMPTS, SCORERS[2], settings(beams=3))
+        same(found.result, alone.result)
+        assert (found.result.evaluations, found.answers) == (alone.result.evaluations, alone.answers)
+        assert told[-1] == found.result.evaluations - 19 > 0
+        assert most_points(settings(beams=3), 2) >= found.result.evaluations
+        assert read(cut)["evaluations"] == found.result.evaluations
+
+    def test_a_directory_of_before_there_were_beams(self, fused, finished, cut):
+        config = json.loads((cut / "config.json").read_text())
+        del config["settings"]["beams"], config["digest"]
+        (cut / "config.json").write_text(json.dumps(config))
+        same(search(fused[2, "params"], PROMPTS, SCORERS[2], settings(), cut, resume=True).result, finished[1].result)
+
     def test_of_halving(self, fused, tmp_path):
         one = fused[2, "params"]
         config = settings(method="halving", budget=22)
@@ -236,6 +254,9 @@ class TestBudget:
         assert level_sizes(3, "simplex") == (6, 3)
         assert [levels_within(settings(budget=n, levels=3), 3) for n in (27, 45, 46, 64, 65, 400)] == [1, 1, 2, 2, 3, 3]
         assert levels_within(settings(levels=7), 3) == 7
+        three = [settings(budget=n, levels=3, beams=3) for n in (27, 83, 84, 140, 141, 400)]
+        assert [levels_within(config, 3) for config in three] == [1, 1, 2, 2, 3, 3]
+        assert [most_points(config, 3) for config in three[1:4]] == [27, 84, 84]
 
     def test_below_one_level(self, fused, tmp_path, raises_input_error):
         for (m, budget), takes in {(2, 8): "9", (3, 26): "27"}.items():
@@ -248,6 +269,8 @@ class TestBudget:
         raises_input_error(lambda: settings(method="best"), "hierarchical, grid, random, halving", "best")
         raises_input_error(lambda: settings(space="ball"), "box, simplex", "ball")
         raises_input_error(lambda: settings(levels=0), "levels")
+        raises_input_error(lambda: settings(beams=0), "beams is 0", "at least 1")
+        raises_input_error(lambda: settings(beams=2, method="grid"), "beams", "hierarchical", "grid")
         raises_input_error(lambda: settings(step=0.3), "step", "0.3")
         raises_input_error(lambda: settings(samples=2), "temperature")
 

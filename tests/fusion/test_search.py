@@ -13,6 +13,7 @@ from rlae_jax.fusion.search import (
     grid,
     halving_rounds,
     hierarchical,
+    hierarchical_size,
     hypervolume,
     pareto,
     random_points,
@@ -69,8 +70,108 @@ class TestHierarchical:
 
     def test_what_it_refuses(self, raises_input_error):
         known = Scores(cone(np.zeros(2)))
+        raises_input_error(lambda: hierarchical(known, 2, beams=0), "beam")
+        raises_input_error(lambda: hierarchical(known, 4, levels=7, beams=10**9), "7 levels", "beams")
         raises_input_error(lambda: hierarchical(known, 2, space="ball"), "box, simplex", "ball")
         raises_input_error(lambda: hierarchical(known, 2, levels=0), "level")
+
+
+def published(evaluate, d, levels, parts):
+    """EMORL's rule, written out: one region, the part with the highest sum at its corners. Points in their order."""
+    scores, order, region = {}, [], parts(None)
+    for _ in range(levels):
+        candidates = parts(region)
+        new = sorted({tuple(np.round(p, 9).tolist()) for part in candidates for p in part} - set(scores))
+        for point in new:
+            scores[point] = float(evaluate(np.array([point])).mean())
+        order += new
+        totals = [sum(scores[tuple(np.round(p, 9).tolist())] for p in part) for part in candidates]
+        region = candidates[int(np.argmax(np.round(totals, 9)))]
+    return order, scores
+
+
+def boxes(d):
+    def parts(region):
+        if region is None:
+            return np.array(list(itertools.product((0.0, 1.0), repeat=d)))
+        low, half = region.min(axis=0), np.ptp(region, axis=0) / 2
+        corners = np.array(list(itertools.product((0, 1), repeat=d)))
+        return [low + half * (np.array(shift) + corners) for shift in itertools.product((0, 1), repeat=d)]
+
+    return parts
+
+
+def simplices(d):
+    return lambda region: np.eye(d) if region is None else list(_simplex_parts(region))
+
+
+def ragged(seed):
+    """A score without any order, the same for a point however often it is asked."""
+
+    def evaluate(points):
+        values = np.sin((points @ np.array([12.9898, 78.233, 37.719, 4.581])[: points.shape[1]] + seed) * 43.0)
+        return np.stack([values, values**2], axis=1)
+
+    return evaluate
+
+
+class TestBeams:
+    @pytest.mark.parametrize(("space", "parts"), [("box", boxes), ("simplex", simplices)])
+    @pytest.mark.parametrize("d", [2, 3])
+    def test_one_is_the_published_rule(self, d, space, parts):
+        for seed in range(5):
+            order, scores = published(ragged(seed), d, 4, parts(d))
+            found = hierarchical(Scores(ragged(seed)), d, 4, space)
+            assert found.points.tolist() == [list(point) for point in order]
+            assert found.score == pytest.approx(max(scores.values()))
+            again = hierarchical(Scores(ragged(seed)), d, 4, space, beams=1)
+            np.testing.assert_array_equal(again.points, found.points)
+            assert [len(region) for region in found.regions] == [2**d if space == "box" else d] * 4
+
+    @pytest.mark.parametrize(("space", "parts"), [("box", boxes), ("simplex", simplices)])
+    @pytest.mark.parametrize(("d", "beams"), [(2, 2), (2, 3), (3, 2), (3, 5)])
+    def test_against_the_rule_written_out(self, d, beams, space, parts):
+        evaluate, split, levels = ragged(d), parts(d), 3
+        known, kept = {}, [split(None)]
+        score = lambda p: known.setdefault(tuple(np.round(p, 9).tolist()), float(evaluate(p[None]).mean()))  # noqa: E731
+        for _ in range(levels):
+            candidates = [part for region in kept for part in split(region)]
+            totals = [sum(score(p) for p in part) for part in candidates]
+            kept = [candidates[i] for i in sorted(range(len(totals)), key=lambda i: -totals[i])[:beams]]
+        asked = []
+        found = hierarchical(Scores(lambda p: asked.append(p) or evaluate(p)), d, levels, space, beams)
+        assert {tuple(p) for p in found.points.tolist()} == set(known)
+        assert len(np.concatenate(asked)) == found.evaluations == len(found.points) == len(known)
+        assert found.evaluations <= hierarchical_size(levels, d, space, beams)
+        assert found.score == pytest.approx(max(known.values()))
+
+    def test_a_landscape_that_needs_two(self):
+        """A narrow peak within one quarter, a broad and lower hill in another, whose corners are better."""
+
+        def evaluate(points):
+            hill = 0.6 - 0.6 * np.abs(points - 0.75).max(axis=1)
+            peak = 1.0 - 2.4 * np.abs(points - 0.25).max(axis=1)
+            return np.maximum(hill, peak)[:, None]
+
+        one, two = (hierarchical(Scores(evaluate), 2, 5, beams=beams) for beams in (1, 2))
+        whole = grid(Scores(evaluate), 2, 1 / 32)
+        assert one.score < whole.score - 0.35
+        assert two.score == pytest.approx(whole.score)
+        assert two.evaluations < whole.evaluations / 15
+
+    @pytest.mark.parametrize(("space", "d", "levels"), [("box", 1, 5), ("box", 2, 4), ("box", 3, 3), ("simplex", 3, 4)])
+    def test_all_of_them_are_the_grid_of_the_last_level(self, space, d, levels):
+        found = hierarchical(Scores(ragged(0)), d, levels, space, beams=10**6)
+        whole = grid(Scores(ragged(0)), d, 2.0**-levels, space)
+        assert sorted(found.points.tolist()) == sorted(whole.points.tolist())
+        assert found.evaluations == whole.evaluations == hierarchical_size(levels, d, space, 10**6)
+        assert found.score == whole.score
+
+    def test_its_size_by_hand(self):
+        assert [hierarchical_size(n, 3) for n in (1, 2, 5)] == [27, 46, 103]
+        assert [hierarchical_size(n, 3, beams=3) for n in (1, 2, 5)] == [27, 27 + 3 * 19, 27 + 12 * 19]
+        assert hierarchical_size(3, 2, beams=9) == 9 + 4 * 5 + 9 * 5  # the second level has four quarters only
+        assert hierarchical_size(2, 2, beams=9) == 25  # its grid
 
 
 class TestScores:

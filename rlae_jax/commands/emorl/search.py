@@ -25,6 +25,9 @@ class SearchOptions:
     answer."""
     levels: Levels = 5
     """of the hierarchical search."""
+    beams: Count = 1
+    """boxes that the hierarchical search keeps at each level. 1 = as published; 2 or 3 where scores change by jumps, as
+    in mode probs: the best point may lie in a box whose corners are not the best."""
     budget: Count | None = None
     """evaluations at most; for random and halving the number of points (default: 3^M)."""
     step: ShareAbove0 = 0.1
