@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from rlae_jax import ranges
 from rlae_jax.errors import InputError
-from rlae_jax.fusion.policy import OBSERVATION_PARTS
+from rlae_jax.fusion.policy import MEMBER_PARTS, OBSERVATION_PARTS
 from rlae_jax.ranges import (
     Count,
     CountOr0,
@@ -24,6 +24,8 @@ from rlae_jax.ranges import (
     Width,
 )
 
+_MEMBER_PARTS = f"{', '.join(MEMBER_PARTS[:-1])} or {MEMBER_PARTS[-1]}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig:
@@ -32,7 +34,8 @@ class AgentConfig:
     Attributes:
       reads: parts of the observation that it sees: "hidden" (each member's last hidden state), "stats" (entropy, top
         probability, log-probability of the last span, disagreement), "span" (the span's index), "prompt" (how likely
-        each member finds the prompt) and "text" (prompt and text so far, read by `encoder`).
+        each member finds the prompt), "text" (prompt and text so far, read by `encoder`) and "agreement" (how alike
+        every two members' predictions are).
       encoder, text_tokens: a Hugging Face encoder (directory or Hub id) for "text", and how many tokens it reads at
         most, the newest ones. It is not trained.
       max_spans: spans that the index's embedding holds, if more than in training.
@@ -206,8 +209,8 @@ class MAPPOConfig(PPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not {"hidden", "stats", "prompt"} & set(self.agent.reads):
-            raise InputError("an agent per member must read something of its member: hidden, stats or prompt")
+        if not set(MEMBER_PARTS) & set(self.agent.reads):
+            raise InputError(f"an agent per member must read something of its member: {_MEMBER_PARTS}")
         if self.agent.distribution != "dirichlet":
             raise InputError("agents that draw a weight each have a Dirichlet together; leave distribution out")
 

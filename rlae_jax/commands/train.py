@@ -51,7 +51,7 @@ class TrainOptions(AgentOptions):
     """let the agent choose among these for each span."""
     temperature: Temperature | None = None
     """of the tokens during training; 0 writes the most probable ones. Default: the preset's."""
-    reads: tuple[Literal["hidden", "stats", "span", "prompt", "text"], ...] | None = None
+    reads: tuple[Literal["hidden", "stats", "span", "prompt", "text", "agreement"], ...] | None = None
     """what the agent sees. Default: hidden stats span."""
     encoder: str | None = None
     """of an agent that reads text: a Hugging Face encoder, such as microsoft/deberta-v3-base."""

@@ -120,6 +120,7 @@ def _no_decisions(keys: Key[Array, " B"], prompt_scores: Float[Array, "B K"] | N
         span=jnp.zeros((b,), jnp.int32) if "span" in reads else (),
         prompt=() if prompt_scores is None else prompt_scores,
         text=jnp.zeros((b, spec.dims.text)) if "text" in reads else (),
+        agreement=jnp.zeros((b, k, k)) if "agreement" in reads else (),
     )
     shapes = jax.eval_shape(lambda: act(spec.policy.init(keys[0], spec.dims), observation, keys, spec))
     span = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -150,6 +151,17 @@ def member_stats(
         )
     entropy, top_prob, disagreement = (jnp.stack(column, axis=1) for column in zip(*columns, strict=True))
     return jnp.stack([entropy, top_prob, span_log_probs, disagreement], axis=-1)
+
+
+def member_agreement(log_probs: tuple[Float[Array, "B V"], ...]) -> Float[Array, "B K K"]:
+    """sum_v sqrt(p_v q_v) of every two members (Bhattacharyya): 1 where they predict the same, 0 where they share no
+    token."""
+    k, b = len(log_probs), len(log_probs[0])
+    rows = [[jnp.ones(b) for _ in range(k)] for _ in range(k)]
+    for i in range(k):
+        for j in range(i):  # sums that need no memory of their own, unlike a product of all pairs
+            rows[i][j] = rows[j][i] = jnp.sum(jnp.exp(0.5 * (log_probs[i] + log_probs[j])), axis=-1)
+    return jnp.stack([jnp.stack(row, axis=1) for row in rows], axis=1)
 
 
 def action_keys(keys: Key[Array, " B"], span: Int[Array, " B"]) -> Key[Array, " B"]:
@@ -229,10 +241,13 @@ def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec
         last_length = jnp.maximum(decisions.span.length, 1)[:, None].astype(jnp.float32)
     hidden: tuple[Array, ...] = ()
     stats: Array | tuple[()] = ()
+    agreement: Array | tuple[()] = ()
     if prediction is not None and "hidden" in reads:
         hidden = tuple(h.astype(jnp.float32) for h in prediction.hidden)
     if prediction is not None and decisions.token_log_probs is not None:
         stats = member_stats(prediction.log_probs, decisions.token_log_probs / last_length)
+    if prediction is not None and "agreement" in reads:
+        agreement = member_agreement(prediction.log_probs)
     text = state.seen.text
     return Observation(
         hidden=hidden,
@@ -240,6 +255,7 @@ def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec
         span=_spans(state, spec) if "span" in reads else (),
         prompt=() if state.rows.prompt_scores is None else state.rows.prompt_scores,
         text=spec.reader.read(text) if spec.reader is not None and text is not None else (),
+        agreement=agreement,
     )
 
 

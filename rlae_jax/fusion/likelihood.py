@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from rlae_jax.fusion.decode import act, action_keys, fuse, member_stats
+from rlae_jax.fusion.decode import act, action_keys, fuse, member_agreement, member_stats
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members
 from rlae_jax.fusion.operators import linear
@@ -365,19 +365,21 @@ def read_given(
     # Of the mean of probabilities over one vocabulary, a token's own are all that is needed.
     alone = spec.fusion is linear and spec.union is None and not top
 
-    by_member = stats = None
-    if "stats" in spec.policy.reads:
+    by_member = stats = agreement = None
+    reads = spec.policy.reads
+    if {"stats", "agreement"} & set(reads):
 
-        def observe(asked: Asked) -> tuple[Array, Array]:
+        def observe(asked: Asked) -> tuple[Array, Array | None, Array | None]:
             prediction = predict(asked)
             own = _kind(asked, spec).token_log_probs(prediction, asked.token, spec)
-            return own, member_stats(prediction.log_probs, jnp.zeros_like(own))
+            stats = member_stats(prediction.log_probs, jnp.zeros_like(own)) if "stats" in reads else None
+            return own, stats, member_agreement(prediction.log_probs) if "agreement" in reads else None
 
-        by_member, stats = _in_parts(observe, asked, logits)
+        by_member, stats, agreement = _in_parts(observe, asked, logits)
     elif alone:
         own = functools.partial(_chosen, passes, hidden, vocab=spec.vocab)
         by_member = _in_parts(own, asked, logits)
-    weights = _weights(passes, hidden, texts, by_member, stats, policy_params, spec)
+    weights = _weights(passes, hidden, texts, by_member, stats, agreement, policy_params, spec)
     if alone:
         assert by_member is not None
         fused = linear(tuple(by_member[:, k, None] for k in range(len(spec.members))), weights)[:, 0]
@@ -482,6 +484,7 @@ def _weights(
     texts: Texts,
     by_member: Float[Array, "N K"] | None,
     stats: Float[Array, "N K 4"] | None,
+    agreement: Float[Array, "N K K"] | None,
     policy_params: Any,
     spec: DecodeSpec,
 ) -> Float[Array, "N K"]:
@@ -517,6 +520,7 @@ def _weights(
             span=jnp.full((r,), span) if "span" in reads else (),
             prompt=prompt,
             text=() if spec.reader is None or text is None else spec.reader.read(text),
+            agreement=() if agreement is None else agreement[place],
         )
         weights: Array = act(policy_params, observation, action_keys(keys, jnp.full((r,), span)), spec).weights
         return weights

@@ -28,7 +28,9 @@ from rlae_jax.models import Encoder
 from rlae_jax.ranges import CountOr0, Scale, Share
 from rlae_jax.sharding import ROWS, WHOLE
 
-OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt", "text")
+OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt", "text", "agreement")
+# Those that say something of each member.
+MEMBER_PARTS = ("agreement", "hidden", "stats", "prompt")
 # The columns of Observation.stats.
 STATS = ("entropy", "top_prob", "span_log_prob", "disagreement")
 
@@ -43,6 +45,8 @@ class Observation(NamedTuple):
     # logarithm of its perplexity).
     prompt: Any = ()
     text: Any = ()  # Float[B, D]: what an encoder makes of prompt and text so far, see rlae_jax.fusion.reading
+    # Float[B, K, K]: how alike two members' predictions of the next token are, from 0 to 1: sum_v sqrt(p_v q_v).
+    agreement: Any = ()
 
 
 class Dims(NamedTuple):

@@ -98,7 +98,7 @@ class DecodeSpec:
     @property
     def decides_first(self) -> bool:
         """Whether weights are known before the members are read: members without weight need not be."""
-        return self.union is not None and not {"hidden", "stats"} & set(self.policy.reads)
+        return self.union is not None and not {"hidden", "stats", "agreement"} & set(self.policy.reads)
 
     @property
     def may_skip(self) -> bool:

@@ -1,7 +1,7 @@
 """The weight agents. One that sets all weights of a span at once (PPO), or one per member (MAPPO).
 
 member k:  hidden [B, D_k] -> normalised -> projection -+
-           stats [B, 4], prompt [B] --------------------+-> what is read of member k [B, K, I] -+
+           stats [B, 4], agreement [B, K], prompt [B] --+-> what is read of member k [B, K, I] -+
 shared:    span [B] -> embedding [B, J] ------------------------------------------------------- + -> joint [B, K*I+J]
 
            PPO                                          MAPPO
@@ -67,6 +67,7 @@ def _init_reading(key: Key[Array, ""], config: AgentConfig, dims: Dims) -> tuple
         }
         of_member += config.projection
     of_member += len(STATS) * ("stats" in config.reads) + ("prompt" in config.reads)
+    of_member += dims.members * ("agreement" in config.reads)
     if "span" in config.reads:
         params["span_embedding"] = jax.random.normal(span_key, (dims.spans, config.span_embedding)) * 0.1
         shared += config.span_embedding
@@ -88,6 +89,8 @@ def _read(
         of_members.append(jnp.stack(projected, axis=1))
     if "stats" in config.reads:
         of_members.append(observation.stats)
+    if "agreement" in config.reads:
+        of_members.append(observation.agreement)
     if "prompt" in config.reads:
         of_members.append(observation.prompt[..., None])
     if "span" in config.reads:

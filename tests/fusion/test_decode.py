@@ -13,7 +13,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax import hlo
-from rlae_jax.fusion.decode import decode_spans, prefill
+from rlae_jax.fusion.decode import decode_spans, member_agreement, prefill
 from rlae_jax.fusion.members import left_align_padding
 from rlae_jax.fusion.policy import Confidence, Dims, Fixed
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays, row_keys
@@ -141,7 +141,7 @@ def test_the_options_are_told_apart(expected_rows):
 )
 def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_weights):
     span_length = 3
-    policy = Reader()
+    policy = Reader(reads=("hidden", "stats", "span", "agreement"))
     params = policy.init(jax.random.key(1), Dims(tuple(lm.config.width for lm in pair), 4))
     options = {"fusion": fusion, "temperature": 1.2, "span_length": span_length}
     state = run(pair, PROMPTS, params, seed=2, policy=policy, record=True, sample_weights=sample_weights, **options)
@@ -167,6 +167,7 @@ def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_wei
             np.testing.assert_allclose(trajectory.weights[b, span], weights, rtol=0, atol=1e-4)
             seen = trajectory.observation
             np.testing.assert_allclose(seen.stats[b, span], row.stats[span], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(seen.agreement[b, span], row.agreement[span], rtol=0, atol=1e-5)
             for hidden, expected in zip(seen.hidden, row.hidden[span], strict=True):
                 np.testing.assert_allclose(hidden[b, span], expected, rtol=0, atol=1e-4)
             assert seen.span[b, span] == span
@@ -174,6 +175,20 @@ def test_a_policy_sees_and_sets_what_the_reference_says(pair, fusion, sample_wei
             np.testing.assert_allclose(trajectory.value[b, span], logits.sum(), rtol=0, atol=1e-3)
             np.testing.assert_allclose(trajectory.log_prob[b, span], weights @ logits, rtol=0, atol=1e-3)
     assert np.ptp(trajectory.weights[mask][:, 0]) > 0.2  # weights really differ between rows and spans
+
+
+def test_agreement_of_members_that_lack_tokens():
+    """As over a union: what one cannot write it agrees about with nobody; members that share nothing have none."""
+    rng = np.random.default_rng(0)
+    log_probs = np.log(rng.dirichlet(np.ones(6), (3, 5)))
+    log_probs[0, :, 4:], log_probs[1, :, :2], log_probs[2, 1, :4] = -np.inf, -np.inf, -np.inf
+    found = np.asarray(member_agreement(tuple(jnp.asarray(p, jnp.float32) for p in log_probs)))
+    for b in range(5):
+        for j in range(3):
+            for k in range(3):
+                expected = 1.0 if j == k else reference.agreement(log_probs[j, b], log_probs[k, b])
+                assert found[b, j, k] == pytest.approx(expected, abs=1e-6)
+    assert found[1, 0, 2] == 0
 
 
 def test_confidence_follows_the_lowest_entropy(pair):

@@ -87,13 +87,13 @@ def bound(ensemble, policy, span_length=L, sample=False, spans=8):
 
 @dataclasses.dataclass(frozen=True)
 class ReadsAll(Reader):
-    """Prompts, too."""
+    """Prompts and agreement, too."""
 
-    reads: tuple[str, ...] = ("hidden", "stats", "span", "prompt")
+    reads: tuple[str, ...] = ("hidden", "stats", "span", "prompt", "agreement")
 
     def apply(self, params, observation):
         distribution, value = super().apply(params, observation)
-        return SoftmaxNoise(distribution.logits_bk + observation.prompt), value
+        return SoftmaxNoise(distribution.logits_bk + observation.prompt + observation.agreement[:, 0]), value
 
 
 AGENT = PPOAgent(AgentConfig(reads=("prompt", "hidden"), projection=4, ffn_width=8))
@@ -192,7 +192,7 @@ class TestDifferentTokenizers:
 
     @pytest.mark.rare
     def test_a_policy_that_reads_everything(self, ensemble):
-        policy = bound(ensemble, Reader(reads=("hidden", "stats", "span")), spans=24)
+        policy = bound(ensemble, ReadsAll(), spans=24)
         compare(ensemble, policy, **self.asked(ensemble))
 
     def test_the_likeliest(self, ensemble):

@@ -17,6 +17,7 @@ def observe(batch=7, seed=0, spans=3, scale=1.0):
         span=jnp.asarray(rng.integers(0, spans, batch), jnp.int32),
         prompt=jnp.asarray(rng.normal(0, scale, (batch, DIMS.members)), jnp.float32),
         text=jnp.asarray(rng.normal(0, scale, (batch, DIMS.text)), jnp.float32),
+        agreement=jnp.asarray(rng.uniform(0, 1, (batch, DIMS.members, DIMS.members)), jnp.float32),
     )
 
 

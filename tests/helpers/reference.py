@@ -24,6 +24,7 @@ class Row:
     weights: list[np.ndarray]  # [K] per span
     hidden: list[list[np.ndarray]]  # [K][D] per span
     stats: list[np.ndarray]  # [K, 4] per span
+    agreement: list[np.ndarray]  # [K, K] per span
     scores: list[float]  # each token's log-probability under the fused distribution, before penalties and masks
     attribution: list[np.ndarray]  # [K] per token: under each member
 
@@ -84,6 +85,11 @@ def describe(log_probs: list[np.ndarray], span_log_probs: np.ndarray, span_lengt
     return np.array(rows)
 
 
+def agreement(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """How alike two predictions are, token by token."""
+    return sum(float(np.sqrt(np.exp(p) * np.exp(q))) for p, q in zip(log_p, log_q, strict=True))
+
+
 def decode_row(
     members: Sequence[LM],
     prompt: Sequence[int],
@@ -102,7 +108,7 @@ def decode_row(
     end_ids: Sequence[int] = (),
 ) -> Row:
     """One row. `choose_weights(span, hidden, stats)` gives the span's weights."""
-    ids, row = list(prompt), Row([], False, [], [], [], [], [])
+    ids, row = list(prompt), Row([], False, [], [], [], [], [], [])
     vocab = min(lm.config.vocab for lm in members)
     span_log_probs = np.zeros(len(members))
     for step in range(max_new_tokens):
@@ -112,6 +118,7 @@ def decode_row(
             stats = describe(log_probs, span_log_probs, span_length)
             row.hidden.append(hidden)
             row.stats.append(stats)
+            row.agreement.append(np.array([[agreement(p, q) for q in log_probs] for p in log_probs]))
             row.weights.append(np.asarray(choose_weights(step // span_length, hidden, stats), np.float64))
             span_log_probs = np.zeros(len(members))
         fused = log_softmax(FUSIONS[fusion](log_probs, row.weights[-1]))
