@@ -1,6 +1,7 @@
 """Fine-tuning in rounds: adapters, objectives and prompts in; a directory per adapter out.
 
     runs/x/config.json                  base, prompts and settings, which all adapters of the run share
+           stack.json                   which adapters are in training, and their last common checkpoint
            objectives/NAME/config.json  what this adapter is taught
                            metrics.jsonl, checkpoints/
                            adapter/     the adapter in PEFT's format, once it is done: the best on dev
@@ -8,8 +9,9 @@
 
 A round is `validate_every` steps of all adapters that have not converged, as one stack, and a validation. Everything
 that an adapter meets (its prompts' order, its keys, its dropout) is a function of its own name, seed and step: it
-learns the same whichever others are in the stack, and after an interruption. So an objective can be added to a run
-whenever one likes.
+learns the same whichever others are in the stack, but for how numbers are rounded. So an objective can be added to a
+run whenever one likes. After an interruption all go on from the last checkpoint that each of them has, so that the
+stacks are those of a run without one, and the results the same to the last bit.
 """
 
 import dataclasses
@@ -57,6 +59,7 @@ from rlae_jax.tasks.prompts import PromptSet
 
 OBJECTIVES = "objectives"
 TRAINING_FILE = "training.json"
+STACK_FILE = "stack.json"
 ADAPTER = "adapter"
 # What an interruption may cost. On a small model a checkpoint takes longer than a step.
 _SECONDS_BETWEEN_CHECKPOINTS = 20.0
@@ -248,6 +251,14 @@ class Training(records.Record, kw_only=True):
     seconds_shared: records.Seconds
 
 
+class Stack(records.Record, kw_only=True):
+    """The content of stack.json: of every adapter in training the step of the last checkpoint that all of them have;
+    None before the first."""
+
+    schema: records.Schema = 1
+    steps: dict[str, records.Count | None]
+
+
 class ValidationLine(Line):
     """What is used of a line of an adapter's metrics."""
 
@@ -322,6 +333,7 @@ def train_adapters(
             f"{out} holds {', '.join(there)} already; resume (--resume, resume=True) or choose other names"
         )
     claim_directory(out, run_config(base, prompts, config, data), resume=True)
+    stack = hosts.gather(read_stack(out) if hosts.is_first() else {})[0]
     learners = []
     for target in targets:
         directory = directories[target.name]
@@ -330,7 +342,9 @@ def train_adapters(
         claim_directory(directory, target.config(), resume=resume)
         if target.name not in trained:
             at = None if checkpoints is None else f"{checkpoints}/{target.name}"
-            learners.append(_begin(base, target, directory, config, at))
+            learners.append(_begin(base, target, directory, config, at, stack))
+    if learners:
+        _write_stack(out, {learner.target.name: learner.checkpoints.newest() for learner in learners})
     loop = _Loop(base, ensemble, config, train, dev)
     began = saved = time.monotonic()
     try:
@@ -342,6 +356,15 @@ def train_adapters(
             while learners:
                 loop.round(learners)
                 done = [learner for learner in learners if _is_done(learner, config)]
+                now = time.monotonic()
+                late = is_late(began, now, max_minutes)
+                stop = stop_requested()
+                due: bool = hosts.gather(now - saved > _SECONDS_BETWEEN_CHECKPOINTS)[0]
+                if done or stop is not None or late or due:
+                    saved = now
+                    for learner in learners:
+                        learner.checkpoints.save(learner.step, learner.saved)
+                    _write_stack(out, {learner.target.name: learner.step for learner in learners})
                 for learner in done:
                     _finish(base, learner, config)
                 on_progress(
@@ -352,14 +375,6 @@ def train_adapters(
                     )
                 )
                 learners = [learner for learner in learners if learner not in done]
-                now = time.monotonic()
-                late = is_late(began, now, max_minutes)
-                stop = stop_requested()
-                due: bool = hosts.gather(now - saved > _SECONDS_BETWEEN_CHECKPOINTS)[0]
-                if stop is not None or late or due:
-                    saved = now
-                    for learner in learners:
-                        learner.checkpoints.save(learner.step, learner.saved)
                 if learners and stop is not None:
                     raise stop(f"{stop.what}; saved in {out}")
                 if late:
@@ -372,12 +387,29 @@ def train_adapters(
     return {name: dataclasses.replace(load_adapter(directories[name] / ADAPTER, base), name=name) for name in finished}
 
 
-def _begin(base: LM, target: Target, directory: Path, config: EMORLConfig, at: str | None) -> _Learner:
-    """A learner as its directory has it, or a new one."""
+def read_stack(out: Path) -> dict[str, int | None]:
+    """The content of stack.json; nothing where there is none.
+
+    Raises:
+      InputError: it is of another shape, or not what was written.
+    """
+    return records.read(out / STACK_FILE, Stack).steps if (out / STACK_FILE).exists() else {}
+
+
+def _write_stack(out: Path, steps: dict[str, int | None]) -> None:
+    files.write_json(out / STACK_FILE, records.plain(Stack(steps=steps)))
+
+
+def _begin(
+    base: LM, target: Target, directory: Path, config: EMORLConfig, at: str | None, stack: Mapping[str, int | None]
+) -> _Learner:
+    """A learner as its directory had it when the whole stack had a checkpoint, or a new one."""
     seed = own_seed(target.name, config.seed)
     state = fine_tune.begin(base.config, config, seed)
     saved = sharding.whole(_Saved(state, jax.tree.map(jnp.copy, state.factors), np.float32(-np.inf)), base.mesh)
     checkpoints = Checkpoints(directory, at)
+    if target.name in stack:
+        checkpoints.go_back(stack[target.name])
     newest = checkpoints.newest()
     if newest is not None:
         newest, saved = checkpoints.restore(sharding.abstract(saved, base.mesh), going_on=True)
@@ -439,7 +471,6 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     best = max(rows, key=lambda row: row["dev"])
     best_factors = jax.tree.map(lambda leaf: leaf[0], sharding.to_host(learner.saved.best))
     adapter = Adapter(config.lora, best_factors, learner.target.name)
-    learner.checkpoints.save(learner.step, learner.saved)  # from which both files could be made again
     where = learner.directory / ADAPTER
     if hosts.is_first() and (not where.is_dir() or _adapter_problem(where)):
         shutil.rmtree(where, ignore_errors=True)

@@ -71,6 +71,12 @@ class Checkpoints:
         step: int | None = self._manager.latest_step()
         return step
 
+    def go_back(self, iteration: int | None) -> None:
+        """Forgets the checkpoints after an iteration; None: all."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if iteration is None or step > iteration:
+                self._manager.delete(step)
+
     def save(self, iteration: int, state: Any) -> None:
         """Writes a checkpoint; all but the one before go once it is complete.
 

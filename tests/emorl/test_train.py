@@ -1,6 +1,7 @@
 """Fine-tuning in rounds: its directories, going on after an interruption, adapters that know nothing of the others."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import warnings
@@ -13,11 +14,13 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlae_jax as rj
+from rlae_jax import files
 from rlae_jax.emorl import embedded, fine_tune, scorers
 from rlae_jax.emorl import train as train_module
 from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.scorers import Objective
 from rlae_jax.emorl.train import Target, converged, own_seed, train_adapters
+from rlae_jax.errors import OutputError
 from rlae_jax.models import LM, LoraConfig, transformer
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import reflections
@@ -192,6 +195,29 @@ class TestResuming:
             assert one == other
             assert rows_of(tmp_path / "run", name) == rows_of(out, name)
             assert training_of(tmp_path / "run", name) == training_of(out, name)
+
+    @pytest.mark.parametrize("lost", ["both/checkpoints/2", "stack.json", "both/adapter"])
+    def test_between_two_adapters_writes(self, finished, base, tmp_path, monkeypatch, lost):
+        """One has a checkpoint, or is done, and the other has not: both go on from where both were."""
+        out, _, _ = finished
+        run = tmp_path / "run"
+        monkeypatch.setattr("rlae_jax.emorl.train._SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+        told = []
+
+        def full(path):
+            told.extend([path] if str(path).endswith(lost) else [])
+            if len(told) == (5 if lost == "stack.json" else 1):  # not where it is begun, which is four
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "before_write", full)
+            with pytest.raises(OutputError):
+                train_adapters(base, [ONE, BOTH], PROMPTS, settings(), run)
+        train_adapters(base, [ONE, BOTH], PROMPTS, settings(), run, resume=True)
+        for name in ("novelty", "both"):
+            assert rows_of(run, name) == rows_of(out, name)
+            assert contents(run / "objectives" / name / "adapter") == contents(out / "objectives" / name / "adapter")
+            assert [row["adapters"] for row in read_metrics(run / "objectives" / name)] == [2] * len(rows_of(out, name))
 
     def test_metrics_beyond_the_checkpoint_are_written_again(self, finished, base, tmp_path):
         """As after a crash between a validation and the next checkpoint."""

@@ -83,17 +83,16 @@ def _unmeasured(value: Any) -> Any:
 
 
 def _checkpoint(path: Path) -> dict[str, bytes]:
-    """Every array of every checkpoint."""
+    """Every array of the newest checkpoint. The one before, for which it would be exchanged if it were damaged, is of
+    whatever iteration the run was stopped at."""
     arrays = {}
-    for step in path.iterdir():
-        if not (step / "default").is_dir():
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # nothing says on which devices
-            restored = ocp.PyTreeCheckpointer().restore(step / "default")
-        for place, leaf in _leaves(restored):
-            value = np.asarray(leaf)
-            arrays[f"{step.name}{place}"] = f"{value.dtype}{value.shape}".encode() + value.tobytes()
+    newest = max((step for step in path.iterdir() if (step / "default").is_dir()), key=lambda step: int(step.name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # nothing says on which devices
+        restored = ocp.PyTreeCheckpointer().restore(newest / "default")
+    for place, leaf in _leaves(restored):
+        value = np.asarray(leaf)
+        arrays[f"{newest.name}{place}"] = f"{value.dtype}{value.shape}".encode() + value.tobytes()
     return arrays
 
 

@@ -13,7 +13,16 @@ from rlae_jax.emorl import display, export
 from rlae_jax.emorl.fine_tune import EMORLConfig
 from rlae_jax.emorl.run import Run
 from rlae_jax.emorl.search import Found, FoundPoint, SearchConfig, SearchRun, read_found
-from rlae_jax.emorl.train import AdapterRun, AdaptersRun, BaseMark, PromptsMark, Training, ValidationLine
+from rlae_jax.emorl.train import (
+    AdapterRun,
+    AdaptersRun,
+    BaseMark,
+    PromptsMark,
+    Stack,
+    Training,
+    ValidationLine,
+    read_stack,
+)
 from rlae_jax.evaluation.results import Prediction, join_results
 from rlae_jax.fusion.search import ScoredPoint, Scores
 from rlae_jax.ppo.train import AgentRun, MemberMark, RewardLine, SplitMark, load_policy, read_run
@@ -143,6 +152,7 @@ def make(root: Path) -> None:
     write(root / "evaluated" / "results.json", RESULTS)
     write(root / "evaluated" / "predictions.jsonl", PREDICTIONS)
     write(root / "adapters" / "config.json", records.plain(ADAPTERS))
+    write(root / "adapters" / "stack.json", records.plain(Stack(steps={"brevity": 2, "coverage": None})))
     for name in ("brevity", "coverage"):
         directory = root / "adapters" / "objectives" / name
         write(directory / "config.json", records.plain(AdapterRun(objectives=[name], weighting="equal", specs=[name])))
@@ -205,6 +215,7 @@ READERS: dict[str, list[Callable[[Path], Any]]] = {
         lambda root: adapters(root).objectives(["brevity"]),
         lambda root: claim_directory(root / "adapters", ADAPTERS, resume=True),
     ],
+    "adapters/stack.json": [lambda root: read_stack(root / "adapters")],
     "adapters/objectives/brevity/config.json": [
         lambda root: adapters(root).singles(),
         lambda root: adapters(root).objectives(adapters(root).singles()),
