@@ -43,8 +43,7 @@ def run(command: Callable[[], None], again: Callable[[], str] = lambda: "") -> N
             print(_stopped(str(error), again()), file=sys.stderr)
         sys.exit(signals.RUN_AGAIN if isinstance(error, Preempted) else signals.STOPPED)
     except KeyboardInterrupt as error:
-        status = signals.RUN_AGAIN if isinstance(error, signals.Terminated) else signals.STOPPED
-        _end(status, _stopped(str(error) or "stopped", again()))
+        _end_stopped(error, again())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written
         sys.exit(NO_READER)
@@ -52,6 +51,8 @@ def run(command: Callable[[], None], again: Callable[[], str] = lambda: "") -> N
         line = expected(error)
         if line is not None:
             _end(UNUSABLE, f"error: {line}")
+        if stop := _stop_behind(error):
+            _end_stopped(stop, again())
         if hosts.count() > 1 and _LOST.match(str(error)):
             hosts.await_loss()  # the process that it could not reach may be gone
         traceback.print_exc()
@@ -93,6 +94,20 @@ def _flush() -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be tried again at the end
         raise InputError(f"standard output: {error.strerror}") from error
+
+
+def _stop_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The signal that a library took for an error of its own: it comes at any line, those between `try` and `except`,
+    too."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _end_stopped(stop: KeyboardInterrupt, again: str) -> NoReturn:
+    status = signals.RUN_AGAIN if isinstance(stop, signals.Terminated) else signals.STOPPED
+    _end(status, _stopped(str(stop) or "stopped", again))
 
 
 def _stopped(line: str, again: str) -> str:

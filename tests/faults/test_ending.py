@@ -64,6 +64,21 @@ def test_what_is_told(error: BaseException, status: int, told: str, capsys: pyte
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (signals.Terminated, 75)])
+def test_a_signal_that_a_library_took_for_an_error(
+    stop: type[KeyboardInterrupt], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def translated() -> None:
+        try:
+            raise stop
+        except BaseException as error:
+            raise ValueError("Exception raised while comparing") from error
+
+    found, errors = ended(translated, capsys)
+    assert found == status
+    assert errors == f"{stop() if str(stop()) else 'stopped'}\n"
+
+
 def test_what_is_unexpected_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     status, errors = ended(raising(KeyError("x")), capsys)
     assert status == 1
