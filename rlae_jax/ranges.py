@@ -133,6 +133,7 @@ Number = Annotated[float, number()]
 Positive = Annotated[float, number(0, above=True)]
 PositiveOr0 = Annotated[float, number(0)]
 LearningRate = Annotated[float, number(0, 1e3, above=True)]
+LearningRateOr0 = Annotated[float, number(0, 1e3)]
 Temperature = Annotated[float, number(0, 1e6)]
 Factor = Annotated[float, number(-1e6, 1e6)]
 Scale = Annotated[float, number(1e-6, 1e6)]  # that something is divided by

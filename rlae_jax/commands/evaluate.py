@@ -51,8 +51,10 @@ def evaluate(
         methods: of single:NAME, uniform, static (best fixed weights), schedule (best weights per span index), router
             (an agent, trained here, with one action for the whole answer), confidence (at each step the most certain
             member), perplexity (by how well a member predicts the prompt), consistency (by agreement with the others),
-            gate (one member alone where it is certain), topk (over each member's k best tokens), random (weights drawn
-            anew for each span), shuffled (the agent's weights for another prompt), vote (the members' most frequent
+            gate (one member alone where it is certain), topk (over each member's k best tokens), online (exponentiated
+            gradient with fixed share, anew in every text), bayes (by the likelihood of the text so far), draw (one
+            member per step, drawn), selective (one member alone where the members agree), random (weights drawn anew
+            for each span), shuffled (the agent's weights for another prompt), vote (the members' most frequent
             answer), oracle (whether any member's answer is right: a reference line); all is all of them. Default:
             single:NAME, uniform, static, confidence and schedule.
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.

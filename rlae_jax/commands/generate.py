@@ -44,7 +44,9 @@ def generate(
         weights: one per model, e.g. 1 2 (scaled to sum to 1). Default: equal weights.
         policy: a run directory whose trained agent sets the weights, span by span; or a policy that needs no training:
             perplexity (of the prompt), confidence (the most certain member), consistency (agreement with the others),
-            gate (the first member alone where it is certain), draw (one member per step).
+            gate (the first member alone where it is certain), draw (one member per step), online (exponentiated
+            gradient, anew in every text), bayes (by the likelihood of the text so far), selective (the first member
+            alone where members agree).
         sampling: how answers are written.
         stream: print the answer span by span, while it is written; for one prompt and one sample.
         show_weights: print the weights of each span under each answer.

@@ -43,7 +43,7 @@ def serve(
     Args:
       model: which models, and how they are fused.
       policy: run directories whose trained agents set the weights, or policies that need no training (perplexity,
-        confidence, consistency, gate): each is a model that clients can name.
+        confidence, consistency, gate, online, bayes, selective): each is a model that clients can name.
       name: what the ensemble is called.
       host: where to listen; 0.0.0.0 is every address of this machine.
       port: where to listen; 0 takes one that is free.

@@ -18,16 +18,17 @@ from rlae_jax.errors import InputError
 from rlae_jax.evaluation.agents import train_router
 from rlae_jax.evaluation.answers import with_room_for_options
 from rlae_jax.evaluation.methods import AnyMethod, Method, Pick, Shuffled, member_alone, member_names, policy_of
-from rlae_jax.evaluation.policies import random_weights, with_settings
-from rlae_jax.evaluation.searches import Budget, best_settings, cost, schedule_weights, static_weights
+from rlae_jax.evaluation.policies import drawn_members, random_weights, with_settings
+from rlae_jax.evaluation.searches import Budget, best_settings, cost, draw_weights, schedule_weights, static_weights
 from rlae_jax.fusion.ensemble import Ensemble
-from rlae_jax.fusion.policy import Confidence, Consistency, Gate, Perplexity
+from rlae_jax.fusion.policy import Bayes, Confidence, Consistency, Gate, Online, Perplexity, Selective
 from rlae_jax.tasks import Task
 
 # In the order of the table.
 BASELINES = ("uniform", "static", "confidence", "schedule")
 ALL = (
     *("uniform", "static", "schedule", "router", "confidence", "perplexity", "consistency", "gate", "topk"),
+    *("online", "bayes", "draw", "selective"),
     *("random", "shuffled", "vote", "oracle"),
 )
 
@@ -35,9 +36,13 @@ ALL = (
 TEMPERATURES = {
     "perplexity": (1.0, 0.3, 0.1, 0.03, 0.01, 3.0, 10.0),
     "consistency": (0.25, 0.1, 0.05, 0.02, 0.5, 1.0, 2.5),
+    "bayes": (1.0, 0.3, 3.0, 10.0, 30.0),
 }
 THRESHOLDS = (0.5, 0.3, 0.7, 0.8, 0.9, 0.95, 0.99)
 TOP_KS = (10, 1, 2, 3, 5, 20, 50)
+LEARNING_RATES = (0.3, 0.1, 1.0, 3.0)
+SHARES = (0.05, 0.0, 0.01, 0.2)
+DISAGREEMENTS = (0.1, 0.02, 0.05, 0.2, 0.3, 0.5)  # in nats
 
 
 def baseline_methods(
@@ -154,6 +159,23 @@ class _Baselines:
     def tuned_temperature(self, name: str, policy: Any, span_length: int) -> Method:
         return self.tuned(name, policy, [{"temperature": value} for value in TEMPERATURES[name]], span_length)
 
+    def tuned_from_static(self, name: str, policy: Any, settings: Sequence[Mapping[str, Any]]) -> Method:
+        """As `tuned`, a policy whose parameters are weights: equal ones are tried, and static's, whose search is a part
+        of what it costs. It decides anew at every step."""
+        static = self.method("static")
+        began = time.perf_counter() - static.record["search_seconds"]
+        searched = np.asarray(static.weights)
+        starts = {"equal": np.full_like(searched, 1 / len(searched)), "static": searched}
+        best = best_settings(
+            *(name, self.task, [{**one, "start": start} for start in starts for one in settings], self.budget),
+            lambda start, **one: Method(
+                self.ensemble, with_settings(self.ensemble, self.task, policy, 1, starts[start][None], **one)
+            ),
+        )
+        return dataclasses.replace(
+            best, record={**best.record, **cost(best.record["searched"] + static.record["searched"], began)}
+        )
+
 
 def _static(baselines: _Baselines) -> Method:
     began = time.perf_counter()
@@ -183,6 +205,28 @@ def _gate(baselines: _Baselines) -> Method:
     return baselines.tuned("gate", Gate(), settings, 1)
 
 
+def _online(baselines: _Baselines) -> Method:
+    settings = [{"learning_rate": rate, "share": share} for rate in LEARNING_RATES for share in SHARES]
+    return baselines.tuned_from_static("online", Online(), settings)
+
+
+def _bayes(baselines: _Baselines) -> Method:
+    return baselines.tuned_from_static("bayes", Bayes(), [{"temperature": value} for value in TEMPERATURES["bayes"]])
+
+
+def _draw(baselines: _Baselines) -> Method:
+    began = time.perf_counter()
+    weights, looked = draw_weights(baselines.ensemble, baselines.task, baselines.budget)
+    record = {"weights": np.round(weights, 4).tolist(), **cost(looked, began)}
+    return Method(baselines.ensemble, drawn_members(baselines.ensemble, baselines.task, weights[None]), None, record)
+
+
+def _selective(baselines: _Baselines) -> Method:
+    members = range(len(baselines.ensemble.members))
+    settings = [{"threshold": threshold, "member": member} for threshold in DISAGREEMENTS for member in members]
+    return baselines.tuned_from_static("selective", Selective(), settings)
+
+
 def _topk(baselines: _Baselines) -> Method:
     # Where k is the whole vocabulary, topk is uniform.
     entries = max(lm.config.vocab for lm in baselines.ensemble.members)
@@ -206,6 +250,10 @@ _MAKERS: dict[str, Callable[[_Baselines], AnyMethod | list[AnyMethod]]] = {
     "consistency": lambda baselines: baselines.tuned_temperature("consistency", Consistency(), 1),
     "gate": _gate,
     "topk": _topk,
+    "online": _online,
+    "bayes": _bayes,
+    "draw": _draw,
+    "selective": _selective,
     "random": _random,
     "shuffled": lambda baselines: [Shuffled(method) for method in baselines.agent],
     "vote": lambda baselines: Pick(baselines.every_member()),

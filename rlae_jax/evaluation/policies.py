@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from rlae_jax.fusion.ensemble import Ensemble
-from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims, Observation, Policy, slice_params
+from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims, Draw, Observation, Policy, slice_params
 from rlae_jax.ppo.dirichlet import Dirichlet
 from rlae_jax.tasks import Task
 
@@ -59,7 +59,8 @@ class RandomWeights:
 
 @dataclasses.dataclass(frozen=True)
 class FieldsAsParameters:
-    """A policy some of whose fields are its parameters, {name: number}: trying others compiles nothing anew."""
+    """A policy some of whose fields are parameters: trying others compiles nothing anew. Its parameters are these,
+    {name: number}, and the policy's own."""
 
     policy: Any  # a dataclass
     names: tuple[str, ...]
@@ -68,13 +69,13 @@ class FieldsAsParameters:
     def reads(self) -> tuple[str, ...]:
         return tuple(self.policy.reads)
 
-    def init(self, key: Key[Array, ""], dims: Dims) -> dict[str, Any]:
-        del key, dims
-        return {name: getattr(self.policy, name) for name in self.names}
+    def init(self, key: Key[Array, ""], dims: Dims) -> tuple[dict[str, Any], Any]:
+        return {name: getattr(self.policy, name) for name in self.names}, self.policy.init(key, dims)
 
-    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Any, Float[Array, " B"]]:
-        policy: Policy = dataclasses.replace(self.policy, **params)
-        return policy.apply((), observation)
+    def apply(self, params: tuple[dict[str, Any], Any], observation: Observation) -> tuple[Any, Float[Array, " B"]]:
+        fields, own = params
+        policy: Policy = dataclasses.replace(self.policy, **fields)
+        return policy.apply(own, observation)
 
 
 def span_count(task: Task, span_length: int) -> int:
@@ -98,8 +99,19 @@ def random_weights(ensemble: Ensemble, task: Task, span_length: int) -> BoundPol
     return BoundPolicy(RandomWeights(), ones, dims_for(ensemble, task, span_length), span_length, sample=True)
 
 
-def with_settings(ensemble: Ensemble, task: Task, policy: Any, span_length: int, **settings: float) -> BoundPolicy:
-    """A policy that needs no training, under other settings."""
-    params = {name: np.float32(value) if isinstance(value, float) else value for name, value in settings.items()}
-    bound = FieldsAsParameters(policy, tuple(params))
-    return BoundPolicy(bound, params, dims_for(ensemble, task, span_length), span_length)
+def with_settings(
+    ensemble: Ensemble, task: Task, policy: Any, span_length: int, own: Any = (), **settings: float
+) -> BoundPolicy:
+    """A policy under other settings.
+
+    Args:
+      own: the policy's own parameters, if it has any.
+    """
+    fields = {name: np.float32(value) if isinstance(value, float) else value for name, value in settings.items()}
+    bound = FieldsAsParameters(policy, tuple(fields))
+    return BoundPolicy(bound, (fields, own), dims_for(ensemble, task, span_length), span_length)
+
+
+def drawn_members(ensemble: Ensemble, task: Task, weights: Float[np.ndarray, "B K"]) -> BoundPolicy:
+    """One member per step, drawn with these probabilities, a row for each of a batch or one for all."""
+    return BoundPolicy(Draw(), weights.astype(np.float32), dims_for(ensemble, task, 1), 1, sample=True)

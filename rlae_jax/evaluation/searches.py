@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from rlae_jax import report
 from rlae_jax.evaluation.answers import ROWS, answer_batch
 from rlae_jax.evaluation.methods import Method
-from rlae_jax.evaluation.policies import dims_for, replay, span_count
+from rlae_jax.evaluation.policies import dims_for, drawn_members, replay, span_count
 from rlae_jax.fusion import search
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy, Schedule
@@ -67,11 +67,24 @@ def static_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) 
 
     Returns the weights, and at how many answers it looked.
     """
+    weights, looked = _best_weights("static", ensemble, task, _fixed_weights(ensemble), budget)
+    return weights[0], looked
+
+
+def draw_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) -> tuple[Float[np.ndarray, " K"], int]:
+    """Of those of `static_weights`, the best ones to draw a member per step with."""
+
+    def draw(own: Float[np.ndarray, "B 1 K"]) -> BoundPolicy:
+        return drawn_members(ensemble, task, own[:, 0])
+
+    weights, looked = _best_weights("draw", ensemble, task, _fixed_weights(ensemble), budget, draw)
+    return weights[0], looked
+
+
+def _fixed_weights(ensemble: Ensemble) -> Float[np.ndarray, "W 1 K"]:
     members = len(ensemble.members)
     uniform = np.full(members, 1 / members, np.float32)
-    grid = _with(simplex_grid(members, STATIC_STEP), uniform)
-    weights, looked = _best_weights("static", ensemble, task, grid[:, None], budget)
-    return weights[0], looked
+    return _with(simplex_grid(members, STATIC_STEP), uniform)[:, None]
 
 
 def schedule_weights(
@@ -126,10 +139,19 @@ def best_settings(
 
 
 def _best_weights(
-    name: str, ensemble: Ensemble, task: Task, candidates: Float[np.ndarray, "W P K"], budget: Budget
+    name: str,
+    ensemble: Ensemble,
+    task: Task,
+    candidates: Float[np.ndarray, "W P K"],
+    budget: Budget,
+    use: Callable[[Float[np.ndarray, "B P K"]], BoundPolicy] | None = None,
 ) -> tuple[Float[np.ndarray, "P K"], int]:
     """Which of the weights per span has the best mean reward on training prompts; of equally good ones the nearest to
-    uniform. And at how many answers it looked."""
+    uniform. And at how many answers it looked.
+
+    Args:
+      use: what the rows of a batch do with their weights; by default they are held.
+    """
     _, spans, members = candidates.shape
     examples = task.split("train").take(_prompts_to_search(task, len(candidates), budget))
     total, done = search_size(len(candidates), len(examples)), 0
@@ -143,7 +165,8 @@ def _best_weights(
                 own = weights[rows // len(places)]
                 if task.by_likelihood:  # each option is a row
                     own = np.repeat(own, [len(options) for options in part.options or ()], axis=0)
-                return Method(ensemble, replay(ensemble, task, own, task.span_length))
+                held = replay(ensemble, task, own, task.span_length) if use is None else use(own)
+                return Method(ensemble, held)
 
             before = done
             asked = np.tile(places, len(points))

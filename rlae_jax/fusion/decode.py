@@ -29,7 +29,7 @@ from rlae_jax import sharding
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, Hidden, linear
-from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, policy_places, slice_rows
+from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, SoFar, policy_places, slice_rows
 from rlae_jax.fusion.prompts import Prompts, prompts_from_arrays
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.sampling import RowSampling, Sampling, choose_token
@@ -121,6 +121,7 @@ def _no_decisions(keys: Key[Array, " B"], prompt_scores: Float[Array, "B K"] | N
         prompt=() if prompt_scores is None else prompt_scores,
         text=jnp.zeros((b, spec.dims.text)) if "text" in reads else (),
         agreement=jnp.zeros((b, k, k)) if "agreement" in reads else (),
+        so_far=SoFar.nothing(b, k) if "so_far" in reads else (),
     )
     shapes = jax.eval_shape(lambda: act(spec.policy.init(keys[0], spec.dims), observation, keys, spec))
     span = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -130,6 +131,7 @@ def _no_decisions(keys: Key[Array, " B"], prompt_scores: Float[Array, "B K"] | N
         trajectory=jax.tree.map(lambda leaf: jnp.zeros((b, spec.spans, *leaf.shape[1:]), leaf.dtype), span),
         next_step=jnp.zeros((b,), jnp.int32) if spec.span_lengths else None,
         token_log_probs=jnp.zeros((b, k)) if "stats" in reads else None,
+        so_far=SoFar.nothing(b, k) if "so_far" in reads else None,
     )
 
 
@@ -256,6 +258,7 @@ def _observe(state: DecodeState, prediction: Prediction | None, spec: DecodeSpec
         prompt=() if state.rows.prompt_scores is None else state.rows.prompt_scores,
         text=spec.reader.read(text) if spec.reader is not None and text is not None else (),
         agreement=agreement,
+        so_far=() if decisions.so_far is None else decisions.so_far,
     )
 
 
@@ -371,11 +374,13 @@ def _record(
 ) -> DecodeState:
     """The state after a step: what was chosen is written, and pending for every member."""
     step, token = state.step, choice.token
-    token_log_probs, scores = state.decisions.token_log_probs, state.scores
-    if token_log_probs is not None or scores is not None:
+    token_log_probs, so_far, scores = state.decisions.token_log_probs, state.decisions.so_far, state.scores
+    if token_log_probs is not None or so_far is not None or scores is not None:
         by_member = members.token_log_probs(prediction, token, spec)
         if token_log_probs is not None:
             token_log_probs = jnp.where(due[..., None], 0.0, token_log_probs) + members.observed(by_member)
+        if so_far is not None:
+            so_far = so_far.and_token(members.observed(by_member), span.weights, due, choice.written)
         if scores is not None and choice.log_prob is not None:
             top = scores.top
             if top is not None and choice.top is not None:
@@ -399,7 +404,9 @@ def _record(
         rows=state.rows,
         members=members.append(token, choice.written, spec),
         seen=seen,
-        decisions=_remember(state, due, span, choice.written, token_log_probs, spec),
+        decisions=_remember(state, due, span, choice.written, spec)._replace(
+            token_log_probs=token_log_probs, so_far=so_far
+        ),
         done=state.done | choice.stuck | choice.ended | (step + 1 >= state.rows.limits),
         ended=state.ended | choice.ended,
         steps=state.steps + choice.written.astype(jnp.int32),
@@ -414,7 +421,6 @@ def _remember(
     due: Array,
     span: Span,
     written: Bool[Array, " B"],
-    token_log_probs: Float[Array, "B K"] | None,
     spec: DecodeSpec,
 ) -> Decisions:
     """The trajectory with the decision in force."""
@@ -430,7 +436,8 @@ def _remember(
         # Written at every step, not only at boundaries: an in-place write of a few numbers beats a branch.
         write = functools.partial(lax.dynamic_update_index_in_dim, index=state.step // spec.span_length, axis=1)
         trajectory = jax.tree.map(write, last.trajectory, span)
-    return Decisions(span, last.taken + (due & written).astype(jnp.int32), trajectory, next_step, token_log_probs)
+    taken = last.taken + (due & written).astype(jnp.int32)
+    return last._replace(span=span, taken=taken, trajectory=trajectory, next_step=next_step)
 
 
 def _step(passes: tuple[ForwardPass, ...], policy_params: Any, spec: DecodeSpec, state: DecodeState) -> DecodeState:

@@ -454,7 +454,7 @@ class Ensemble:
         Args:
           prompts: texts; or give `prompt_ids` and `prompt_mask` (1 where there is a token, padding on either side).
           weights: None (uniform), [K], Float[B, K] (each row is scaled to sum to 1), or a policy: a trained one, one of
-            `rlae_jax.fusion.policy`, or a name ("perplexity", "confidence", "consistency", "gate", "draw").
+            `rlae_jax.fusion.policy`, or the name of one of `NAMED_POLICIES` there ("confidence", "online", ...).
           max_new_tokens: the longest answer, or one number per prompt.
           seed: row b draws from fold_in(key(seed), b); or one seed per row.
           keep: keep caches on the device, so that `extend` can go on.

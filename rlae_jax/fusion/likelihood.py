@@ -27,7 +27,7 @@ from rlae_jax.fusion.decode import act, action_keys, fuse, member_agreement, mem
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members
 from rlae_jax.fusion.operators import linear
-from rlae_jax.fusion.policy import STATS, Observation
+from rlae_jax.fusion.policy import STATS, Observation, SoFar
 from rlae_jax.fusion.prompts import SMALLEST_PROMPT_BUCKET, bucket, smallest_batch
 from rlae_jax.fusion.ragged import Ragged, to_union
 from rlae_jax.fusion.reading import Text
@@ -367,7 +367,7 @@ def read_given(
 
     by_member = stats = agreement = None
     reads = spec.policy.reads
-    if {"stats", "agreement"} & set(reads):
+    if {"stats", "agreement"} & set(reads) or ("so_far" in reads and not alone):
 
         def observe(asked: Asked) -> tuple[Array, Array | None, Array | None]:
             prediction = predict(asked)
@@ -496,14 +496,19 @@ def _weights(
         weights: Array = act(policy_params, Observation((), (), ()), keys, spec).weights[asked.answer]
         return weights
     prompt = _prompt_log_probs(passes, hidden, texts) if "prompt" in reads else ()
-    span_log_probs = None
-    if by_member is not None and stats is not None:
+    k, span_log_probs, own = len(spec.members), None, None
+    if by_member is not None:
         own = _kind(asked, spec).observed(by_member)
-        sums = jnp.zeros((spec.spans + 1, r, own.shape[1]))
+    if own is not None and stats is not None:
+        sums = jnp.zeros((spec.spans + 1, r, k))
         span_log_probs = sums.at[asked.step // length + 1, asked.answer].add(own) / length  # of the last span
+    tokens: Any = ()
+    if own is not None and "so_far" in reads:  # the log-probabilities of every span's tokens
+        tokens = jnp.zeros((spec.spans + 1, length, r, k))
+        tokens = tokens.at[asked.step // length + 1, asked.step % length, asked.answer].set(own)[1:]
 
-    def decide(of_span: tuple[Array, Text | None]) -> Float[Array, "R K"]:
-        span, text = of_span
+    def decide(so_far: SoFar, of_span: tuple[Array, Text | None, Any]) -> tuple[SoFar, Float[Array, "R K"]]:
+        span, text, log_probs = of_span
         place = answers.first + jnp.minimum(span * length, jnp.maximum(answers.length - 1, 0))
         begins: Asked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[place], asked)
         states: list[Array] = []
@@ -521,11 +526,18 @@ def _weights(
             prompt=prompt,
             text=() if spec.reader is None or text is None else spec.reader.read(text),
             agreement=() if agreement is None else agreement[place],
+            so_far=so_far if "so_far" in reads else (),
         )
         weights: Array = act(policy_params, observation, action_keys(keys, jnp.full((r,), span)), spec).weights
-        return weights
 
-    weights_prk = lax.map(decide, (jnp.arange(spec.spans), _texts_at_spans(texts, spec)))
+        def write(i: Array, so_far: SoFar) -> SoFar:
+            written = span * length + i < answers.length
+            return so_far.and_token(log_probs[i], weights, i == 0, written)
+
+        return lax.fori_loop(0, length, write, so_far) if "so_far" in reads else so_far, weights
+
+    every_span = jnp.arange(spec.spans), _texts_at_spans(texts, spec), tokens
+    weights_prk = lax.scan(decide, SoFar.nothing(r, k), every_span)[1]
     in_force: Array = weights_prk[asked.step // length, asked.answer]
     return in_force
 

@@ -20,19 +20,54 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax import ranges
 from rlae_jax.errors import InputError
 from rlae_jax.models import Encoder
-from rlae_jax.ranges import CountOr0, Scale, Share
+from rlae_jax.ranges import CountOr0, LearningRateOr0, PositiveOr0, Scale, Share
 from rlae_jax.sharding import ROWS, WHOLE
 
+# What agents may be told to read. Policies without training also read "so_far".
 OBSERVATION_PARTS = ("hidden", "stats", "span", "prompt", "text", "agreement")
 # Those that say something of each member.
 MEMBER_PARTS = ("agreement", "hidden", "stats", "prompt")
 # The columns of Observation.stats.
 STATS = ("entropy", "top_prob", "span_log_prob", "disagreement")
+
+
+class SoFar(NamedTuple):
+    """What was written so far, the prompt apart, as the members saw it: for policies that keep account of a text."""
+
+    tokens: Int[Array, " B"]  # how many
+    log_probs: Float[Array, "B K"]  # each member's log-probability of all of them
+    weights: Float[Array, "B K"]  # in force in the last span; equal ones before the first
+    # The gradient of log sum_k w_k p_k by the last span's weights, summed over its tokens: p_k / sum_j w_j p_j.
+    gains: Float[Array, "B K"]
+
+    @staticmethod
+    def nothing(batch: int, members: int) -> "SoFar":
+        """Before the first token."""
+        zeros = jnp.zeros((batch, members))
+        return SoFar(jnp.zeros((batch,), jnp.int32), zeros, zeros + 1 / members, zeros)
+
+    def and_token(
+        self, log_probs: Float[Array, "B K"], weights: Float[Array, "B K"], begins: Array, written: Bool[Array, " B"]
+    ) -> "SoFar":
+        """One token later, in the rows where one was written.
+
+        Args:
+          log_probs: of the token under each member, finite.
+          weights: in force at it.
+          begins: whether it is its span's first, [] or Bool[B].
+        """
+        gains = jnp.exp(log_probs - jax.nn.logsumexp(log_probs, axis=1, b=weights, keepdims=True))
+        return SoFar(
+            self.tokens + written.astype(jnp.int32),
+            self.log_probs + jnp.where(written[:, None], log_probs, 0.0),
+            weights,
+            jnp.where(begins[..., None], 0.0, self.gains) + jnp.where(written[:, None], gains, 0.0),
+        )
 
 
 class Observation(NamedTuple):
@@ -47,6 +82,7 @@ class Observation(NamedTuple):
     text: Any = ()  # Float[B, D]: what an encoder makes of prompt and text so far, see rlae_jax.fusion.reading
     # Float[B, K, K]: how alike two members' predictions of the next token are, from 0 to 1: sum_v sqrt(p_v q_v).
     agreement: Any = ()
+    so_far: Any = ()  # SoFar
 
 
 class Dims(NamedTuple):
@@ -307,6 +343,87 @@ class Draw:
         return self, slice_params(params, start, n)
 
 
+class _StartsEqual:
+    """What policies share whose parameters are the weights Float[1, K] that every text begins with."""
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 K"]:
+        """Equal weights."""
+        del key
+        return jnp.full((1, dims.members), 1.0 / dims.members)
+
+
+@dataclasses.dataclass(frozen=True)
+class Online(_StartsEqual):
+    """Online mixing, begun anew in every text: after each span exponentiated gradient on the log-loss of the mixture
+    (Kivinen and Warmuth, 1997; Helmbold et al., 1998), then a share of the start (fixed share, Herbster and Warmuth,
+    1998), so that a member that fell behind comes back:
+
+        v_k ~ w_k exp(learning_rate * sum_t p_k(x_t) / sum_j w_j p_j(x_t))        w'_k = (1 - share) v_k + share start_k
+
+    The loss is that of the mean of probabilities, whatever the operator. Its parameters are the start.
+    """
+
+    learning_rate: LearningRateOr0 = 0.3
+    share: Share = 0.05
+    reads: tuple[str, ...] = ("so_far",)
+    span_length: ClassVar[int] = 1  # it decides anew at every step
+
+    def apply(self, params: Float[Array, "1 K"], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
+        seen: SoFar = observation.so_far
+        before = jnp.where(seen.tokens[:, None] == 0, params, seen.weights)
+        moved = jax.nn.softmax(jnp.log(before) + self.learning_rate * seen.gains, axis=-1)
+        return Deterministic((1 - self.share) * moved + self.share * params), jnp.zeros(len(moved))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bayes(_StartsEqual):
+    """The Bayesian mixture: weights proportional to prior times likelihood of the text so far, from the prompt's end.
+
+    The likelihood counts to the power 1 / temperature. At temperature 1, with a decision at every step, the mixture's
+    probability of a text is the prior-weighted mean of the members' probabilities of it. Its parameters are the prior.
+    """
+
+    temperature: Scale = 1.0
+    reads: tuple[str, ...] = ("so_far",)
+    span_length: ClassVar[int] = 1  # it decides anew at every step
+
+    def apply(self, params: Float[Array, "1 K"], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
+        log_probs = observation.so_far.log_probs
+        weights = jax.nn.softmax(jnp.log(params) + log_probs / self.temperature, axis=-1)
+        return Deterministic(weights), jnp.zeros(len(weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class Selective(_StartsEqual):
+    """One member writes alone unless the members disagree: where the mean of their KL(member || uniform mixture), the
+    Jensen-Shannon divergence of all, is at least `threshold` (in nats, at most log K), all write.
+
+    This is how SAFE (arXiv 2510.15346) selects positions, but for its tests: those look at the likeliest token, which
+    under equal weights changes nothing in greedy answers, and at the members' segmentations, which a union needs not
+    look at. Nothing is drafted ahead here, so that it saves no time. Its parameters are the weights where all write.
+    """
+
+    threshold: PositiveOr0 = 0.1
+    member: CountOr0 = 0
+    reads: tuple[str, ...] = ("stats",)
+    span_length: ClassVar[int] = 1  # it decides anew at every step
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> Float[Array, "1 K"]:
+        """Equal weights."""
+        if self.member >= dims.members:
+            raise InputError(f"selective's member is {self.member}; the members are numbered 0 to {dims.members - 1}")
+        return super().init(key, dims)
+
+    def apply(self, params: Float[Array, "1 K"], observation: Observation) -> tuple[Deterministic, Float[Array, " B"]]:
+        disagreement_b = jnp.mean(observation.stats[..., STATS.index("disagreement")], axis=-1)
+        alone = (jnp.arange(params.shape[1])[None] == self.member).astype(jnp.float32)
+        weights = jnp.where((disagreement_b >= self.threshold)[:, None], params, alone)
+        return Deterministic(weights), jnp.zeros(len(weights))
+
+
 # Policies that need no training, by name.
 NAMED_POLICIES: dict[str, Policy] = {
     "perplexity": Perplexity(),
@@ -314,6 +431,9 @@ NAMED_POLICIES: dict[str, Policy] = {
     "consistency": Consistency(),
     "gate": Gate(),
     "draw": Draw(),
+    "online": Online(),
+    "bayes": Bayes(),
+    "selective": Selective(),
 }
 
 

@@ -103,4 +103,5 @@ class DecodeSpec:
     @property
     def may_skip(self) -> bool:
         """Whether members without weight may be left behind: nothing else looks at them."""
-        return self.decides_first and self.fusion in IGNORE_ZERO_WEIGHTS and not self.scores
+        looked_at = self.scores or "so_far" in self.policy.reads
+        return self.decides_first and self.fusion in IGNORE_ZERO_WEIGHTS and not looked_at

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlae_jax.fusion.lockstep import Lockstep
-from rlae_jax.fusion.policy import Observation
+from rlae_jax.fusion.policy import Observation, SoFar
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.reading import Text
 from rlae_jax.fusion.sampling import RowSampling
@@ -39,6 +39,7 @@ class Decisions(NamedTuple):
     next_step: Int[Array, " B"] | None  # the step of the next one, where the policy chooses how long spans are
     # Each member's summed log-probability of this span's tokens; None where the policy does not read it.
     token_log_probs: Float[Array, "B K"] | None
+    so_far: SoFar | None = None  # for a policy that reads it
 
 
 class TokenScores(NamedTuple):

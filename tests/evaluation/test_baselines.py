@@ -96,7 +96,7 @@ class TestAll:
 
     def test_scores_worked_out_by_hand(self, everything):
         scores = {name: method["score"] for name, method in everything[1]["methods"].items()}
-        del scores["random"], scores["shuffled"]
+        del scores["random"], scores["shuffled"], scores["draw"]
         assert scores == {
             "single:left": 5 / 8,
             "single:right": 3 / 8,
@@ -108,6 +108,9 @@ class TestAll:
             "consistency": 5 / 8,  # the surer member differs more from the mixture
             "gate": 5 / 8,
             "topk": 3 / 8,
+            "online": 5 / 8,  # from static's weights; the one digit decides
+            "bayes": 5 / 8,
+            "selective": 5 / 8,  # the members differ everywhere, so that all write
             "vote": 5 / 8,  # they never agree, so that the first member has it
             "oracle": 1.0,
             "rlae_ppo": 1.0,
@@ -122,6 +125,12 @@ class TestAll:
         assert table["static"]["searched"] == 21 * 64
         assert table["schedule"]["searched"] == 3 * 21 * 64
         assert table["gate"]["searched"] == 14 * 64
+        for name, settings in (("online", 32), ("bayes", 10), ("selective", 24)):
+            assert table[name]["searched"] == (21 + settings) * 64  # static's search, too
+        assert (table["online"]["start"], table["bayes"]["start"]) == ("static", "static")
+        assert (table["online"]["learning_rate"], table["online"]["share"]) == (0.3, 0.05)
+        assert (table["selective"]["threshold"], table["selective"]["member"]) == (0.1, 0)  # of equal ones the first
+        assert table["draw"]["searched"] == 21 * 64
         assert "searched" not in table["uniform"]
 
     def test_random_weights(self, everything):

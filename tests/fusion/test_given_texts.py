@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import rlae_jax as rj
 from rlae_jax.config import AgentConfig
 from rlae_jax.fusion import likelihood
-from rlae_jax.fusion.policy import BoundPolicy, Dims
+from rlae_jax.fusion.policy import BoundPolicy, Dims, Online
 from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.ppo.agent import PPOAgent
 from tests.helpers.adapters import random_adapter
@@ -103,9 +103,16 @@ AGENT = PPOAgent(AgentConfig(reads=("prompt", "hidden"), projection=4, ffn_width
     ("policy", "sample", "fusion"),
     [
         (ReadsAll(), True, "loglinear"),
+        (Online(0.5, 0.1), False, "loglinear"),
         *(
             pytest.param(policy, sample, "linear", marks=pytest.mark.rare)
-            for policy, sample in ((ReadsAll(), False), (AGENT, False), ("confidence", False), ("draw", True))
+            for policy, sample in (
+                (ReadsAll(), False),
+                (AGENT, False),
+                ("confidence", False),
+                ("draw", True),
+                ("bayes", False),
+            )
         ),
     ],
 )

@@ -7,7 +7,20 @@ import pytest
 from scipy import stats
 
 import rlae_jax as rj
-from rlae_jax.fusion.policy import BoundPolicy, Consistency, Dims, Draw, Gate, Observation, OneHot, Perplexity
+from rlae_jax.fusion.policy import (
+    Bayes,
+    BoundPolicy,
+    Consistency,
+    Dims,
+    Draw,
+    Gate,
+    Observation,
+    OneHot,
+    Online,
+    Perplexity,
+    Selective,
+    SoFar,
+)
 from rlae_jax.fusion.prompts import pad_rows
 from tests.helpers import reference
 from tests.helpers.reference import log_softmax
@@ -69,6 +82,7 @@ STATISTICS = {
     "cold-consistency": (Consistency(temperature=0.1), lambda s: softmax(-s[:, 3] / 0.1)),
     "gate": (Gate(), lambda s: [1, 0] if s[0, 1] >= 0.5 else [0.5, 0.5]),
     "gate-of-the-second": (Gate(0.4, member=1), lambda s: [0, 1] if s[1, 1] >= 0.4 else [0.5, 0.5]),
+    "selective": (Selective(0.5, member=1), lambda s: [0.5, 0.5] if s[:, 3].mean() >= 0.5 else [0, 1]),
 }
 
 
@@ -92,7 +106,7 @@ def test_policies_that_read_statistics(pair, name):
         np.testing.assert_allclose(out.weights[b, : out.steps[b]], row.weights, rtol=0, atol=1e-4)
     used = out.weights[..., 0][~np.isnan(out.weights[..., 0])]
     assert np.ptp(used) > 0.1
-    if isinstance(policy, Gate):  # it opens, and it shuts
+    if isinstance(policy, Gate | Selective):  # it opens, and it shuts
         assert set(used.tolist()) == {0.5, 1.0 - policy.member}
 
 
@@ -108,6 +122,119 @@ def test_the_gate_is_shut_at_its_threshold():
 def test_consistency_of_members_that_agree_is_uniform():
     distribution, _ = Consistency().apply((), observe(stats=jnp.zeros((2, 4, 4))))
     np.testing.assert_allclose(distribution.mode(), 0.25)
+
+
+def online_weights(log_probs, start, rate, share, length):
+    """[P, K], from what each member gave each token [N, K]."""
+    weights, before = [np.array(start)], np.array(start)
+    for p in range(length, len(log_probs), length):
+        gradient = np.zeros(len(start))
+        for probs in np.exp(log_probs[p - length : p]):
+            gradient += probs / np.sum(before * probs)
+        moved = before * np.exp(rate * gradient)
+        before = (1 - share) * moved / moved.sum() + share * np.array(start)
+        weights.append(before)
+    return np.array(weights)
+
+
+def bayes_weights(log_probs, prior, temperature, length):
+    weights = []
+    for p in range(0, len(log_probs), length):
+        posterior = prior * np.exp(np.sum(log_probs[:p], axis=0) / temperature)
+        weights.append(posterior / posterior.sum())
+    return np.array(weights)
+
+
+class TestAccounts:
+    """Policies that keep account of what was written."""
+
+    RNG = np.random.default_rng()
+    START = RNG.dirichlet([3.0, 3.0])
+    RATE, SHARE, TEMPERATURE = RNG.uniform(0.05, 1.0), RNG.uniform(0.01, 0.3), RNG.uniform(0.5, 3.0)
+
+    def check(self, pair, policy, expect, span_length, written):
+        start = self.START.astype(np.float32)
+        out = written(BoundPolicy(policy, start[None], Dims(pair.widths, 8), span_length))
+        for b, prompt in enumerate(PROMPTS[:3]):
+            tokens, log_probs = list(out.chosen[b]), []
+            for n, token in enumerate(tokens):
+                log_probs.append([reference.read(lm, prompt + tokens[:n])[1][token] for lm in pair.members])
+            expected = expect(np.array(log_probs), start.astype(np.float64), span_length)
+            np.testing.assert_allclose(out.weights[b, : len(expected)], expected, rtol=0, atol=1e-4)
+        assert np.nanmax(np.abs(out.weights - start)) > 1e-3  # it moved
+
+    @pytest.mark.parametrize(
+        ("kind", "span_length"),
+        [
+            ("online", 2),
+            ("bayes", 1),
+            *(pytest.param(*one, marks=pytest.mark.rare) for one in (("online", 1), ("bayes", 2))),
+        ],
+    )
+    def test_their_weights_by_hand(self, pair, kind, span_length):
+        policies = {
+            "online": (
+                Online(self.RATE, self.SHARE),
+                lambda log_probs, start, length: online_weights(log_probs, start, self.RATE, self.SHARE, length),
+            ),
+            "bayes": (
+                Bayes(self.TEMPERATURE),
+                lambda log_probs, prior, length: bayes_weights(log_probs, prior, self.TEMPERATURE, length),
+            ),
+        }
+        self.check(
+            *(pair, *policies[kind], span_length),
+            lambda policy: write(pair, policy, temperature=1.0, ignore_eos=True, seed=int(self.RNG.integers(2**31))),
+        )
+
+    def test_the_bayesian_mixture_is_the_mean_of_the_members_probabilities(self, pair):
+        """Of whole texts, under any prior."""
+        tokens = [self.RNG.integers(0, 23, n).tolist() for n in (1, 4, 7, 3)]
+        policy = BoundPolicy(Bayes(), self.START.astype(np.float32)[None], Dims(pair.widths, 8), 1)
+        for found in pair.score_tokens(PROMPTS, tokens, policy):
+            expected = np.log(np.sum(self.START * np.exp(found.members.sum(axis=0, dtype=np.float64))))
+            np.testing.assert_allclose(found.fused.sum(dtype=np.float64), expected, rtol=1e-5)
+
+    def losses(self, policy, probs, start):
+        """Of each step of one text, whose tokens' probabilities under the members are given."""
+        so_far, losses = SoFar.nothing(1, probs.shape[1]), []
+        for p in probs:
+            weights = policy.apply(jnp.asarray(start)[None], observe(so_far=so_far))[0].weights
+            losses.append(-np.log(np.sum(np.asarray(weights, np.float64)[0] * p)))
+            so_far = so_far.and_token(jnp.log(jnp.asarray(p))[None], weights, jnp.array(True), jnp.array([True]))
+        return np.array(losses)
+
+    def test_regret_of_exponentiated_gradient(self):
+        """Against the best fixed weights in hindsight, within the bound of Helmbold et al. (theorem 4.1)."""
+        steps, k, least = 60, 3, 0.3
+        probs = self.RNG.uniform(least, 1.0, (steps, k)) * [1.0, 0.7, 1.0]
+        least *= 0.7
+        start = np.full(k, 1 / k, np.float32)
+        policy = Online(float(2 * least * np.sqrt(2 * np.log(k) / steps)), 0.0)
+        own = self.losses(policy, probs, start).sum()
+        grid = [np.array([a, b, 20 - a - b]) / 20 for a in range(21) for b in range(21 - a)]
+        best = min(-np.log(probs @ weights).sum() for weights in grid)
+        assert own <= best + np.sqrt(2 * steps * np.log(k)) / (2 * least)
+        assert own <= -np.log(probs @ start).sum() + 1e-3  # a small step never loses what equal weights have
+
+    def test_a_share_follows_a_change(self):
+        """A member that was wrong for long is soon believed again; without a share it is not."""
+        good, bad = np.full(30, 0.9), np.full(30, 0.05)
+        probs = np.stack([np.append(good, bad), np.append(bad, good)], axis=1)
+        start = np.array([0.5, 0.5], np.float32)
+        with_share, without = (self.losses(Online(1.0, share), probs, start) for share in (0.05, 0.0))
+        assert with_share.sum() < -np.log(probs @ start).sum()  # the best fixed weights, too
+        assert with_share[30:35].sum() < without[30:35].sum() / 2
+        assert self.losses(Bayes(), probs, start)[30:].sum() > 2 * with_share[30:].sum()
+
+    def test_limits(self):
+        """All share, or no rate: the start for ever. Zero weights stay zero."""
+        probs = self.RNG.uniform(0.01, 1.0, (5, 2))
+        start = self.START.astype(np.float32)
+        fixed = -np.log(probs @ start.astype(np.float64))
+        for policy in (Online(0.7, 1.0), Online(0.0, 0.2), Bayes(1e6)):
+            np.testing.assert_allclose(self.losses(policy, probs, start), fixed, atol=2e-4)
+        np.testing.assert_allclose(self.losses(Online(0.7, 0.2), probs, [0.0, 1.0]), -np.log(probs[:, 1]), rtol=1e-5)
 
 
 class TestOneHot:
