@@ -1,5 +1,6 @@
 """How commands end: exceptions and signals become a line and a status, at any moment."""
 
+import contextlib
 import errno
 import os
 import random
@@ -182,7 +183,8 @@ def stopped_while_it_begins(arguments: list[str], number: signal.Signals, second
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    time.sleep(seconds)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
@@ -201,10 +203,12 @@ def test_signals_at_random_moments(tmp_path: Path) -> None:
     """Of imports, of a command that ends by itself, and of its end."""
     drawn = random.Random(0)
     arguments = ["generate", "--models", str(tmp_path), "--prompt", "x"]
-    found = set()
+    began = time.monotonic()
+    assert stopped_while_it_begins(arguments, signal.SIGINT, 60)[0] == 2
+    took, found = time.monotonic() - began, set()
     for _ in range(24):
         number = drawn.choice([signal.SIGINT, signal.SIGTERM])
-        status, errors = stopped_while_it_begins(arguments, number, drawn.uniform(0, 3))
+        status, errors = stopped_while_it_begins(arguments, number, drawn.uniform(0, 2 * took))
         assert status in (2, 75 if number == signal.SIGTERM else 130), errors
         assert len(errors.splitlines()) == 1, errors
         assert errors.startswith("error: " if status == 2 else "stopped")
