@@ -19,11 +19,17 @@ from rlae_jax.ranges import (
     PositiveOr0,
     Seed,
     Share,
+    ShareBelow1,
     Spans,
     Temperature,
     Width,
 )
 
+# What a network reads, and how often it does without hidden states in training, unless that is given.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "joint": {"reads": ("hidden", "stats", "span"), "hidden_dropout": 0.0},
+    "set": {"reads": ("hidden", "stats", "agreement", "span"), "hidden_dropout": 0.25},
+}
 _MEMBER_PARTS = f"{', '.join(MEMBER_PARTS[:-1])} or {MEMBER_PARTS[-1]}"
 
 
@@ -39,6 +45,9 @@ class AgentConfig:
       encoder, text_tokens: a Hugging Face encoder (directory or Hub id) for "text", and how many tokens it reads at
         most, the newest ones. It is not trained.
       max_spans: spans that the index's embedding holds, if more than in training.
+      network: "joint" knows members by their places, "set" by what it reads of them, so that it takes any members in
+        any order. `AgentConfig.of_set()` has what suits it.
+      hidden_dropout: of a set agent, the share of hidden states that it is not shown in training.
       projection: width to which each member's hidden state is projected.
       span_embedding: width of the span index's embedding.
       ffn_width: hidden width of the actor's and of the critic's MLP.
@@ -61,6 +70,8 @@ class AgentConfig:
     encoder: str | None = None
     text_tokens: Count = 512
     max_spans: Spans = 0
+    network: str = "joint"
+    hidden_dropout: ShareBelow1 = 0.0
 
     def __post_init__(self) -> None:
         ranges.check(self)
@@ -76,6 +87,25 @@ class AgentConfig:
                 'to read "text" needs an encoder, such as microsoft/deberta-v3-base, and only that; '
                 f"reads is {', '.join(self.reads)} and encoder {self.encoder}"
             )
+        if self.network not in NETWORKS:
+            raise InputError(f"network must be one of {', '.join(NETWORKS)}, not {self.network!r}")
+        if self.network == "set":
+            self._check_set()
+        elif self.hidden_dropout:
+            raise InputError("hidden_dropout is of set agents: set network, too")
+
+    def _check_set(self) -> None:
+        if not set(MEMBER_PARTS) & set(self.reads):
+            raise InputError(f"a set agent must read something of each member: {_MEMBER_PARTS}")
+        if self.distribution != "dirichlet":
+            raise InputError("a set agent's weights have a Dirichlet; leave distribution out")
+        if self.share_actors:
+            raise InputError("a set agent is one network already, and not told whose it is; leave share_actors out")
+
+    @classmethod
+    def of_set(cls, **changes: Any) -> Self:
+        """Settings of a set agent."""
+        return cls(**NETWORKS["set"] | {"network": "set"} | changes)
 
 
 # Dev prompts that are scored unless their number is given: per answer of an iteration, since greedy answers cost about
@@ -171,6 +201,11 @@ class PPOConfig:
             "agent": AgentConfig(concentration_floor=1e-4, initial_concentration=math.log(2.0)),
         }
         return cls(**(published | changes))
+
+    @property
+    def method(self) -> str:
+        """What results call agents of these settings."""
+        return f"rlae_{self.algorithm}" + ("_set" if self.agent.network == "set" else "")
 
     @property
     def dev_prompts(self) -> int:

@@ -47,7 +47,7 @@ def evaluate(
         out: a new directory for config.json, results.json, predictions.jsonl, scores.png and the router's run.
         task: what is asked.
         split: which prompts. Choices are made on train and dev; read test once.
-        policy: run directories of trained agents; several of one algorithm are its seeds.
+        policy: run directories of trained agents; several of one kind are its seeds.
         methods: of single:NAME, uniform, static (best fixed weights), schedule (best weights per span index), router
             (an agent, trained here, with one action for the whole answer), confidence (at each step the most certain
             member), perplexity (by how well a member predicts the prompt), consistency (by agreement with the others),
@@ -87,7 +87,7 @@ def evaluate(
         runs=out,
         search_prompts=search_prompts,
     )
-    names = {run: f"rlae_{read_run(run).algorithm}" for run in policy}
+    names = {run: read_run(run).settings.method for run in policy}
     files.write_json(
         config,
         {

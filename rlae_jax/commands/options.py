@@ -220,6 +220,9 @@ class AgentOptions:
 
     algo: Literal["ppo", "mappo"] = "ppo"
     """ppo = one agent sets all weights, mappo = one agent per member sets its own."""
+    agent: Literal["joint", "set"] = "joint"
+    """joint = the agent knows members by their places, set = by what it reads of them, so that it can be used with more
+    members than it was trained with, in another order, and with others."""
     preset: Literal["demo", "paper"] = "demo"
     """demo = quick steps for small models, paper = the published figures of RLAE."""
     iterations: Count | None = None
@@ -233,12 +236,15 @@ class AgentOptions:
         Raises:
           InputError: values that are out of range, or do not go together.
         """
-        from rlae_jax.config import ALGORITHMS, AgentConfig
+        from rlae_jax.config import ALGORITHMS, NETWORKS, AgentConfig
 
         preset = getattr(ALGORITHMS[self.algo], self.preset)
         changes = {
-            name: value for name, value in vars(self).items() if name not in ("algo", "preset") and value is not None
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("algo", "agent", "preset") and value is not None
         }
-        of_agent = {f.name: changes.pop(f.name) for f in dataclasses.fields(AgentConfig) if f.name in changes}
+        of_agent = {"network": self.agent, **NETWORKS[self.agent]}
+        of_agent |= {f.name: changes.pop(f.name) for f in dataclasses.fields(AgentConfig) if f.name in changes}
         config: PPOConfig = preset(**changes, agent=dataclasses.replace(preset().agent, **of_agent))
         return config

@@ -52,7 +52,7 @@ class TrainOptions(AgentOptions):
     temperature: Temperature | None = None
     """of the tokens during training; 0 writes the most probable ones. Default: the preset's."""
     reads: tuple[Literal["hidden", "stats", "span", "prompt", "text", "agreement"], ...] | None = None
-    """what the agent sees. Default: hidden stats span."""
+    """what the agent sees. Default: hidden stats span, and of a set agent also agreement."""
     encoder: str | None = None
     """of an agent that reads text: a Hugging Face encoder, such as microsoft/deberta-v3-base."""
     max_spans: Spans | None = None
@@ -133,7 +133,7 @@ def train(
     dev, used = len(asked.split("dev")), config.dev_prompts
     if used < dev:
         report.say(f"the first {used} of {dev} dev prompts were scored in training; --eval-prompts sets how many")
-    name = f"rlae_{config.algorithm}"
+    name = config.method
     uniform = Method(ensemble, None, policies[0].span_length)
     agents = [Method(ensemble, policy) for policy in policies]
     limit = max(used, DEV_SHARE * config.prompts * config.samples)

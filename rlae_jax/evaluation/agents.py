@@ -17,11 +17,12 @@ from rlae_jax.tasks import Task
 
 
 def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[str, list[Method]]:
-    """The agents of run directories by name, `rlae_ppo` or `rlae_mappo`. Several runs of one algorithm, and the agents
-    that a run trained side by side, are its seeds.
+    """The agents of run directories by name, such as `rlae_ppo` or `rlae_mappo_set`. Several runs of one algorithm and
+    kind of network, and the agents that a run trained side by side, are its seeds.
 
     Raises:
-      InputError: not a run directory, or an agent of other members or for shorter answers than the task's.
+      InputError: not a run directory, or an agent for shorter answers than the task's, or of other members that takes
+        only those.
     """
     agents: dict[str, list[Method]] = {}
     task = with_room_for_options(ensemble, task)
@@ -29,7 +30,7 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
         config = read_run(run).settings
         for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
             ensemble.bind(policy, 1, span_count(task, policy.span_length))  # tells now what does not fit
-            agents.setdefault(f"rlae_{config.algorithm}", []).append(Method(ensemble, policy))
+            agents.setdefault(config.method, []).append(Method(ensemble, policy))
         check_members(run, ensemble)
     return agents
 
@@ -45,12 +46,12 @@ def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: 
 
 
 def router_config(runs: Sequence[Path]) -> PPOConfig | None:
-    """The settings of a router that is to be compared with these runs' agents: the first algorithm's, PPO's if it is
+    """The settings of a router that is to be compared with these runs' agents: the first kind's, PPO's if it is
     among them, with as many seeds as there are agents of it, and as many iterations as were done at most. None where
     there are no runs."""
     configs = sorted((read_run(run).settings for run in runs), key=lambda config: config.algorithm != "ppo")
     if not configs:
         return None
     done = max((row["iteration"] for run in runs for row in read_metrics(Path(run))), default=configs[0].iterations)
-    seeds = sum(config.seeds for config in configs if config.algorithm == configs[0].algorithm)
+    seeds = sum(config.seeds for config in configs if config.method == configs[0].method)
     return dataclasses.replace(configs[0], seeds=seeds, iterations=done)

@@ -29,7 +29,7 @@ from rlae_jax import sharding
 from rlae_jax.fusion.lockstep import Lockstep
 from rlae_jax.fusion.members import ForwardPass, MemberParams, Prediction, bind_members, prompt_log_probs
 from rlae_jax.fusion.operators import Candidates, Hidden, linear
-from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, SoFar, policy_places, slice_rows
+from rlae_jax.fusion.policy import STATS, ChoosesLength, Observation, SoFar, hide, policy_places, slice_rows
 from rlae_jax.fusion.prompts import Prompts, prompts_from_arrays
 from rlae_jax.fusion.ragged import Ragged
 from rlae_jax.fusion.sampling import RowSampling, Sampling, choose_token
@@ -178,6 +178,8 @@ def action_keys(keys: Key[Array, " B"], span: Int[Array, " B"]) -> Key[Array, " 
 def act(policy_params: Any, observation: Observation, keys: Key[Array, " B"], spec: DecodeSpec) -> Span:
     """What the policy does about an observation; the keys are its rows' own for this span."""
     b = len(keys)
+    if spec.record:
+        observation = hide(spec.policy, observation, keys)
     distribution, value = spec.policy.apply(policy_params, observation)
     action = distribution.sample(keys) if spec.sample_weights else distribution.mode()
     action = jnp.broadcast_to(action, (b, action.shape[1]))

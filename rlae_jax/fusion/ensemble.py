@@ -339,7 +339,17 @@ class Ensemble:
           InputError: see `weights.bind_weights`.
         """
         dims = Dims(self.widths, spans)
-        return bind_weights(weights, batch, dims, span_length, fusion=self.fusion, continues=self.continues)
+        return bind_weights(
+            *(weights, batch, dims, span_length),
+            fusion=self.fusion,
+            continues=self.continues,
+            fingerprints=lambda: self.fingerprints,
+        )
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The members'."""
+        return tuple(lm.fingerprint() for lm in self.members)
 
     def _read_text(
         self, weights: Weights, prompts: Sequence[str] | None, rows: Sequence[Row]

@@ -12,7 +12,9 @@ its action holds. Fixed weights are a policy too, so decoding has one path. Trai
 
 Parameters are the same for all rows of a batch, unless the policy has a method `slice_rows`, which takes those of some
 rows (see the function of that name); with `params_per_row` they may have a leading B axis. A policy may say the
-`span_length` that it is made for, and that it `draws_members`.
+`span_length` that it is made for, and that it `draws_members`; with a method `hide` it does not see everything in
+training (see the function); with a method `for_members` it takes any members, of which it is told which were there in
+training.
 """
 
 import dataclasses
@@ -133,6 +135,13 @@ def slice_rows(policy: Policy, params: Any, start: Array | int, n: int, total: i
     """The policy and its parameters for n of the `total` rows of a batch, from row `start` on."""
     own = getattr(policy, "slice_rows", None)
     return (policy, params) if own is None else own(params, start, n, total)
+
+
+def hide(policy: Policy, observation: Observation, keys: Key[Array, " B"]) -> Observation:
+    """What a policy is shown of an observation in training."""
+    own = getattr(policy, "hide", None)
+    shown: Observation = observation if own is None else own(observation, keys)
+    return shown
 
 
 def policy_places(policy: Policy, params: Any) -> Any:
@@ -451,3 +460,6 @@ class BoundPolicy:
     sample: bool = False
     encoder: Encoder | None = None  # of a policy that reads the text
     text_tokens: int = 512  # and how many tokens of it
+    # Fingerprints of the members that it was trained with, if known. A policy for any members reads others without
+    # their hidden states.
+    members: tuple[str, ...] = ()

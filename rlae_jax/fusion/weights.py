@@ -1,6 +1,6 @@
 """From what a user gives as weights to a policy with its parameters for a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,6 +88,7 @@ def bind_weights(
     *,
     fusion: FusionOperator,
     continues: bool,
+    fingerprints: Callable[[], Sequence[str]],
 ) -> PolicyForBatch:
     """The policy that any of `Ensemble.generate`'s weights are.
 
@@ -95,17 +96,19 @@ def bind_weights(
       dims: of the ensemble's members and of the answers at hand.
       span_length: as given by the user.
       continues: whether answers continue their prompts.
+      fingerprints: gives the members'.
 
     Raises:
-      InputError: weights of a wrong shape or value, a policy trained for other members, for shorter answers or for
-        another span length.
+      InputError: weights of a wrong shape or value, a policy trained for other members, if it takes only those, for
+        shorter answers or for another span length.
     """
     weights = named_policy(weights)
     if isinstance(weights, BoundPolicy):
-        if weights.dims.widths != dims.widths:
+        for_members = getattr(weights.policy, "for_members", None)
+        if for_members is None and weights.dims.widths != dims.widths:
             raise InputError(
                 f"the policy was trained for members of width {list(weights.dims.widths)}; "
-                f"these have {list(dims.widths)}"
+                f"these have {list(dims.widths)} (a set agent takes any members)"
             )
         if span_length not in (None, weights.span_length):
             raise InputError(
@@ -118,7 +121,10 @@ def bind_weights(
                 f"{weights.dims.spans}, {weights.dims.spans * weights.span_length} tokens; lower max_new_tokens, or "
                 "train with a larger agent.max_spans"
             )
-        return PolicyForBatch(weights.policy, weights.params, weights.sample)
+        policy = weights.policy
+        if for_members is not None and weights.members:
+            policy = for_members(tuple(mark in weights.members for mark in fingerprints()))
+        return PolicyForBatch(policy, weights.params, weights.sample)
     k = dims.members
     if weights is None:
         return PolicyForBatch(Fixed(), np.full((batch, k), 1 / k, np.float32), False)

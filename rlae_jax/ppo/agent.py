@@ -1,4 +1,7 @@
-"""The weight agents. One that sets all weights of a span at once (PPO), or one per member (MAPPO).
+"""The weight agents: their networks.
+
+The joint agents know a member by its place. One sets all weights of a span at once (PPO), or there is one per member
+(MAPPO).
 
 member k:  hidden [B, D_k] -> normalised -> projection -+
            stats [B, 4], agreement [B, K], prompt [B] --+-> what is read of member k [B, K, I] -+
@@ -7,6 +10,16 @@ shared:    span [B] -> embedding [B, J] ----------------------------------------
            PPO                                          MAPPO
 actor      joint -> K concentrations                    member k's and the shared part -> its own concentration
 critic     joint -> value                               joint -> value
+
+The set agent (`--agent set`) is one network for all members, of any number, and knows a member by what it reads of it:
+
+member k:  hidden [B, D_k] -> normalised -> the projection of its width -+
+           stats [B, 4], prompt [B] -------------------------------------+-> x_k [B, X]
+shared:    span, text [B, J] --------------------------------------------+
+x [B, K, X], agreement [B, K, K] -> attention of each member to the others -> seen_k [B, X + H*E]
+
+actor      seen_k -> member k's concentration, of a Dirichlet (PPO) or of a Gamma of its own (MAPPO)
+critic     mean over k of tanh(seen_k) -> value
 """
 
 import dataclasses
@@ -42,6 +55,7 @@ def init_mlp(key: Key[Array, ""], inputs: int, width: int, outputs: int) -> Mlp:
 
 # Agents are small and their ratios near 1: accelerators' own rounding of float32 operands would be noise in them.
 _product = functools.partial(jnp.matmul, precision="highest")
+_einsum = functools.partial(jnp.einsum, precision="highest")
 
 
 def apply_mlp(mlp: Mlp, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
@@ -50,7 +64,7 @@ def apply_mlp(mlp: Mlp, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
     return _product(jnp.tanh(_product(x, mlp["w1"]) + b1), mlp["w2"]) + b2
 
 
-def _normed(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+def _normed(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Divided by its root mean square."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
@@ -58,8 +72,8 @@ def _normed(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
 def _init_reading(key: Key[Array, ""], config: AgentConfig, dims: Dims) -> tuple[dict[str, Any], int, int]:
     """Parameters of what comes before actor and critic, and the widths I and J."""
     span_key, text_key, *member_keys = jax.random.split(key, dims.members + 2)
-    params: dict[str, Any] = {}
-    of_member, shared = 0, 0
+    params, shared = _init_shared(span_key, text_key, config, dims)
+    of_member = 0
     if "hidden" in config.reads:
         params["projections"] = {
             f"member_{k}": jax.random.normal(member_keys[k], (width, config.projection)) * width**-0.5
@@ -68,41 +82,55 @@ def _init_reading(key: Key[Array, ""], config: AgentConfig, dims: Dims) -> tuple
         of_member += config.projection
     of_member += len(STATS) * ("stats" in config.reads) + ("prompt" in config.reads)
     of_member += dims.members * ("agreement" in config.reads)
+    return params, of_member, shared
+
+
+def _init_shared(
+    span_key: Key[Array, ""], text_key: Key[Array, ""], config: AgentConfig, dims: Dims
+) -> tuple[dict[str, Any], int]:
+    """Parameters of what is read besides the members, and its width J."""
+    params: dict[str, Any] = {}
+    shared = 0
     if "span" in config.reads:
         params["span_embedding"] = jax.random.normal(span_key, (dims.spans, config.span_embedding)) * 0.1
         shared += config.span_embedding
     if "text" in config.reads:
         params["text_projection"] = jax.random.normal(text_key, (dims.text, config.projection)) * dims.text**-0.5
         shared += config.projection
-    return params, of_member, shared
+    return params, shared
 
 
 def _read(
     params: dict[str, Any], observation: Observation, config: AgentConfig
 ) -> tuple[Float[Array, "B K I"] | None, Float[Array, "B J"] | None]:
     """What is read of each member, and what is read besides; None where that is nothing."""
-    of_members, shared = [], []
+    of_members: list[Array] = []
     if "hidden" in config.reads:
         projected = []
         for k, hidden in enumerate(observation.hidden):
             projected.append(_product(_normed(hidden), params["projections"][f"member_{k}"]))
         of_members.append(jnp.stack(projected, axis=1))
-    if "stats" in config.reads:
-        of_members.append(observation.stats)
+    of_members += _columns(observation, config)
     if "agreement" in config.reads:
         of_members.append(observation.agreement)
-    if "prompt" in config.reads:
-        of_members.append(observation.prompt[..., None])
+    return jnp.concatenate(of_members, axis=-1) if of_members else None, _read_shared(params, observation, config)
+
+
+def _columns(observation: Observation, config: AgentConfig) -> list[Float[Array, "B K _"]]:
+    """What is read of each member as it is."""
+    columns = [observation.stats] if "stats" in config.reads else []
+    return columns + ([observation.prompt[..., None]] if "prompt" in config.reads else [])
+
+
+def _read_shared(params: dict[str, Any], observation: Observation, config: AgentConfig) -> Float[Array, "B J"] | None:
+    shared = []
     if "span" in config.reads:
         # An answer that was extended beyond those of training reuses the last span's embedding.
         last = params["span_embedding"].shape[0] - 1
         shared.append(params["span_embedding"][jnp.minimum(observation.span, last)])
     if "text" in config.reads:
         shared.append(_product(_normed(observation.text), params["text_projection"]))
-    return (
-        jnp.concatenate(of_members, axis=-1) if of_members else None,
-        jnp.concatenate(shared, axis=-1) if shared else None,
-    )
+    return jnp.concatenate(shared, axis=-1) if shared else None
 
 
 def _joint(of_members: Float[Array, "B K I"] | None, shared: Float[Array, "B J"] | None) -> Float[Array, "B K*I+J"]:
@@ -230,3 +258,142 @@ class MAPPOAgent:
         joint = _joint(of_members, shared)
         gammas = LogGammas(_concentration(raw[..., 0], self.config))
         return _with_length(params, self.config, gammas, joint), apply_mlp(params["critic"], joint)[:, 0]
+
+
+_HEADS = 4
+_HIDING = 0x41DE  # the stream that says which hidden states are hidden, apart from the one that draws weights
+
+
+def _init_attention(key: Key[Array, ""], inputs: int, width: int, agreement: bool) -> dict[str, Array]:
+    """At first every member looks at all others alike: what it then sees, their mean, does not depend on how many they
+    are. With two members, where there is one other, it stays so."""
+    token, keys, values, alike = jax.random.split(key, 4)
+    each = max(width // _HEADS, 1)
+    params = {
+        "token": jax.random.normal(token, (inputs, width)) * max(inputs, 1) ** -0.5,
+        "bias": jnp.zeros((width,)),
+        "query": jnp.zeros((width, _HEADS, each)),
+        "key": jax.random.normal(keys, (width, _HEADS, each)) * width**-0.5,
+        "value": jax.random.normal(values, (width, _HEADS, each)) * width**-0.5,
+    }
+    if agreement:
+        params["agreement_score"] = jnp.zeros((_HEADS,))
+        params["agreement_value"] = jax.random.normal(alike, (_HEADS, each))
+    return params
+
+
+def _attend(
+    params: dict[str, Array], x: Float[Array, "B K X"], agreement: Float[Array, "B K K"] | None
+) -> Float[Array, "B K H*E"]:
+    """What each member sees of the others: softmax over k != j of q_j k_k / sqrt(E) + s_h agreement_jk, of values
+    v_k + agreement_jk u_h. One that is alone sees zeros."""
+    b, k, _ = x.shape
+    heads, each = params["value"].shape[1:]
+    if k == 1:
+        return jnp.zeros((b, k, heads * each))
+    query, key = (_einsum("bkx,xhe->bkhe", _normed(x), params[name]) for name in ("query", "key"))
+    scores = _einsum("bjhe,bkhe->bjkh", query, key) * each**-0.5
+    if agreement is not None:
+        scores = scores + agreement[..., None] * params["agreement_score"][None, None, None]
+    scores = jnp.where(jnp.eye(k, dtype=bool)[None, :, :, None], -jnp.inf, scores)
+    share = jax.nn.softmax(scores, axis=2)
+    seen = _einsum("bjkh,bkhe->bjhe", share, _einsum("bkx,xhe->bkhe", x, params["value"]))
+    if agreement is not None:
+        alike = _einsum("bjkh,bjk->bjh", share, agreement)
+        seen = seen + alike[..., None] * params["agreement_value"][None, None]
+    return seen.reshape(b, k, heads * each)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetAgent:
+    """A `Policy` for any members, in any order: its parameters depend on their widths alone, each of which has a
+    projection. A member of another width, and one that `known` says was not there in training, is read as if its hidden
+    state were zeros.
+
+    Attributes:
+      several: every member's concentration is a Gamma's, with a likelihood of its own (MAPPO).
+      known: whether each member was there in training; () where all were, as far as their widths tell.
+    """
+
+    config: AgentConfig = dataclasses.field(default_factory=AgentConfig)
+    several: bool = False
+    known: tuple[bool, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.config.reads
+
+    @property
+    def span_lengths(self) -> tuple[int, ...]:
+        return self.config.span_lengths
+
+    def for_members(self, known: tuple[bool, ...]) -> "SetAgent":
+        """The agent over some members, of which some were there in training."""
+        return dataclasses.replace(self, known=() if all(known) else known)
+
+    def init(self, key: Key[Array, ""], dims: Dims) -> dict[str, Any]:
+        """Parameters for members of these widths, whatever their order and number, and answers of at most `dims.spans`
+        spans."""
+        config = self.config
+        span, text, hidden, attention, pool, actor, team = jax.random.split(key, 7)
+        params, inputs = _init_shared(span, text, config, dims)
+        if "hidden" in config.reads:
+            params["projections"] = {
+                _of_width(width): jax.random.normal(jax.random.fold_in(hidden, width), (width, config.projection))
+                * width**-0.5
+                for width in sorted(set(dims.widths))
+            }
+            inputs += config.projection + 1
+        inputs += len(STATS) * ("stats" in config.reads) + ("prompt" in config.reads)
+        params["attention"] = _init_attention(attention, inputs, config.projection, "agreement" in config.reads)
+        seen = config.projection + params["attention"]["value"][0].size
+        params["pool"] = jax.random.normal(pool, (seen, config.ffn_width)) * seen**-0.5
+        params["actor"] = init_mlp(actor, seen, config.ffn_width, 1)
+        params["actor"]["b2"] += _start(config)
+        return params | _init_team(team, config, config.ffn_width)
+
+    def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Distribution, Float[Array, " B"]]:
+        """The distribution over weights, or the members' own, and the critic's value."""
+        config = self.config
+        of_members = self._hidden(params, observation) + _columns(observation, config)
+        agreement = observation.agreement if "agreement" in config.reads else None
+        b, k = of_members[0].shape[:2] if agreement is None else agreement.shape[:2]
+        shared = _read_shared(params, observation, config)
+        if shared is not None:
+            of_members.append(jnp.broadcast_to(shared[:, None], (b, k, shared.shape[1])))
+        attention = params["attention"]
+        read = jnp.concatenate(of_members, axis=-1) if of_members else jnp.zeros((b, k, 0))
+        x = _product(read, attention["token"]) + attention["bias"][None, None]
+        seen = jnp.concatenate([x, _attend(attention, x, agreement)], axis=-1)
+        alpha = _concentration(apply_mlp(params["actor"], seen)[..., 0], config)
+        pooled = jnp.mean(jnp.tanh(_product(seen, params["pool"])), axis=1)
+        of_weights: Distribution = LogGammas(alpha) if self.several else Dirichlet(alpha)
+        return _with_length(params, config, of_weights, pooled), apply_mlp(params["critic"], pooled)[:, 0]
+
+    def _hidden(self, params: dict[str, Any], observation: Observation) -> list[Float[Array, "B K _"]]:
+        """The projections of the members' hidden states, and whether there is one: not where it is all zeros."""
+        if "hidden" not in self.config.reads:
+            return []
+        projected = []
+        for k, hidden in enumerate(observation.hidden):
+            kernel = params["projections"].get(_of_width(hidden.shape[1]))
+            if kernel is None or (self.known and not self.known[k]):
+                projected.append(jnp.zeros((len(hidden), self.config.projection + 1)))
+                continue
+            there = jnp.any(hidden != 0, axis=1, keepdims=True).astype(jnp.float32)
+            projected.append(jnp.concatenate([_product(_normed(hidden), kernel), there], axis=1))
+        return [jnp.stack(projected, axis=1)]
+
+    def hide(self, observation: Observation, keys: Key[Array, " B"]) -> Observation:
+        """What is shown in training: some hidden states are zeros, so that the agent learns to do without them."""
+        share = self.config.hidden_dropout
+        if not share or "hidden" not in self.reads:
+            return observation
+        n = len(observation.hidden)
+        shown = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, _HIDING), 1 - share, (n,)))(keys)
+        hidden = tuple(jnp.where(shown[:, k, None], one, 0.0) for k, one in enumerate(observation.hidden))
+        return observation._replace(hidden=hidden)
+
+
+def _of_width(width: int) -> str:
+    return f"width_{width}"

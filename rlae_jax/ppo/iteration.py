@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 from rlae_jax.compilation import jit
 from rlae_jax.config import PPOConfig
 from rlae_jax.fusion.decode import decode_batch, params_places
-from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy
+from rlae_jax.fusion.policy import Dims, Distribution, Observation, Policy, hide
 from rlae_jax.fusion.prompts import Prompts, row_keys
 from rlae_jax.fusion.queued import decode_queued
 from rlae_jax.fusion.spec import DecodeSpec
-from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent
+from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent, SetAgent
 from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
 from rlae_jax.schedules import learning_rate
 from rlae_jax.sharding import (
@@ -88,6 +88,10 @@ class AgentsInBlocks:
         """Each block under its own agent."""
         return join_blocks(jax.vmap(self.policy.apply)(params, split_blocks(observation, self.agents)))
 
+    def hide(self, observation: Observation, keys: Key[Array, " EB"]) -> Observation:
+        """As the agents do, which do it alike."""
+        return hide(self.policy, observation, keys)
+
     def slice_rows(self, params: Any, start: Array | int, n: int, total: int) -> tuple["AgentsInBlocks", Any]:
         """The agent whose rows they are."""
         if n * self.agents > total:
@@ -119,7 +123,10 @@ class Batch(NamedTuple):
 
 def make_policy(config: PPOConfig) -> Policy:
     """The agent, or the agents, that a configuration trains."""
-    return (MAPPOAgent if config.algorithm == "mappo" else PPOAgent)(config.agent)
+    several = config.algorithm == "mappo"
+    if config.agent.network == "set":
+        return SetAgent(config.agent, several)
+    return (MAPPOAgent if several else PPOAgent)(config.agent)
 
 
 def make_optimiser(config: PPOConfig) -> optax.GradientTransformation:

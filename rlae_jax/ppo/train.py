@@ -143,7 +143,8 @@ def setup(
             split: SplitMark(n=len(examples), sha256=examples.digest()) for split, examples in task.splits.items()
         },
         "members": [
-            MemberMark(name=lm.name, width=lm.config.hidden_width, sha256=lm.fingerprint()) for lm in ensemble.members
+            MemberMark(name=lm.name, width=lm.config.hidden_width, sha256=mark)
+            for lm, mark in zip(ensemble.members, ensemble.fingerprints, strict=True)
         ],
         "fusion": fusion_name(ensemble.fusion),
         "end_ids": [list(ids) for ids in ensemble.member_ends],
@@ -161,16 +162,25 @@ def fusion_name(fusion: FusionOperator) -> str:
 
 
 def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
-    """Warns if an ensemble's members are not those that a run's agents were trained with: their weights go by place.
+    """Warns if an ensemble's members are not those that a run's agents were trained with: the weights of joint agents
+    go by place, and set agents do not read the hidden states of members that they do not know.
 
     Raises:
       InputError: what `read_run` raises.
     """
-    given = [(lm.name, lm.fingerprint()) for lm in ensemble.members]
-    known = [(member.name, member.sha256) for member in read_run(run).members]
+    given = [(lm.name, mark) for lm, mark in zip(ensemble.members, ensemble.fingerprints, strict=True)]
+    made = read_run(run)
+    known = [(member.name, member.sha256) for member in made.members]
     if [mark for _, mark in given] == [mark for _, mark in known]:
         return
     of_run, of_ensemble = (", ".join(name for name, _ in members) for members in (known, given))
+    agent = made.settings.agent
+    if agent.network == "set":
+        new = ", ".join(name for name, mark in given if mark not in dict(known).values())
+        how = ", and read without hidden states" if "hidden" in agent.reads else ""
+        if new:
+            warnings.warn(f"{run} was trained with {of_run}: to its agent {new} is new{how}", stacklevel=2)
+        return
     order = sorted(mark for _, mark in given) == sorted(mark for _, mark in known)
     why = "in another order" if order else "these are others, even where names are alike, or an older version trained"
     warnings.warn(f"{run} was trained with {of_run}; given are {of_ensemble}: {why}", stacklevel=2)
@@ -391,10 +401,12 @@ def train_seeds(
         log.close()
         saved.close()
     agents = [_best(state, e) for e in range(config.seeds)]
-    return [_bound(config, params, dims, encoder) for params in agents]
+    return [_bound(config, params, dims, encoder, ensemble.fingerprints) for params in agents]
 
 
-def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) -> BoundPolicy:
+def _bound(
+    config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None, members: tuple[str, ...]
+) -> BoundPolicy:
     # Wherever they were trained, they are to be used anywhere.
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
     assert config.span_length is not None
@@ -405,6 +417,7 @@ def _bound(config: PPOConfig, params: Any, dims: Dims, encoder: Encoder | None) 
         config.span_length,
         encoder=encoder,
         text_tokens=config.agent.text_tokens,
+        members=members,
     )
 
 
@@ -415,6 +428,7 @@ def _require_memory(ensemble: Ensemble, config: PPOConfig, spec: DecodeSpec, dim
     remedy = "give fewer --prompts, --samples or --seeds, or a lower --max-new-tokens"
     ensemble.require_memory(together, spec.max_new_tokens, remedy)
     seen = sum(dims.widths) if "hidden" in config.agent.reads else 1
+    seen += dims.members**2 if "agreement" in config.agent.reads else 0
     decisions = answers * config.seeds * spec.spans
     of_decisions = 4 * decisions * (seen + config.epochs)  # what was seen, and the orders in which it is learnt from
     memory.require(
@@ -573,4 +587,4 @@ def load_policy(run: str | os.PathLike[str], *, seed: int | None = None, newest:
     e = int(np.argmax(state.best_dev)) if seed is None else seed - config.seed
     params = _nth(state.learner.params, e) if newest else _best(state, e)
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder)
-    return _bound(config, params, dims, encoder)
+    return _bound(config, params, dims, encoder, tuple(member.sha256 for member in known.members))

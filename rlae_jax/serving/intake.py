@@ -12,13 +12,13 @@ from rlae_jax.errors import InputError
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.menu import Menu
 from rlae_jax.fusion.operators import Hidden
-from rlae_jax.fusion.policy import BoundPolicy, Dims, Policy
+from rlae_jax.fusion.policy import BoundPolicy, Policy
 from rlae_jax.fusion.prompts import Prompts, Row, check_seeds, pad_rows
 from rlae_jax.fusion.reading import Text, TextReader, read_prompts
 from rlae_jax.fusion.sampling import COLDEST, RowSampling, SamplingOptions
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import RowOptions
-from rlae_jax.fusion.weights import Weights, bind_weights, named_policy, normalise_weights, span_length_of
+from rlae_jax.fusion.weights import Weights, named_policy, normalise_weights, span_length_of
 from rlae_jax.serving.requests import TOP, Checked, Request
 
 
@@ -68,10 +68,7 @@ class Intake:
         if getattr(weights, "params_per_row", False):
             raise InputError(f"policy {name!r} has parameters for every row; give fixed weights with requests")
         length = span_length_of(weights, None)
-        dims = Dims(ensemble.widths, 1)
-        policy, params, drawn = bind_weights(
-            weights, 1, dims, length, fusion=ensemble.fusion, continues=ensemble.continues
-        )
+        policy, params, drawn = ensemble.bind(weights, 1, 1, length)
         if "text" in policy.reads:
             if not isinstance(weights, BoundPolicy) or weights.encoder is None:
                 raise InputError(f"policy {name!r} reads the text and has no encoder; load it with load_policy")
@@ -107,8 +104,7 @@ class Intake:
         followed = list(self.policies.values())[policy] if policy >= 0 else None
         length = span_length_of(followed, options.span_length)
         if followed is not None:
-            dims = Dims(ensemble.widths, -(-options.max_new_tokens // length))
-            bind_weights(followed, 1, dims, options.span_length, fusion=ensemble.fusion, continues=ensemble.continues)
+            ensemble.bind(followed, 1, -(-options.max_new_tokens // length), options.span_length)
         with self.tokenising:
             row, text = self._encode(request)
             of_encoder = None if self._reader is None else self._read_text(text)
