@@ -142,16 +142,9 @@ class EnsembleLM(TemplateLM):  # type: ignore[misc]  # the harness has no annota
         stripped = context.rstrip()
         continuation, context = context[len(stripped) :] + continuation, stripped
         if not context:
-            return self._prefixes(), self.ensemble.codec.continuation("", continuation, False)
+            return self.ensemble.codec.start(), self.ensemble.codec.continuation("", continuation, False)
         (row,) = self.ensemble.encode([context])
         return row, self.ensemble.codec.continuation(context, continuation, True)
-
-    def _prefixes(self) -> Row:
-        """What stands before a text without context, of each member."""
-        members = zip(self.ensemble.members, self.ensemble.member_ends, strict=True)
-        return tuple(
-            [lm.tokenizer.bos_token_id if lm.tokenizer.bos_token_id is not None else e[0]] for lm, e in members
-        )
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         del kwargs
@@ -220,14 +213,14 @@ class EnsembleLM(TemplateLM):  # type: ignore[misc]  # the harness has no annota
             whole = utils.get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             return list(map(utils.make_disjoint_window, whole))
         windows: list[tuple[Row, list[int]]] = []
-        row, own, sizes = self._prefixes(), list[int](), [1] * len(self.ensemble.members)
+        row, own, sizes = self.ensemble.codec.start(), list[int](), [1] * len(self.ensemble.members)
         for entry in self.ensemble.codec.continuation("", text, False) if text else ():
             spelled = [ids for ids, _ in self.ensemble.codec.spell([entry])]
             if own and any(size + len(ids) > self.max_length for size, ids in zip(sizes, spelled, strict=True)):
                 windows.append((row, own))
                 last = self.ensemble.codec.spell(own[-1:])
                 # A member for which the last entry is nothing begins again.
-                row = tuple(ids or first for (ids, _), first in zip(last, self._prefixes(), strict=True))
+                row = tuple(ids or first for (ids, _), first in zip(last, self.ensemble.codec.start(), strict=True))
                 own, sizes = [], list(map(len, row))
             own.append(entry)
             sizes = [size + len(ids) for size, ids in zip(sizes, spelled, strict=True)]

@@ -4,6 +4,7 @@ bytes that are needed at least ─require─► nothing, or InputError: what, ho
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -51,6 +52,20 @@ def of_devices(mesh: Mesh | None = None) -> int | None:
     stats = devices[0].memory_stats() if devices[0].process_index == jax.process_index() else None
     limit = (stats or {}).get("bytes_limit")
     return None if limit is None else int(limit) * len(devices)
+
+
+def require_disk(needed: int, directory: Path, what: str, remedy: str) -> None:
+    """Raises an `InputError` for what a file system has no room for.
+
+    Args:
+      needed: bytes, at least.
+      directory: into which they go; it need not be there yet.
+      what, remedy: as in `require`.
+    """
+    there = next((path for path in (directory, *directory.absolute().parents) if path.is_dir()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise InputError(f"{what}: {shown(needed)} on disk, and {there} has {shown(free)} left; {remedy}")
 
 
 def require(needed: int, what: str, remedy: str, mesh: Mesh | None = None) -> None:

@@ -77,9 +77,14 @@ class Codec(Protocol):
         """Each row's tokens as ids of the first member."""
         ...
 
-    def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
-        """A text's tokens, in the first member's segmentation; `joined`: as they continue the prompt, if the tokenizer
-        segments the prompt alike with and without them."""
+    def start(self) -> Row:
+        """What stands before a text without a prompt: each member's token for it, or else one that ends a text."""
+        ...
+
+    def continuation(self, prompt: str, text: str, joined: bool, cut: int | None = 0) -> list[int]:
+        """A text's tokens; `joined`: as they continue the prompt, if the tokenizer segments the prompt alike with and
+        without them. With different tokenizers in the segmentation of member `cut`; None takes the longest entry
+        everywhere, from the left."""
         ...
 
     def spell(self, tokens: Sequence[int]) -> tuple[tuple[list[int], list[int]], ...]:
@@ -161,8 +166,11 @@ class TokenCodec:
     def first_member_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         return [list(row) for row in tokens]
 
-    def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
-        return _continuation(self.members[0], prompt, text, joined)
+    def start(self) -> Row:
+        return [_start(self.members[0], self.end_ids)]
+
+    def continuation(self, prompt: str, text: str, joined: bool, cut: int | None = 0) -> list[int]:
+        return _continuation(self.members[cut or 0], prompt, text, joined)
 
     def spell(self, tokens: Sequence[int]) -> tuple[tuple[list[int], list[int]], ...]:
         return ((list(tokens), [1] * len(tokens)),) * len(self.members)
@@ -244,8 +252,44 @@ class UnionCodec:
         ids, offsets = self.union.spell_ids[0], self.union.spell_offsets[0]
         return [[i for e in row for i in ids[offsets[e] : offsets[e + 1]].tolist()] for row in tokens]
 
-    def continuation(self, prompt: str, text: str, joined: bool) -> list[int]:
-        return [int(self.union.own[0][i]) for i in _continuation(self.members[0], prompt, text, joined)]
+    def start(self) -> Row:
+        return tuple([_start(lm, ends)] for lm, ends in zip(self.members, self.member_ends, strict=True))
+
+    def continuation(self, prompt: str, text: str, joined: bool, cut: int | None = 0) -> list[int]:
+        if cut is None:
+            return self._longest(text)
+        return [int(self.union.own[cut][i]) for i in _continuation(self.members[cut], prompt, text, joined)]
+
+    def _longest(self, text: str) -> list[int]:
+        """A text in the longest entries from the left, of those that every member can write.
+
+        Raises:
+          InputError: a character that none of them begins.
+        """
+        lengths, entries = self._by_bytes
+        data, at, found = text.encode(), 0, []
+        while at < len(data):
+            own = (entries.get(data[at : at + n]) for n in lengths)
+            entry = next((entry for entry in own if entry is not None), None)
+            if entry is None:
+                left = data[at:].decode(errors="replace")
+                raise InputError(
+                    f"no entry that all members can write begins {left[:20]!r}; cut texts as a member does"
+                )
+            found.append(entry)
+            at += len(self.union.entry_bytes(entry))
+        return found
+
+    @functools.cached_property
+    def _by_bytes(self) -> tuple[list[int], dict[bytes, int]]:
+        """The lengths of the entries that every member can write, the longest first, and these by their bytes: of
+        several those that more members have as a token."""
+        union = self.union
+        owners = np.sum([partner >= 0 for partner in union.partner], axis=0)
+        kept = np.flatnonzero(union.choosable & ~union.control & ~union.ends)
+        ordered = kept[np.argsort(owners[kept], kind="stable")]
+        entries = {union.entry_bytes(entry): int(entry) for entry in ordered}
+        return sorted({len(own) for own in entries}, reverse=True), entries
 
     def spell(self, tokens: Sequence[int]) -> tuple[tuple[list[int], list[int]], ...]:
         spelled = []
@@ -362,6 +406,18 @@ def _encode(lm: LM, prompts: Sequence[Prompt], chat: bool) -> list[list[int]]:
     if empty:
         raise grouped_error("prompts without a single token", empty, "each prompt needs at least one token")
     return ids
+
+
+def _start(lm: LM, ends: Sequence[int]) -> int:
+    """The id that a member's texts begin with, or else one that ends them.
+
+    Raises:
+      InputError: there is none.
+    """
+    begin = lm.require_tokenizer().bos_token_id
+    if begin is None and not ends:
+        raise InputError(f"{lm.name} has no token that begins a text, and none that ends one; give its end_ids")
+    return int(ends[0] if begin is None else begin)
 
 
 def _template(lm: LM) -> tuple[Any, dict[str, Any]]:

@@ -25,8 +25,8 @@ from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.fusion import likelihood, programs, vocabulary
 from rlae_jax.fusion.codec import Codec, make_codec
 from rlae_jax.fusion.generation import Continuation, Generation, read_answers
-from rlae_jax.fusion.likelihood import Likelihood
-from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator
+from rlae_jax.fusion.likelihood import Likelihood, Spans
+from rlae_jax.fusion.operators import FusionOperator, Hidden, get_operator, linear
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Fixed, Policy
 from rlae_jax.fusion.programs import Job
 from rlae_jax.fusion.prompts import Prompts, Row, batch_bucket, bucket, make_prompts, read_ids
@@ -685,6 +685,63 @@ class Ensemble:
         # A token that cannot be has -inf, which is one's own to sum.
         _check_predictions([bool(np.any(np.isnan(one.fused) | (one.fused == np.inf))) for one in found])
         return found
+
+    def read_spans(
+        self,
+        rows: Sequence[Row],
+        tokens: Sequence[Sequence[int]],
+        reads: Sequence[str],
+        span_length: int = DEFAULT_SPAN_LENGTH,
+        *,
+        longest: int | None = None,
+        prompts: Sequence[str] | None = None,
+        encoder: Encoder | None = None,
+        text_tokens: int = 512,
+        chat: bool = False,
+    ) -> list[Spans]:
+        """What given texts are to the members, whatever the weights: each token's log-probability under each of them,
+        and what a policy would observe at the beginning of each span. From this `likelihood.fused_by` has the
+        log-probabilities of `score_tokens` under any weights of `linear`, without the members.
+
+        Args:
+          rows, tokens, prompts, chat: as in `score_tokens`.
+          reads: the parts of the observation, see `policy.OBSERVATION_PARTS`.
+          longest: calls that name the same number of tokens share their programs.
+          encoder, text_tokens: of a policy that reads "text".
+
+        Raises:
+          InputError: an operator other than linear, keys and values in 8 bits; what `score_tokens` raises.
+        """
+        if self.fusion is not linear:
+            raise InputError(
+                "what is read once serves all weights of fusion linear alone: under another operator each weights' "
+                "normaliser takes the log-probabilities of all tokens"
+            )
+        if any(lm.config.kv_dtype is not None for lm in self.members):
+            raise InputError("texts are read without a cache, so that there are no keys in 8 bits; leave kv_dtype out")
+        rows, tokens = list(rows), [list(own) for own in tokens]
+        given = self._given(rows, tokens)
+        if any(not own for own in tokens):
+            raise InputError("a text without a token has no span")
+        reader, text = None, None
+        if "text" in reads:
+            if encoder is None or prompts is None:
+                raise InputError("to observe the text give an encoder and the prompts as texts")
+            reader = self.reader(encoder)
+            text = read_prompts(prompts, encoder, reader, text_tokens)
+        most = bucket(max(max(map(len, tokens), default=1), longest or 1))
+        options = SamplingOptions(max_new_tokens=most, span_length=span_length, ignore_eos=True, chat=chat)
+        spec = self.spec(options, policy=likelihood.Reads(tuple(reads)), reader=reader)
+        spec = dataclasses.replace(spec, member_tokens=0)
+        found: dict[int, Spans] = {}
+        params, groups = self.params_for(None, 1), sharding.groups_of(self.mesh)
+        for batch in likelihood.plan(given, spec, text, groups):
+            begins = likelihood.span_begins(batch, span_length, groups)
+            with sharding.use(self.mesh):
+                spans = sharding.to_host(programs.observe_given(params, batch.texts, begins, spec))
+            found |= likelihood.put_spans_back(batch, begins, spans, given, spec, groups)
+        _check_predictions([bool(np.any(np.isnan(found[i].log_probs))) for i in range(len(rows))])
+        return [found[i] for i in range(len(rows))]
 
     def _given(self, rows: Sequence[Row], tokens: Sequence[Sequence[int]]) -> list[likelihood.Given]:
         """Pairs of a row and the tokens that continue it, checked."""

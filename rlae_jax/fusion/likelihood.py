@@ -14,6 +14,7 @@ masks and observations these are. States are kept for all tokens of a batch, dis
 import collections
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,6 +56,32 @@ class Likelihood(NamedTuple):
     weights: Float[np.ndarray, "N K"]  # in force at each token
     top_tokens: Int[np.ndarray, "N n"]  # the likeliest tokens in each place, the best first
     top: Float[np.ndarray, "N n"]  # and their log-probabilities
+
+
+class Spans(NamedTuple):
+    """What a text of N given tokens in P spans is to the members, or all texts of a batch: what any policy would see of
+    it, and what any weights of `linear` would make of it (`fused_by`). Nothing here has the size of a vocabulary."""
+
+    log_probs: Float[Array, "N K"]  # of each token under each member; -inf where it lacks the token
+    # The logarithm of what each member gives to all tokens that may stand there together; () where that is 0: with one
+    # tokenizer all may.
+    mass: Any
+    observation: Observation  # at each span's beginning; leaves [P, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """A policy that only says what it would look at."""
+
+    reads: tuple[str, ...]
+
+    def init(self, key: Any, dims: Any) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def apply(self, params: Any, observation: Observation) -> Any:
+        """Decides nothing."""
+        raise NotImplementedError("this policy only looks")
 
 
 class Asked(NamedTuple):
@@ -399,6 +426,94 @@ def read_given(
     return scores
 
 
+def fused_by(weights: Float[Array, "M K"], log_probs: Float[Array, "M L K"], mass: Any) -> Float[Array, "M L"]:
+    """Log-probabilities of tokens under the `linear` mixture of some weights, from what `Spans` keeps of them:
+
+    log sum_k w_k p_k(token) - log sum_k w_k mass_k
+    """
+    fused = linear(tuple(jnp.moveaxis(log_probs, -1, 0)), weights)
+    return fused if isinstance(mass, tuple) else fused - linear(tuple(jnp.moveaxis(mass, -1, 0)), weights)
+
+
+def observe_given(params: tuple[MemberParams, ...], texts: Texts, begins: Int[Array, " D"], spec: DecodeSpec) -> Spans:
+    """What a batch's tokens and spans are to the members.
+
+    Args:
+      begins: where the first token of each span is among those asked for.
+      spec: whose policy says what is looked at, and whose `max_new_tokens` bounds the answers.
+    """
+    asked, reads, length = texts.asked, spec.policy.reads, spec.span_length
+    passes = bind_members(params, spec, len(texts.ids[0]))
+    hidden = tuple(_states(run, texts, i, spec) for i, run in enumerate(passes))
+    logits = (len(spec.members) + 1) * spec.vocab
+
+    def look(asked: Asked) -> tuple[Array, Any, Array, Any, Any]:
+        members, prediction = _kind(asked, spec), _predict(passes, hidden, asked, spec)
+        allowed = tuple(members.allowed(log_p, spec) for log_p in prediction.log_probs)
+        log_probs = [jnp.take_along_axis(log_p, asked.token[:, None], axis=1)[:, 0] for log_p in allowed]
+        mass = () if spec.union is None else jnp.stack([jax.nn.logsumexp(log_p, axis=1) for log_p in allowed], axis=1)
+        own = members.observed(members.token_log_probs(prediction, asked.token, spec))
+        stats = member_stats(prediction.log_probs, jnp.zeros_like(own)) if "stats" in reads else None
+        agreement = member_agreement(prediction.log_probs) if "agreement" in reads else ()
+        return jnp.stack(log_probs, axis=1), mass, own, stats, agreement
+
+    mass: Any = ()
+    stats, agreement = None, ()
+    if spec.union is None and not {"stats", "agreement"} & set(reads):
+        log_probs = own = _in_parts(functools.partial(_chosen, passes, hidden, vocab=spec.vocab), asked, logits)
+    else:
+        log_probs, mass, own, stats, agreement = _in_parts(look, asked, logits)
+    first: Asked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[begins], asked)
+    span = first.step // length
+    states: list[Array] = []
+    if "hidden" in reads:
+        for i, run in enumerate(passes):
+            states += jnp.split(_at(run, hidden[i], i, first)[1].astype(jnp.float32), run.members)
+    seen: Any = ()
+    if stats is not None:
+        before = jnp.where(span[:, None] == 0, 0.0, _last_span(own, texts, spec)[span, first.answer])
+        seen = stats[begins].at[..., STATS.index("span_log_prob")].set(before)
+    text: Any = ()
+    if spec.reader is not None:
+        read = jax.tree.map(lambda leaf: leaf[span, first.answer], _texts_at_spans(texts, spec))
+        text = _in_parts(spec.reader.read, read, jax.tree.leaves(read)[0].shape[1] * spec.dims.text)
+    observation = Observation(
+        hidden=tuple(states),
+        stats=seen,
+        span=span if "span" in reads else (),
+        prompt=_prompt_log_probs(passes, hidden, texts)[first.answer] if "prompt" in reads else (),
+        text=text,
+        agreement=jax.tree.map(lambda leaf: leaf[begins], agreement),
+    )
+    return Spans(log_probs, mass, observation)
+
+
+def span_begins(batch: Batch, span_length: int, groups: int) -> Int[np.ndarray, " D"]:
+    """Where the first token of each span of a batch is among those asked for; on a mesh of each group's own. Filled up
+    to one number for all groups with the first of them."""
+    step = np.asarray(batch.texts.asked.step).reshape(groups, -1)
+    found = [np.flatnonzero((own >= 0) & (own % span_length == 0)) for own in step]
+    size = bucket(max(map(len, found)))
+    return np.concatenate([np.pad(own, (0, size - len(own))) for own in found]).astype(np.int32)
+
+
+def put_spans_back(
+    batch: Batch, begins: Int[np.ndarray, " D"], spans: Spans, given: Sequence[Given], spec: DecodeSpec, groups: int
+) -> Iterator[tuple[int, Spans]]:
+    """A batch's results, on the host, by pair."""
+    asked, size = len(batch.texts.asked.step) // groups, len(begins) // groups
+    place: dict[int, int] = {}
+    for i, local in enumerate(begins.tolist()):
+        place.setdefault(i // size * asked + local, i)
+    for pair, start in batch.slots:
+        n = len(given[pair].tokens)
+        first = place[start]
+        of_tokens = operator.itemgetter(slice(start, start + n))
+        of_spans = operator.itemgetter(slice(first, first - (-n // spec.span_length)))
+        log_probs, mass = jax.tree.map(of_tokens, (spans.log_probs, spans.mass))
+        yield pair, Spans(log_probs, mass, jax.tree.map(of_spans, spans.observation))
+
+
 def _kind(asked: Asked, spec: DecodeSpec) -> Lockstep | Ragged:
     """The members as they are where tokens are asked for, for what of them does not depend on what they have read."""
     if spec.union is None:
@@ -500,8 +615,7 @@ def _weights(
     if by_member is not None:
         own = _kind(asked, spec).observed(by_member)
     if own is not None and stats is not None:
-        sums = jnp.zeros((spec.spans + 1, r, k))
-        span_log_probs = sums.at[asked.step // length + 1, asked.answer].add(own) / length  # of the last span
+        span_log_probs = _last_span(own, texts, spec)
     tokens: Any = ()
     if own is not None and "so_far" in reads:  # the log-probabilities of every span's tokens
         tokens = jnp.zeros((spec.spans + 1, length, r, k))
@@ -540,6 +654,17 @@ def _weights(
     weights_prk = lax.scan(decide, SoFar.nothing(r, k), every_span)[1]
     in_force: Array = weights_prk[asked.step // length, asked.answer]
     return in_force
+
+
+def _last_span(own: Float[Array, "N K"], texts: Texts, spec: DecodeSpec) -> Float[Array, "P R K"]:
+    """Of every answer the mean log-probability of the tokens of the span before each span.
+
+    Args:
+      own: of each token asked for, finite.
+    """
+    asked, length = texts.asked, spec.span_length
+    sums = jnp.zeros((spec.spans + 1, len(texts.answers.length), own.shape[1]))
+    return sums.at[asked.step // length + 1, asked.answer].add(own) / length
 
 
 def _texts_at_spans(texts: Texts, spec: DecodeSpec) -> Text | None:

@@ -19,7 +19,7 @@ from rlae_jax.compilation import jit
 from rlae_jax.fusion import decode as decoding
 from rlae_jax.fusion import likelihood
 from rlae_jax.fusion.decode import decoding_places, params_places
-from rlae_jax.fusion.likelihood import Scores, Texts
+from rlae_jax.fusion.likelihood import Scores, Spans, Texts
 from rlae_jax.fusion.prompts import Prompts, Row, fill_rows
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers, DecodeState, answers_of, repeat_rows
@@ -130,6 +130,14 @@ def read_given(params: Any, texts: Texts, policy_params: Any, spec: DecodeSpec, 
     run = functools.partial(likelihood.read_given, top=top)
     scores: Scores = by_rows(run, decoding_places(params, policy_params, spec))(params, texts, policy_params, spec)
     return scores
+
+
+@jit
+def observe_given(params: Any, texts: Texts, begins: Any, spec: DecodeSpec) -> Spans:
+    """What given texts are to the members."""
+    places = (decoding_places(params, (), spec)[0], ROWS, ROWS, WHOLE)
+    spans: Spans = by_rows(likelihood.observe_given, places)(params, texts, begins, spec)
+    return spans
 
 
 def on_host(answers: Answers, rows: int) -> Answers:
