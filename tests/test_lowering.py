@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.config import AgentConfig, PPOConfig
+from rlae_jax.config import AgentConfig, MAPPOConfig, PPOConfig
 from rlae_jax.fusion.decode import decode_spans, prefill
 from rlae_jax.fusion.policy import Confidence, Dims, Draw, Fixed
 from rlae_jax.fusion.prompts import prompts_from_arrays
@@ -127,6 +127,18 @@ def test_scoring(make_lm, dtype):
     params, ids = lm.params, jnp.ones((2, 5), jnp.int32)
     exported = assert_lowers(lm.apply, params, ids, jnp.ones_like(ids))
     assert exported.out_avals[0].shape == (2, 5, lm.config.vocab)
+
+
+def test_an_iteration_with_a_set_agent(ensemble):
+    reads = ("hidden", "stats", "agreement", "span", "prompt")
+    config = MAPPOConfig(agent=AgentConfig.of_set(reads=reads, projection=4, span_embedding=4, ffn_width=8))
+    policy = ppo.make_policy(config)
+    spec = ensemble.spec(policy=policy, span_length=2, max_new_tokens=4, sample_weights=True, record=True)
+    params, ids, mask, _ = inputs(ensemble)
+    seed = jnp.zeros(2, jnp.uint32)
+    state = ppo.init_learners(seed, policy, spec.dims, config)
+    batch = ppo.Batch(prompts_from_arrays(ids, mask, 4), jnp.ones((4, 3), jnp.int32), jnp.full(4, 3))
+    assert_lowers(lambda *args: ppo.iterate(*args, spec, config), state, params, batch, seed)
 
 
 def test_ppo_programs(ensemble):

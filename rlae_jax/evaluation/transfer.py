@@ -29,7 +29,8 @@ def transfer_matrix(
     Returns {"split", "rows", "columns", "scores", "ci95", "per_seed"}; the last three are [row][column].
 
     Raises:
-      InputError: a task without a pool, seeds that do not match, members of other widths than an agent's.
+      InputError: a task without a pool, seeds that do not match, members of other widths than an agent's, unless it is
+        a set agent.
     """
     missing = [name for name in tasks if name not in pools]
     if missing:

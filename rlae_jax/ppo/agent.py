@@ -355,6 +355,9 @@ class SetAgent:
     def apply(self, params: dict[str, Any], observation: Observation) -> tuple[Distribution, Float[Array, " B"]]:
         """The distribution over weights, or the members' own, and the critic's value."""
         config = self.config
+        if "prompt" in config.reads:  # counted in tokens of whoever is first, so that only their proportions are read
+            size = jnp.mean(jnp.abs(observation.prompt), axis=1, keepdims=True)
+            observation = observation._replace(prompt=observation.prompt / jnp.maximum(size, 1e-6))
         of_members = self._hidden(params, observation) + _columns(observation, config)
         agreement = observation.agreement if "agreement" in config.reads else None
         b, k = of_members[0].shape[:2] if agreement is None else agreement.shape[:2]

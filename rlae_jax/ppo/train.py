@@ -177,9 +177,9 @@ def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
     agent = made.settings.agent
     if agent.network == "set":
         new = ", ".join(name for name, mark in given if mark not in dict(known).values())
-        how = ", and read without hidden states" if "hidden" in agent.reads else ""
+        how = " (read without hidden states)" if "hidden" in agent.reads else ""
         if new:
-            warnings.warn(f"{run} was trained with {of_run}: to its agent {new} is new{how}", stacklevel=2)
+            warnings.warn(f"{run} was trained with {of_run}; new to its agent: {new}{how}", stacklevel=2)
         return
     order = sorted(mark for _, mark in given) == sorted(mark for _, mark in known)
     why = "in another order" if order else "these are others, even where names are alike, or an older version trained"

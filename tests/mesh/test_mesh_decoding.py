@@ -13,7 +13,7 @@ from rlae_jax.fusion.policy import BoundPolicy
 from rlae_jax.fusion.prompts import pad_rows
 from rlae_jax.models import Encoder, ModelConfig
 from rlae_jax.models.transformer import init_params
-from rlae_jax.ppo.agent import PPOAgent
+from rlae_jax.ppo.agent import PPOAgent, SetAgent
 from tests.helpers.adapters import random_adapter
 from tests.helpers.policies import Reader
 from tests.helpers.recurrent import FIELDS, recurrent_lm
@@ -77,7 +77,14 @@ def test_members_with_one_tokenizer(pair, mesh, kind):
 CHOOSER = PPOAgent(AgentConfig(projection=4, span_embedding=4, ffn_width=8, span_lengths=(1, 2, 4)))
 
 
-@pytest.mark.parametrize("policy", [Reader(), CHOOSER], ids=["reader", "chooses-lengths"])
+SET = SetAgent(AgentConfig.of_set(projection=4, span_embedding=4, ffn_width=8))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Reader(), CHOOSER, pytest.param(SET, marks=pytest.mark.rare)],
+    ids=["reader", "chooses-lengths", "set"],
+)
 def test_agents(pair, mesh, policy):
     def write(where):
         members = on(where, pair)

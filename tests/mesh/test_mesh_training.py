@@ -45,15 +45,19 @@ def _dims(members):
 
 
 AGENT = AgentConfig(projection=6, span_embedding=4, ffn_width=16)
+SET = AgentConfig.of_set(projection=6, span_embedding=4, ffn_width=16)
 # A minibatch of 11 samples is divided by no mesh.
 CASES = {
     "ppo": (PPOConfig(epochs=2, minibatches=2, prompts=8, samples=2, agent=AGENT, learning_rate=3e-3), [5]),
     "engine": (PPOConfig(epochs=2, minibatches=2, prompts=8, agent=AGENT, engine=True, slots=4), [5, 6]),
+    "set": (PPOConfig(epochs=1, minibatches=2, prompts=8, agent=SET, learning_rate=3e-3), [5]),
     "mappo-two-seeds": (MAPPOConfig(epochs=1, minibatches=4, prompts=8, agent=AGENT, accumulate=2), [5, 6]),
 }
 
 
-@pytest.mark.parametrize("case", ["ppo", "mappo-two-seeds", pytest.param("engine", marks=pytest.mark.rare)])
+@pytest.mark.parametrize(
+    "case", ["ppo", "mappo-two-seeds", *(pytest.param(c, marks=pytest.mark.rare) for c in ("engine", "set"))]
+)
 def test_an_agent_learns_the_same(pair, mesh, case):
     """An iteration as one program, and one around a reward in Python."""
     config, seeds = CASES[case]

@@ -1,5 +1,6 @@
 """The set agent: attention against loops, members in another order, more members, others; learning whom to trust."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -11,9 +12,10 @@ import pytest
 import rlae_jax as rj
 from rlae_jax import records
 from rlae_jax.config import NETWORKS, AgentConfig, MAPPOConfig, PPOConfig
-from rlae_jax.evaluation import load_agents
+from rlae_jax.evaluation import load_agents, transfer_matrix
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Observation, Policy
 from rlae_jax.fusion.prompts import pad_rows
+from rlae_jax.fusion.sampling import SamplingOptions
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent, SetAgent
 from rlae_jax.ppo.train import AgentRun, check_members, read_run
@@ -98,7 +100,7 @@ def by_hand(params, config, seen, b):
                 projected = h / np.sqrt(np.mean(h**2) + 1e-6) @ params["projections"][f"width_{width}"]
             read += [*projected, float(known)]
         read += list(seen.stats[m]) if "stats" in reads else []
-        read += [seen.prompt[m]] if "prompt" in reads else []
+        read += [seen.prompt[m] / np.mean(np.abs(seen.prompt))] if "prompt" in reads else []
         read += list(params["span_embedding"][int(seen.span)]) if "span" in reads else []
         xs.append(np.array(read) @ attention["token"] + attention["bias"])
     alpha, pool = [], []
@@ -255,8 +257,7 @@ def test_an_ensemble_over_a_union_in_another_order(make_lm):
     pair = [
         make_lm(k, layers=1, vocab=len(t), tokenizer=t, end_ids=(t.eos_token_id,)) for k, t in enumerate(tokenizers)
     ]
-    # Not the prompt's log-probabilities: they are per token of whoever is first.
-    policy = bound(("hidden", "stats", "agreement"), False, (16,), 3)
+    policy = bound(ALL, False, (16,), 3)
     one, other = (
         rj.Ensemble(members).generate(["ab the", "th"], policy, max_new_tokens=6, ignore_eos=True)
         for members in (pair, pair[::-1])
@@ -304,14 +305,28 @@ class TestTraining:
         assert rj.Ensemble([pair[0], new[1]]).bind(policy, 1, 1).policy.known == (True, False)
         assert rj.Ensemble(pair[::-1]).bind(policy, 1, 1).policy == policy.policy
 
+    @pytest.mark.rare
+    def test_transfer_and_serving(self, run, pair, make_lm):
+        """Over other numbers of members than in training."""
+        policies, task = run[1], toys.task()
+        new = make_lm(1, vocab=len(toys.CHARACTERS) + 1, tokenizer=pair[0].tokenizer, end_ids=(toys.END,))
+        pools = {"two": rj.Ensemble(pair), "three": rj.Ensemble([new, *pair])}
+        tasks = {name: dataclasses.replace(task, name=name) for name in pools}
+        matrix = transfer_matrix({"toy": policies}, pools, tasks, limit=4)
+        assert np.shape(matrix["per_seed"]) == (1, 2, 2)
+        expected = pools["three"].generate(["ab", "ch"], policies[0], max_new_tokens=2, ignore_eos=True)
+        with rj.Engine(pools["three"], slots=2, context=64, policies={"agent": policies[0]}) as engine:
+            options = SamplingOptions(max_new_tokens=2, ignore_eos=True)
+            asked = [rj.Request(prompt=prompt, weights="agent", options=options) for prompt in ("ab", "ch")]
+            answers = [engine.submit(one).result(100) for one in asked]
+        assert [one.tokens[0] for one in answers] == expected.tokens
+
     def test_new_members_are_told_once(self, run, pair, make_lm):
         out, v = run[0], len(toys.CHARACTERS) + 1
         new = make_lm(1, vocab=v, tokenizer=pair[0].tokenizer, end_ids=(toys.END,), name="new")
         check_members(out, rj.Ensemble(pair[::-1]))
         ensemble = rj.Ensemble([pair[0], new, pair[1]])
-        with pytest.warns(
-            UserWarning, match="trained with left, right: to its agent new is new, and read without"
-        ) as told:
+        with pytest.warns(UserWarning, match="trained with left, right; new to its agent: new .read without") as told:
             agents = load_agents(ensemble, toys.task(), [out])
         assert len(told) == 1
         assert agents.keys() == {"rlae_ppo_set"}
