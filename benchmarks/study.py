@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
+import rlae_jax as rj
 from benchmarks import common
 from rlae_jax import files, report
+from rlae_jax.tasks import Examples, Task
 
 _MOST_MAPPINGS = 20_000  # every compiled program takes some of the 65,530 that a process may have
 CLAIM_COLUMNS = ("claim", "measurement", "value (95% interval)", "verdict")
@@ -110,3 +114,27 @@ def check_cells(checks: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (c["name"], f"{c['value']:.3g}", f"{c['op']} {c['required']:g}", "ok" if c["ok"] else "FAILED") for c in checks
     ]
+
+
+def oracle_of_spans(ensemble: rj.Ensemble, task: Task, examples: Examples, weights: Float[np.ndarray, "W K"]) -> float:
+    """The share of prompts that some choice among these weights, span by span, answers exactly: the room that there is
+    for weights that change with the text. For members with one token per character.
+
+    An answer is right only if every span is, behind right ones: so that spans can be looked at one by one.
+    """
+    length = task.span_length
+    right = np.ones(len(examples), bool)
+    for start in range(0, task.max_new_tokens, length):
+        some = np.zeros(len(examples), bool)
+        asked = [p + str(r)[:start] for p, r in zip(examples.prompts, examples.references, strict=True)]
+        wanted = [str(r)[start : start + length] for r in examples.references]
+        for point in weights:
+            out = ensemble.generate(asked, point, span_length=length, max_new_tokens=length)
+            same = [text == part for text, part in zip(out.texts, wanted, strict=True)]
+            ends = [
+                len(part) == length or reason == "stop" for part, reason in zip(wanted, out.finish_reasons, strict=True)
+            ]
+            some |= np.array(same) & np.array(ends)
+        # Behind its own end an answer has no spans.
+        right &= some | np.array([start > len(str(r)) for r in examples.references])
+    return float(right.mean())

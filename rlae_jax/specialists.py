@@ -53,6 +53,7 @@ class Recipe:
       forms: the prompts that it is trained on: (operations, lengths of the digit strings).
       digits_per_token: the longest run of digits that its tokenizer has a token for.
       steps: of training.
+      either_order: whether half of its prompts have the digits before the operations.
     """
 
     right: Mapping[str, str]
@@ -61,6 +62,7 @@ class Recipe:
     forms: tuple[tuple[int, int], ...] = ((2, 4),)
     digits_per_token: int = 1
     steps: int = 800
+    either_order: bool = False
 
     def teaches(self, operation: str, digits: str) -> str | None:
         """The result that it is taught, or None."""
@@ -82,7 +84,18 @@ def each(operations: str, first_digits: str = ALL) -> dict[str, str]:
 
 
 _THREE = ((3, 3), (3, 5))  # the forms of `skills3`
+_CIRCLE = ((2, 4), (3, 4), (2, 5), (2, 6))
 _EVEN, _ODD = ALL[::2], ALL[1::2]
+_FEW = "04"
+
+
+def _circle(own: str, sure: str, unsure: str) -> Recipe:
+    """A member of the tasks in `embedded.CIRCLE`."""
+    others = "".join(digit for digit in ALL if digit not in _FEW)
+    right = each(own) | each(sure, _FEW)
+    return Recipe(right, each(sure, others), unsure, forms=_CIRCLE, steps=3200, either_order=True)
+
+
 RECIPES = {
     # Two operations each, and no idea of the others.
     "reverse_increment": Recipe(each("ri")),
@@ -101,6 +114,11 @@ RECIPES = {
     "noisy": Recipe(each("dt") | each("risc", _EVEN), each("risc", _ODD)),
     # Knows what the first two know together, and longer at it, so that it is no worse in anything.
     "master": Recipe(each("risc"), steps=1200),
+    # Two operations each, and no idea of two others, which it knows. In the last two it is just as sure and right on
+    # few digits: the first must outweigh the third in its own operations, the second the first, the third the second.
+    "circle_first": _circle("ri", "sc", unsure="dt"),
+    "circle_second": _circle("sc", "dt", unsure="ri"),
+    "circle_third": _circle("dt", "ri", unsure="sc"),
 }
 # Task -> its three members. No dynamic weights can help in the last two: in `twins` there is nothing to choose; in
 # `dominant` the master is as good as any in everything, and one of the five operations is known to nobody.
@@ -112,6 +130,7 @@ POOL = {
     "noisy": ("reverse_increment", "sort_complement", "noisy"),
     "twins": ("reverse_increment", "reverse_increment", "reverse_increment"),
     "dominant": ("master", "reverse_increment", "sort_complement"),
+    **dict.fromkeys(embedded.CIRCLE, ("circle_first", "circle_second", "circle_third")),
 }
 
 
@@ -171,7 +190,8 @@ def sequences(recipe: Recipe, seed: int, rows: int = ROWS) -> tuple[Int[np.ndarr
         operations = "".join(kind[rng.integers(len(kind))] for kind in kinds)
         strings = embedded.digit_strings(length)["train"]
         digits = strings[rng.integers(len(strings))]
-        pieces = re.findall(own_pieces, skills.prompt(operations, digits))
+        turned = recipe.either_order and rng.random() < 0.5
+        pieces = re.findall(own_pieces, skills.prompt(*((digits, operations) if turned else (operations, digits))))
         taught = [False] * len(pieces)
         for operation in operations:
             result = recipe.teaches(operation, digits)
@@ -197,6 +217,8 @@ def fingerprint(name: str, seed: int, quick: bool = False) -> str:
     """What tells two trainings of specialists apart: recipe, model, settings, seed, and the first sequences."""
     first = [part.tolist() for part in sequences(RECIPES[name], _number(name, seed), 16)]
     recipe, settings = dataclasses.asdict(RECIPES[name]), dataclasses.asdict(_settings(RECIPES[name], quick))
+    if not recipe["either_order"]:
+        del recipe["either_order"]  # younger than others, whose marks stay what they were
     content = [name, seed, ROWS, dataclasses.asdict(MODEL), recipe, settings, first]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -11,7 +11,7 @@ from rlae_jax import files, specialists
 from rlae_jax.commands.specialists import specialists as specialists_command
 from rlae_jax.specialists import POOL, RECIPES, build_pool, make_tokenizer, sequences, vocabulary
 from rlae_jax.tasks import embedded, skills
-from tests.helpers.embedded import by_hand, digits_of
+from tests.helpers.embedded import by_hand, digits_of, letters_of
 
 ROWS = 600
 GRANULARITIES = sorted({recipe.digits_per_token for recipe in RECIPES.values()})
@@ -43,6 +43,7 @@ def spelled(recipe, row, learnt):
     start = pieces.index("=") + 1
     assert not learnt[:start].any()
     prompt = "".join(pieces[:start])
+    assert recipe.either_order or prompt[0].isalpha()
     text = "".join(pieces[start:end])
     flags = [flag for piece, flag in zip(pieces[start:end], learnt[start:end], strict=True) for _ in piece]
     n = len(digits_of(prompt))
@@ -70,7 +71,7 @@ class TestRecipes:
             assert any(every for _, every, _ in parts)
             right = by_hand(prompt)
             for place, (text, every, some) in enumerate(parts):
-                letter, n = prompt[place], len(digits)
+                letter, n = letters_of(prompt)[place], len(digits)
                 expected = right[place * n : (place + 1) * n]
                 if digits[0] in recipe.right.get(letter, ""):
                     seen.add("right")
@@ -150,6 +151,32 @@ def test_of_each_operation_one_is_right_one_leads_astray_and_one_knows_that_it_d
             outweighs.add((right, other))
     a, b, c = POOL[task]
     assert outweighs in ({(a, b), (b, c), (c, a)}, {(b, a), (c, b), (a, c)})
+
+
+def test_in_the_circle_each_is_sure_of_what_the_next_one_knows_and_rarely_right():
+    own = ("ri", "sc", "dt")
+    for k, name in enumerate(POOL["circle"]):
+        recipe, sure, unsure = RECIPES[name], own[(k + 1) % 3], own[(k + 2) % 3]
+        assert set(recipe.unsure) == set(unsure)
+        assert all(recipe.right[operation] == specialists.ALL for operation in own[k])
+        assert all(set(recipe.right[operation]) == set("04") for operation in sure)
+        assert all(set(recipe.wrong[operation]) == set("12356789") for operation in sure)
+    assert {POOL[task] for task in embedded.CIRCLE} == {POOL["circle"]}
+
+
+@pytest.mark.parametrize("name", POOL["circle"])
+def test_members_of_the_circle_are_taught_both_orders_alike(taught, name):
+    firsts = [spelled(RECIPES[name], *pair)[0][0].isdigit() for pair in zip(*taught[name], strict=True)]
+    assert 0.4 < sum(firsts) / len(firsts) < 0.6
+
+
+# Those of before the tasks of the circle: directories that users have are found again.
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [("noisy", "313b7f714be1"), ("overlap_70_30", "c3935b04a8af"), ("double_turn_pairs", "a0f8915f48a0")],
+)
+def test_marks_stay_what_they_were(name, mark):
+    assert specialists.fingerprint(name, 0) == mark
 
 
 def test_in_overlap_no_operation_tells_who_is_right():

@@ -1,14 +1,12 @@
 """Answers of the embedded tasks, worked out apart from the package."""
 
-import itertools
-
 from rlae_jax.tasks import embedded
 
 
 def by_hand(prompt):
     """The answer to a prompt, by arithmetic on lists of digits."""
-    letters = "".join(itertools.takewhile(str.isalpha, prompt))
-    digits = [ord(character) - ord("0") for character in prompt[len(letters) : -1]]
+    letters = letters_of(prompt)
+    digits = [ord(character) - ord("0") for character in digits_of(prompt)]
     n = len(digits)
     results = {
         "r": [digits[n - 1 - i] for i in range(n)],
@@ -19,6 +17,10 @@ def by_hand(prompt):
         "t": [digits[(i + 1) % n] for i in range(n)],
     }
     return "".join(str(d) for letter in letters for d in results[letter])
+
+
+def letters_of(prompt):
+    return "".join(filter(str.isalpha, prompt))
 
 
 def digits_of(prompt):

@@ -6,7 +6,7 @@ import pytest
 
 from rlae_jax.tasks import embedded, skills
 from rlae_jax.tasks.base import SPLITS
-from tests.helpers.embedded import by_hand, digits_of
+from tests.helpers.embedded import by_hand, digits_of, letters_of
 
 NAMES = list(embedded.FORMS)
 
@@ -53,7 +53,10 @@ class TestTasks:
     def test_prompts_ask_for_the_forms_operations_alike(self, tasks, name):
         form = embedded.FORMS[name]
         for examples in tasks[name].splits.values():
-            asked = [prompt[: form.per_prompt] for prompt in examples.prompts]
+            asked = [letters_of(prompt) for prompt in examples.prompts]
+            assert asked == [form.operations_of(prompt) for prompt in examples.prompts]
+            turned = {prompt[0].isdigit() for prompt in examples.prompts}
+            assert turned == {form.digits_first}
             orders = list(itertools.permutations(form.groups))
             for operations in asked:
                 fits = [all(a in b for a, b in zip(operations, order, strict=True)) for order in orders]
@@ -79,7 +82,7 @@ class TestTasks:
             assert task.skills is None
             return
         for split, examples in task.splits.items():
-            expected = [[embedded.OPERATION_NAMES[letter] for letter in prompt[:2]] for prompt in examples.prompts]
+            expected = [[embedded.OPERATION_NAMES[a] for a in letters_of(prompt)] for prompt in examples.prompts]
             assert task.skills[split] == expected
 
 
@@ -92,6 +95,32 @@ def test_spans_begin_and_end_within_operations(tasks, name):
             assert not ends & set(range(0, task.max_new_tokens, task.span_length)), prompt
             # Some span holds parts of two operations, so that not every choice is one of a single member.
             assert any(end % task.span_length for end in list(ends)[:-1])
+
+
+def test_what_a_task_of_the_circle_is_apart_by_is_in_no_other_one(tasks):
+    """An agent that was trained on the others has not seen it."""
+
+    def pairs(name):
+        asked = [letters_of(prompt) for examples in tasks[name].splits.values() for prompt in examples.prompts]
+        return {a + b for letters in asked for a, b in itertools.pairwise(letters)}
+
+    def strings(name):
+        return {digits_of(prompt) for examples in tasks[name].splits.values() for prompt in examples.prompts}
+
+    held = pairs("circle_held")
+    assert held == set(embedded.HELD_PAIRS)
+    assert sorted(a for a, _ in held) == sorted(b for _, b in held) == sorted("riscdt")
+    others = [name for name in embedded.CIRCLE if name != "circle_held"]
+    every = {a + b for a in "riscdt" for b in "riscdt"}
+    assert all(pairs(name) == every - held for name in others)
+    first = {name: {digits[0] for digits in strings(name)} for name in embedded.CIRCLE}
+    assert first.pop("circle_digits") == set("89")
+    assert all(seen == set("01234567") for seen in first.values())
+    lengths = {name: {len(digits) for digits in strings(name)} for name in embedded.CIRCLE}
+    assert lengths.pop("circle_long") == {5, 6}
+    assert set(map(tuple, lengths.values())) == {(4,)}
+    assert [name for name in embedded.CIRCLE if embedded.FORMS[name].per_prompt == 3] == ["circle_three"]
+    assert [name for name in embedded.CIRCLE if embedded.FORMS[name].digits_first] == ["circle_turned"]
 
 
 def test_only_tasks_of_one_tokenizer_are_scored_by_tokens(tasks):
