@@ -34,9 +34,9 @@ def specialists(
     paths = build_pool(out, seed, POOL[task], quick)
     members, run = shlex.join(str(paths[name]) for name in POOL[task]), f"runs/{task}"
     if task == "circle":
+        options = f"--task {' '.join(CIRCLE)} --models {members} --prompts 256 --iterations 60 --out {run}"
         report.say(
-            f"Train agents on all of its tasks but one, for each of them, and test them there:\n"
-            f"  rlae-jax transfer --task {' '.join(CIRCLE)} --models {members} --prompts 256 --iterations 60 --out {run}"
+            f"Train agents on all tasks but one, for each of them, and test them there:\n  rlae-jax transfer {options}"
         )
         return
     report.say(
