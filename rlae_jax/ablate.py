@@ -312,7 +312,7 @@ def ablate(
     base = dataclasses.replace(
         base, span_length=span_length, max_new_tokens=max_new_tokens, eval_prompts=base.dev_prompts
     )
-    shared = AblationRun(**setup(ensemble, task, base, spec), base=base)
+    shared = AblationRun(**setup(ensemble, [task], base, spec), base=base)
     claim_directory(out, shared, resume=resume)
     for cell in (cell for cell in cells if cell.error is not None):
         report.say(f"{cell.name} cannot run: {cell.error}")

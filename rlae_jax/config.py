@@ -138,6 +138,7 @@ class PPOConfig:
       eval_every, eval_prompts: the first so many prompts of dev are scored, and a checkpoint written, every so many
         iterations. None is `dev_prompts`.
       seed, seeds: agents of the seeds seed, seed + 1, ... are trained side by side in one program.
+      shares: of an iteration's prompts, for each of several tasks, as numbers of any scale; () for one task.
     """
 
     iterations: Count = 200
@@ -168,6 +169,7 @@ class PPOConfig:
     eval_prompts: Count | None = None
     seed: Seed = 0
     seeds: Count = 1
+    shares: tuple[Positive, ...] = ()
     agent: AgentConfig = AgentConfig()
 
     algorithm: ClassVar[str] = "ppo"
@@ -180,6 +182,11 @@ class PPOConfig:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
         if self.slots is not None and not self.engine:
             raise InputError("slots are an engine's: set engine, too")
+        if 0 in self.task_prompts:
+            raise InputError(
+                f"a share of {self.shares[self.task_prompts.index(0)]:g} among {list(self.shares)} is none of "
+                f"{self.prompts} prompts; give more prompts (--prompts) or a larger share (--task-shares)"
+            )
 
     @classmethod
     def demo(cls, **changes: Any) -> Self:
@@ -215,6 +222,19 @@ class PPOConfig:
         return min(bound, MOST_DEV) if self.eval_prompts is None else self.eval_prompts
 
     @property
+    def task_prompts(self) -> tuple[int, ...]:
+        """How many of an iteration's prompts are each task's: the whole parts of their shares, and what is left over
+        to the largest remainders."""
+        if not self.shares:
+            return (self.prompts,)
+        exact = [self.prompts * share / sum(self.shares) for share in self.shares]
+        counts = [int(part) for part in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda t: counts[t] - exact[t])
+        for t in by_remainder[: self.prompts - sum(counts)]:
+            counts[t] += 1
+        return tuple(counts)
+
+    @property
     def engine_slots(self) -> int | None:
         """Answers of an agent that are written at a time, if not all: a quarter unless `slots` says so, at least 8."""
         if not self.engine:
@@ -227,7 +247,7 @@ class PPOConfig:
         """The preset that these settings are, or "custom". How long, from which seed, for which answers and how they
         are written does not make it another one."""
         of_answers = ("span_length", "max_new_tokens", "engine", "slots")
-        neutral = ("iterations", "seed", "seeds", "eval_every", "eval_prompts", *of_answers)
+        neutral = ("iterations", "seed", "seeds", "eval_every", "eval_prompts", "shares", *of_answers)
         for name in PRESETS:
             preset = getattr(type(self), name)
             if self == preset(**{field: getattr(self, field) for field in neutral}):

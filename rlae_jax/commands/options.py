@@ -122,12 +122,10 @@ class ModelOptions(MemberOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskOptions:
+class _TaskOptions:
     """Prompts, references and reward."""
 
-    task: str | None = None
-    """An embedded task (skills, overlap, skills3, mixed, noisy, twins, dominant) or a benchmark (gsm8k, mmlu,
-    arc_challenge, piqa, triviaqa, natural_questions)."""
+    task: str | tuple[str, ...] | None = None
     data: Path | None = None
     """A file instead: JSON lines, a JSON list, .csv or .tsv, or one of them gzipped; split 80/10/10 by the prompts'
     content."""
@@ -152,16 +150,12 @@ class TaskOptions:
     """Leave out prompts that have more tokens for some model, and say how many. Default: none is left out, and one
     that does not fit is an error."""
 
-    def load(self) -> "Task":
-        """The task, with what was given changed.
-
-        Raises:
-          InputError: neither a task nor a file, or both; what `get_task` and `jsonl` raise.
-        """
+    def _load(self, name: str | None) -> "Task":
+        """The task of this name or of the file, with what was given changed."""
         from rlae_jax.tasks import get_task, jsonl
 
-        if (self.task is None) == (self.data is None):
-            both = "" if self.task is None else ", not both"
+        if (name is None) == (self.data is None):
+            both = "" if name is None else ", not both"
             raise InputError(f"give either --task NAME (try skills) or --data FILE.jsonl{both}")
         if self.data is not None:
             foreign = [name for name in ("data_dir", "shots") if getattr(self, name) is not None]
@@ -175,10 +169,10 @@ class TaskOptions:
                 chat=self.chat,
             )
         else:
-            assert self.task is not None
-            options = {name: getattr(self, name) for name in ("reward", "data_dir", "shots")}
-            options = {name: value for name, value in options.items() if value is not None}
-            task = get_task(self.task, **options | ({"chat": True} if self.chat else {}))
+            assert name is not None
+            options = {option: getattr(self, option) for option in ("reward", "data_dir", "shots")}
+            options = {option: value for option, value in options.items() if value is not None}
+            task = get_task(name, **options | ({"chat": True} if self.chat else {}))
         if self.max_new_tokens is not None:
             task = dataclasses.replace(task, max_new_tokens=self.max_new_tokens)
         return task
@@ -206,6 +200,40 @@ class TaskOptions:
         if any(n > kept for n, kept, _ in counts):
             report.say(f"left out, as longer than {most} tokens: {', '.join(left_out)} prompts")
         return task.select(rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions(_TaskOptions):
+    """Prompts, references and reward."""
+
+    task: str | None = None
+    """An embedded task (skills, overlap, skills3, mixed, noisy, twins, dominant; circle and circle_held, _long, _three,
+    _turned, _digits) or a benchmark (gsm8k, mmlu, arc_challenge, piqa, triviaqa, natural_questions)."""
+
+    def load(self) -> "Task":
+        """The task, with what was given changed.
+
+        Raises:
+          InputError: neither a task nor a file, or both; what `get_task` and `jsonl` raise.
+        """
+        return self._load(self.task)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TasksOptions(_TaskOptions):
+    """Prompts, references and rewards of one or several tasks; what else is given goes for all of them."""
+
+    task: Annotated[tuple[str, ...], arg(metavar="TASK [TASK ...]")] = ()
+    """Embedded tasks (skills, overlap, skills3, mixed, noisy, twins, dominant; circle and circle_held, _long, _three,
+    _turned, _digits) or benchmarks (gsm8k, mmlu, arc_challenge, piqa, triviaqa, natural_questions)."""
+
+    def load_all(self) -> "list[Task]":
+        """The tasks, with what was given changed.
+
+        Raises:
+          InputError: neither tasks nor a file, or both; what `get_task` and `jsonl` raise.
+        """
+        return [self._load(name) for name in self.task or (None,)]
 
 
 TaskFlags = Annotated[TaskOptions, OmitArgPrefixes]

@@ -3,13 +3,19 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, Models, TaskFlags
+from rlae_jax.commands.options import AgentOptions, Dtype, ModelOptions, Models, TasksOptions
 from rlae_jax.ranges import Count, LearningRate, Minutes, Positive, PositiveOr0, Spans, Temperature
 from rlae_jax.runs import lock
+
+if TYPE_CHECKING:
+    from rlae_jax.config import PPOConfig
+    from rlae_jax.fusion.ensemble import Ensemble
+    from rlae_jax.fusion.policy import BoundPolicy
+    from rlae_jax.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,9 @@ class TrainModels(ModelOptions):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions(AgentOptions):
     """How the agent is trained."""
+
+    shares: Annotated[tuple[Positive, ...] | None, arg(name="task-shares", metavar="SHARE [SHARE ...]")] = None
+    """of a rollout's prompts, one per task, as numbers of any scale, such as 2 1 1. Default: equal ones."""
 
     prompts: Count | None = None
     """prompts per rollout. Default: the preset's."""
@@ -78,14 +87,18 @@ def train(
     *,
     model: Annotated[TrainModels, OmitArgPrefixes],
     out: Path,
-    task: TaskFlags,
+    task: Annotated[TasksOptions, OmitArgPrefixes],
     training: Annotated[TrainOptions, OmitArgPrefixes],
     max_minutes: Minutes | None = None,
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = (),
     resume: bool = False,
     checkpoints: str | None = None,
 ) -> None:
-    """Train an agent that sets the ensemble's weights, span by span, for the reward of a task.
+    """Train an agent that sets the ensemble's weights, span by span, for the reward of a task or of several.
+
+    Several tasks share each rollout and are answered by the same models; rewards are made alike (mean 0 and spread 1 in
+    each rollout and task), and the agent is kept that was best on dev by the mean over the tasks of the share of the
+    room above an untrained agent that it took. Results of each task are then in OUT/tasks/TASK.
 
     Ctrl-C saves and says how to go on; SIGTERM saves, too (exit status 75: run again with --resume). At the end the
     agent and equal weights are scored on the dev split, or on its first prompts where an iteration has few.
@@ -93,7 +106,7 @@ def train(
     Args:
         model: which models, and how they are fused.
         out: the run's directory (config.json, metrics.jsonl, results.json, predictions.jsonl, checkpoints/, curve.png).
-        task: what the agent is trained on.
+        task: what the agent is trained on; several tasks as --task A B.
         training: how.
         max_minutes: stop after this long; --resume goes on.
         log_to: where metrics go besides metrics.jsonl; needs rlae_jax[log].
@@ -102,19 +115,16 @@ def train(
             or s3://... (s3fs). Where OUT is lost with its machine, the run goes on from there.
     """
     from rlae_jax import files, report
-    from rlae_jax.config import DEV_SHARE
-    from rlae_jax.evaluation import Method, evaluate
-    from rlae_jax.ppo.train import RewardLine, train_seeds
+    from rlae_jax.ppo.train import name_of, train_seeds
     from rlae_jax.runs.checkpoints import require_place
-    from rlae_jax.runs.metrics import read_metrics
 
     files.require_place(out)
     if checkpoints is not None:
         require_place(checkpoints)
-    asked = task.load()
+    asked = task.load_all()
     config = training.config()
     ensemble = model.load()
-    asked = task.select(asked, ensemble)
+    asked = [task.select(one, ensemble) for one in asked]
     began = time.perf_counter()
     with report.training_progress("training", config.iterations) as display:
         policies = train_seeds(
@@ -130,19 +140,64 @@ def train(
     if display.last is not None and display.last.iteration < config.iterations:
         done = display.last.iteration
         report.say(f"time is up after iteration {done} of {config.iterations}; --resume goes on")
-    dev, used = len(asked.split("dev")), config.dev_prompts
-    if used < dev:
-        report.say(f"the first {used} of {dev} dev prompts were scored in training; --eval-prompts sets how many")
-    name = config.method
-    uniform = Method(ensemble, None, policies[0].span_length)
-    agents = [Method(ensemble, policy) for policy in policies]
-    limit = max(used, DEV_SHARE * config.prompts * config.samples)
-    results = evaluate({"uniform": uniform, name: agents}, asked, "dev", limit=limit, out=out)
-    results["seconds"]["total"] = time.perf_counter() - began
-    files.write_json(out / "results.json", results)
-    references = {"uniform (dev)": results["methods"]["uniform"]["score"]}
-    title = f"{asked.name}, {config.algorithm.upper()}"
-    report.learning_curve(out / "curve.png", {name: read_metrics(out, RewardLine)}, references, title)
-    report.console.print(report.results_table(results))
+    used = -(-config.dev_prompts // len(asked))
+    for one in asked:
+        if used < (dev := len(one.split("dev"))):
+            told = f"the first {used} of {dev} dev prompts of {one.name} were scored in training"
+            report.say(f"{told}; --eval-prompts sets how many")
+    references: dict[str, float] = {}
+    for one in asked:
+        directory = out if len(asked) == 1 else out / "tasks" / one.name
+        results = _score(ensemble, policies, one, config, used, directory, began)
+        uniform = "uniform (dev)" if len(asked) == 1 else f"uniform ({one.name})"
+        references[uniform] = results["methods"]["uniform"]["score"]
+        if len(asked) > 1:
+            report.say(f"{one.name}:")
+        report.console.print(report.results_table(results))
+    title = f"{name_of(asked)}, {config.algorithm.upper()}"
+    report.learning_curve(out / "curve.png", _curves(out, config.method), references, title)
     run = report.quoted(out)
     report.say(f"the trained policy is in {run}; use it with --policy {run}")
+
+
+def _score(
+    ensemble: "Ensemble",
+    policies: "list[BoundPolicy]",
+    task: "Task",
+    config: "PPOConfig",
+    used: int,
+    out: Path,
+    began: float,
+) -> dict[str, Any]:
+    """The results of the agents and of equal weights on a task's dev prompts, of which training used some."""
+    from rlae_jax import files
+    from rlae_jax.config import DEV_SHARE
+    from rlae_jax.evaluation import Method, evaluate
+
+    methods: dict[str, Any] = {
+        "uniform": Method(ensemble, None, policies[0].span_length),
+        config.method: [Method(ensemble, policy) for policy in policies],
+    }
+    limit = max(used, DEV_SHARE * config.prompts * config.samples)
+    results = evaluate(methods, task, "dev", limit=limit, out=out)
+    results["seconds"]["total"] = time.perf_counter() - began
+    files.write_json(out / "results.json", results)
+    return results
+
+
+def _curves(out: Path, agent: str) -> dict[str, list[dict[str, Any]]]:
+    """A run's learning curves, one for each task."""
+    from rlae_jax.ppo.train import RewardLine
+    from rlae_jax.runs.metrics import read_metrics
+
+    rows = read_metrics(out, RewardLine)
+    if not any("reward_of_tasks" in row for row in rows):
+        return {agent: rows}
+    return {
+        task: [
+            {"iteration": row["iteration"], "reward": row["reward_of_tasks"][task]}
+            | ({"dev": row["dev_of_tasks"][task]} if "dev_of_tasks" in row else {})
+            for row in rows
+        ]
+        for task in rows[0]["reward_of_tasks"]
+    }

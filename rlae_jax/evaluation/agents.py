@@ -40,7 +40,7 @@ def train_router(ensemble: Ensemble, task: Task, config: PPOConfig | None, out: 
     config = PPOConfig() if config is None else config
     agent = dataclasses.replace(config.agent, span_lengths=())
     longest = task.max_new_tokens
-    config = dataclasses.replace(config, agent=agent, span_length=longest, max_new_tokens=longest)
+    config = dataclasses.replace(config, agent=agent, span_length=longest, max_new_tokens=longest, shares=())
     with report.training_progress("training router", config.iterations) as display:
         return train_seeds(ensemble, task, config, out, resume=True, on_progress=display)
 

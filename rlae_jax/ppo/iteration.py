@@ -6,6 +6,10 @@
 Python function of text, `rollout_for_text` and `learn_from_text` are the programs on its two sides. All three train E
 agents of different seeds side by side: their prompts are rows of one batch, since a `vmap` over the decoding loop would
 turn its slice updates into scatters, and their updates are a `vmap`.
+
+With several tasks an agent's rows are the tasks' one after another, `PPOConfig.task_prompts` of each. An answer's
+reward becomes (reward - mean) / standard deviation, both over the answers to its task in this iteration, so that a task
+counts by its share of the prompts and not by how far its rewards are apart; where all of a task's are alike they are 0.
 """
 
 import dataclasses
@@ -26,7 +30,15 @@ from rlae_jax.fusion.prompts import Prompts, row_keys
 from rlae_jax.fusion.queued import decode_queued
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.ppo.agent import MAPPOAgent, PPOAgent, SetAgent
-from rlae_jax.ppo.objective import PPOLoss, masked_gae, masked_mean, normalise, ppo_loss, terminal_rewards
+from rlae_jax.ppo.objective import (
+    PPOLoss,
+    masked_gae,
+    masked_mean,
+    normalise,
+    normalise_parts,
+    ppo_loss,
+    terminal_rewards,
+)
 from rlae_jax.schedules import learning_rate
 from rlae_jax.sharding import (
     BLOCKS,
@@ -220,10 +232,14 @@ def learn(
     config: PPOConfig,
 ) -> tuple[LearnerState, dict[str, Array]]:
     """`config.epochs` passes of clipped updates over one rollout; every decision is one sample."""
+    rewards_b = shaped_reward(score, experience, spec, config)
+    of_tasks = [n * config.samples for n in config.task_prompts]
+    if len(of_tasks) > 1:
+        rewards_b = normalise_parts(rewards_b, of_tasks)
     # Time first from here on, as the recursion of the advantages wants it.
     decisions = experience.observation, experience.action, experience.log_prob, experience.value, experience.mask
     observation, action, log_prob, value, mask = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), decisions)
-    rewards = terminal_rewards(shaped_reward(score, experience, spec, config), mask)
+    rewards = terminal_rewards(rewards_b, mask)
     advantages, targets = masked_gae(rewards, value, mask, config.discount, config.gae_lambda)
     samples = _Samples(observation, action, log_prob, value, mask, normalise(advantages, mask), targets)
     p, b = mask.shape
@@ -306,6 +322,8 @@ def learn(
         "spans": jnp.mean(jnp.sum(mask, axis=0).astype(jnp.float32)),
         "ended": jnp.mean(experience.ended.astype(jnp.float32)),
     }
+    if len(of_tasks) > 1:
+        metrics["reward_of_tasks"] = jnp.stack([jnp.mean(own) for own in jnp.split(score, np.cumsum(of_tasks)[:-1])])
     return LearnerState(params, optimiser_state, state.iteration + 1), metrics
 
 

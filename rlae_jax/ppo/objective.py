@@ -1,10 +1,12 @@
 """Advantages and losses of PPO on the span MDP: pure functions over [P, B] arrays with a mask of real decisions."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
@@ -52,6 +54,12 @@ def normalise(x: Array, mask: Array) -> Array:
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return jnp.where(mask, (x - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+
+
+def normalise_parts(x: Float[Array, " B"], sizes: Sequence[int]) -> Float[Array, " B"]:
+    """As `normalise`, each of some parts that follow one another for itself; a part that is all alike becomes 0."""
+    which = np.repeat(np.arange(len(sizes)), sizes)
+    return jnp.sum(jnp.stack([normalise(x, jnp.asarray(which == t)) for t in range(len(sizes))]), axis=0)
 
 
 class PPOLoss(NamedTuple):

@@ -1,8 +1,13 @@
-"""The training loop: an ensemble, a task and settings in; a trained policy and a run directory out.
+"""The training loop: an ensemble, a task or several, and settings in; a trained policy and a run directory out.
 
     runs/x/config.json       settings, members, task: what decides whether a directory belongs to a run
           metrics.jsonl      a line per iteration
           checkpoints/       the newest state, which holds the agents that were best on dev
+
+A run on several tasks has rows of all of them in each iteration (`iteration`: how their rewards are made alike), and
+chooses on dev by the mean over the tasks of the share of the room that was taken: (score - that of the untrained agent)
+/ (1 - that of the untrained agent). Of plain scores the tasks with much to gain would decide alone. The room counts as
+at least `SMALLEST_ROOM`, since on a task that is nearly done it is chance what little is won or lost.
 
 A run trains E agents of different seeds side by side, most often one. Every iteration is a function of (state,
 settings, its own number), so that a run that was killed and resumed ends with the same parameters as one that was not.
@@ -48,9 +53,10 @@ from rlae_jax.runs.directory import (
 )
 from rlae_jax.runs.metrics import Line, MetricsLog, load_sinks, read_metrics
 from rlae_jax.signals import stop_requests
-from rlae_jax.tasks import Examples, RewardPool, Task
+from rlae_jax.tasks import Examples, RewardPools, Task, joined
 
 UNION_FILE = "union.npz"  # of members with different tokenizers
+SMALLEST_ROOM = 0.25
 _EVALUATION_ROWS = 256
 _LARGEST_SIZE = 2**20  # of what a run's file says: an agent is made of it
 _Size = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST_SIZE)]
@@ -61,7 +67,7 @@ class TrainState(NamedTuple):
 
     learner: ppo.LearnerState
     best: Any  # each agent's parameters when it was best on dev
-    best_dev: Float[Array, " E"]  # its score then; -inf before the first
+    best_dev: Float[Array, " E"]  # by which it was the best then; -inf before the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Setup(OnDevices, kw_only=True):
     """What a run with agents depends on besides its settings, and where it ran.
 
     Attributes:
+      task: its name; of several "A + B", and the names of `examples` are then such as "A/train".
       spans: that the agent's embedding holds.
       text_width: of what an encoder makes of the text; 0 without one.
     """
@@ -126,21 +133,31 @@ class AgentRun(Setup, kw_only=True):
 
 
 class RewardLine(Line):
-    """What is used of a line of a training run's metrics."""
+    """What is used of a line of a training run's metrics. Of several tasks there are means over them, each one's, and
+    in `dev_gain` what the best agent is chosen by."""
 
     reward: float
     dev: NotRequired[records.Finite]
+    reward_of_tasks: NotRequired[dict[str, records.Finite]]
+    dev_of_tasks: NotRequired[dict[str, records.Finite]]
+    dev_gain: NotRequired[records.Finite]
 
 
 def setup(
-    ensemble: Ensemble, task: Task, config: PPOConfig, spec: DecodeSpec, checkpoints: str | None = None
+    ensemble: Ensemble,
+    tasks: Sequence[Task],
+    config: PPOConfig,
+    spec: DecodeSpec,
+    checkpoints: str | None = None,
 ) -> dict[str, Any]:
     """The fields of `Setup`."""
     return {
         "algorithm": config.algorithm,
-        "task": task.name,
+        "task": name_of(tasks),
         "examples": {
-            split: SplitMark(n=len(examples), sha256=examples.digest()) for split, examples in task.splits.items()
+            split if len(tasks) == 1 else f"{task.name}/{split}": SplitMark(n=len(examples), sha256=examples.digest())
+            for task in tasks
+            for split, examples in task.splits.items()
         },
         "members": [
             MemberMark(name=lm.name, width=lm.config.hidden_width, sha256=mark)
@@ -154,6 +171,11 @@ def setup(
         "checkpoints": checkpoints,
         **devices(sharding.describe(ensemble.mesh)),
     }
+
+
+def name_of(tasks: Sequence[Task]) -> str:
+    """What a run on these tasks calls what it is trained on."""
+    return " + ".join(task.name for task in tasks)
 
 
 def fusion_name(fusion: FusionOperator) -> str:
@@ -195,11 +217,41 @@ def require_written(task: Task) -> None:
         )
 
 
+def require_together(tasks: Sequence[Task], span_length: int | None = None) -> None:
+    """Raises an `InputError` for tasks that one run cannot be on.
+
+    Args:
+      span_length: of all of them; None leaves each its own.
+    """
+    if not tasks:
+        raise InputError("no task: give at least one")
+    for task in tasks:
+        require_written(task)
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"task {twice[0]} is given twice; tasks that are trained on together need names of their own")
+    first = tasks[0]
+    for task in tasks[1:]:
+        if span_length is None and task.span_length != first.span_length:
+            raise InputError(
+                f"weights are held for {first.span_length} steps in {first.name} and for {task.span_length} in "
+                f"{task.name}; give one length for all tasks (span_length, --span-length)"
+            )
+        if task.chat != first.chat:
+            chat, plain = (task, first) if task.chat else (first, task)
+            raise InputError(
+                f"prompts of {chat.name} go through the members' chat templates and those of {plain.name} do not; "
+                "train on tasks of one kind together"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """A split, tokenised once."""
+    """A split, tokenised once; of several tasks theirs, one after another."""
 
     examples: Examples
+    tasks: Int[np.ndarray, " N"]  # which task an example is of
+    limits: Int[np.ndarray, " N"]  # its longest answer
     rows: list[Row]  # as `Ensemble.encode` gives them
     references: list[list[int]]  # empty lists where the reward is computed from text
     text: Text | None  # the prompts as the agent's encoder reads them
@@ -212,7 +264,8 @@ class _Split:
         for b, reference in enumerate(references):
             padded[b, : len(reference)] = reference
         rows = [self.rows[i] for i in places]
-        prompts = ensemble.prompts(rows, spec, batch=len(rows), text=self.read_text(places))
+        text, limits = self.read_text(places), self.limits[np.asarray(places)]
+        prompts = ensemble.prompts(rows, spec, batch=len(rows), limits=limits, text=text)
         return sharding.place_rows(ppo.Batch(prompts, padded, lengths), ensemble.mesh)
 
     def read_text(self, places: Any) -> Text | None:
@@ -220,33 +273,51 @@ class _Split:
         text: Text | None = jax.tree.map(lambda leaf: leaf[np.asarray(places)], self.text)
         return text
 
+    def of_iteration(self, config: PPOConfig, seed: int, iteration: int) -> Int[np.ndarray, " B"]:
+        """The examples of an agent's iteration, the tasks' one after another. Every task has passes of its own."""
+        sizes = np.bincount(self.tasks)
+        parts = zip(np.cumsum(sizes) - sizes, sizes, config.task_prompts, strict=True)
+        return np.concatenate([start + epoch_rows(int(n), b, seed, iteration) for start, n, b in parts])
+
 
 def _tokenise(
-    ensemble: Ensemble, task: Task, split: str, limit: int | None, config: PPOConfig, encoder: Encoder | None
+    ensemble: Ensemble,
+    tasks: Sequence[Task],
+    split: str,
+    limit: int | None,
+    config: PPOConfig,
+    encoder: Encoder | None,
 ) -> _Split:
-    examples = task.split(split)
+    """A split of all tasks.
+
+    Args:
+      limit: examples of each.
+    """
+    parts = [task.split(split) for task in tasks]
     if limit is not None:
-        examples = examples.take(limit)
-    rows = ensemble.encode(examples.prompts, chat=task.chat)
-    assert config.max_new_tokens is not None
-    ensemble.check_lengths(ensemble.lengths(rows), config.max_new_tokens)
+        parts = [examples.take(limit) for examples in parts]
+    examples = parts[0] if len(parts) == 1 else joined(parts)
+    sizes = [len(part) for part in parts]
+    rows = ensemble.encode(examples.prompts, chat=tasks[0].chat)
+    limits = np.repeat([config.max_new_tokens or task.max_new_tokens for task in tasks], sizes).astype(np.int32)
+    ensemble.check_lengths(ensemble.lengths(rows), int(limits.max()))
     references: list[list[int]] = [[] for _ in rows]
-    if rewards_tokens(ensemble, task):
+    if rewards_tokens(ensemble, tasks):
         references = ensemble.tokenizer(list(examples.references), add_special_tokens=False)["input_ids"]
     text = None
     if encoder is not None:
         text = read_prompts(examples.prompts, encoder, ensemble.reader(encoder), config.agent.text_tokens)
-    return _Split(examples, rows, references, text)
+    return _Split(examples, np.repeat(np.arange(len(tasks)), sizes), limits, rows, references, text)
 
 
-def rewards_tokens(ensemble: Ensemble, task: Task) -> bool:
+def rewards_tokens(ensemble: Ensemble, tasks: Sequence[Task]) -> bool:
     """Whether rewards are computed from ids on the device. With different tokenizers a text has many spellings."""
-    return task.token_reward and ensemble.union is None
+    return all(task.token_reward for task in tasks) and ensemble.union is None
 
 
 def train(
     ensemble: Ensemble,
-    task: Task,
+    task: Task | Sequence[Task],
     config: PPOConfig | None = None,
     out: str | os.PathLike[str] = "runs/train",
     *,
@@ -263,7 +334,10 @@ def train(
 
     Args:
       ensemble: members with a tokenizer.
-      config: settings; `span_length` and `max_new_tokens` default to the task's.
+      task: or several, of which each has its share (`PPOConfig.shares`, by default all alike) of an iteration's prompts
+        and an equal part of the dev prompts that are scored.
+      config: settings; `span_length` and `max_new_tokens` default to the task's. Of several tasks each keeps its own
+        longest answer, but all need one length of spans.
       out: the run's directory.
       resume: continue the run in `out` (or begin it, if there is none).
       max_minutes: after this long the run stops, with a checkpoint from which it can be resumed.
@@ -272,8 +346,8 @@ def train(
       on_progress: called after every iteration.
 
     Raises:
-      InputError: prompts that do not fit, members that an engine cannot run, a directory that belongs to another run.
-        Told before any training.
+      InputError: prompts that do not fit, members that an engine cannot run, a directory that belongs to another run,
+        tasks that do not go together. Told before any training.
       Interrupted: Ctrl-C; the state was saved and `resume=True` goes on from it. `Preempted` where SIGTERM or the
         platform stopped it.
     """
@@ -296,7 +370,7 @@ def train(
 @lock.writes("out")
 def train_seeds(
     ensemble: Ensemble,
-    task: Task,
+    task: Task | Sequence[Task],
     config: PPOConfig | None = None,
     out: str | os.PathLike[str] = "runs/train",
     *,
@@ -309,13 +383,13 @@ def train_seeds(
     """As `train`, for `config.seeds` agents in one program: agent e is what seed `config.seed` + e alone gives."""
     ranges.check_arguments(train_seeds, max_minutes=max_minutes)
     config = PPOConfig() if config is None else config
-    span_length = task.span_length if config.span_length is None else config.span_length
-    max_new_tokens = task.max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
-    config = dataclasses.replace(
-        config, span_length=span_length, max_new_tokens=max_new_tokens, eval_prompts=config.dev_prompts
-    )
+    tasks = [task] if isinstance(task, Task) else list(task)
+    require_together(tasks, config.span_length)
+    given, config = config, settled(config, tasks)
+    span_length, max_new_tokens = config.span_length, config.max_new_tokens
+    assert span_length is not None
+    assert max_new_tokens is not None
     out = Path(out)
-    require_written(task)
     done = max((row["iteration"] for row in read_metrics(out)), default=0) if resume else 0
     if done > config.iterations:
         raise InputError(
@@ -332,15 +406,15 @@ def train_seeds(
         temperature=config.temperature,
         sample_weights=True,
         record=True,
-        chat=task.chat,
+        chat=tasks[0].chat,
         reader=None if encoder is None else ensemble.reader(encoder),
     )
     dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
     _require_memory(ensemble, config, spec, dims)
-    train_split = _tokenise(ensemble, task, "train", None, config, encoder)
-    dev_split = _tokenise(ensemble, task, "dev", config.eval_prompts, config, encoder)
+    train_split = _tokenise(ensemble, tasks, "train", None, given, encoder)
+    dev_split = _tokenise(ensemble, tasks, "dev", -(-config.dev_prompts // len(tasks)), given, encoder)
     load_sinks(log_to)  # told before anything is written
-    claimed = AgentRun(**setup(ensemble, task, config, spec, checkpoints), settings=config)
+    claimed = AgentRun(**setup(ensemble, tasks, config, spec, checkpoints), settings=config)
     claim_directory(out, claimed, resume=resume, shared=not checkpoints)
     if ensemble.union is not None and hosts.is_first():
         ensemble.union.save(out / UNION_FILE)
@@ -356,24 +430,33 @@ def train_seeds(
     first = int(state.learner.iteration[0])
     log = MetricsLog(out, first, sinks=log_to)
     began = time.monotonic()
+    names_of_tasks = [task.name for task in tasks]
 
     try:
-        with sharding.use(ensemble.mesh), RewardPool(task.reward) as pool, stop_requests() as stop_requested:
+        rewards = RewardPools({task.name: task.reward for task in tasks})
+        with sharding.use(ensemble.mesh), rewards as pool, stop_requests() as stop_requested:
+
+            def dev_scores(learner: ppo.LearnerState) -> Float[np.ndarray, "E M"]:
+                """Every agent's mean on each task's dev prompts."""
+                agents = [_nth(learner.params, e) for e in range(config.seeds)]
+                scores = np.stack([_dev_scores(ensemble, tasks, pool, dev_split, agent, spec) for agent in agents])
+                of_tasks = [dev_split.tasks == t for t in range(len(tasks))]
+                return np.stack([scores[:, own].mean(axis=1) for own in of_tasks], axis=1)
+
+            untrained: Float[np.ndarray, "E M"] | None = None
             for iteration in range(first, config.iterations):
                 started = time.perf_counter()
-                rows = np.concatenate(
-                    [epoch_rows(len(train_split.rows), config.prompts, int(s), iteration) for s in seeds]
-                )
+                rows = np.concatenate([train_split.of_iteration(config, int(s), iteration) for s in seeds])
                 learner, metrics, phases = _iterate(
-                    ensemble, task, pool, train_split, rows, state.learner, seeds, spec, static
+                    ensemble, tasks, pool, train_split, rows, state.learner, seeds, spec, static
                 )
                 names = [f"the agent of seed {seed}" for seed in seeds]
                 finite.check_trained(learner.params, names, f"iteration {iteration + 1} in {out}")
                 state = state._replace(learner=learner)
-                values = _values(jax.device_get(metrics))
+                values = _values(jax.device_get(metrics), names_of_tasks)
                 values["seconds"] = took = time.perf_counter() - started
                 values |= phases and phases | {"update_seconds": took - sum(phases.values())}
-                problems = hosts.gather([len(pool.problems), str(pool.problems)])
+                problems = hosts.gather(list(pool.problems))
                 values["failed_rewards"] = sum(n for n, _ in problems)
                 done = iteration + 1
                 late = is_late(began, time.monotonic(), max_minutes)
@@ -382,11 +465,17 @@ def train_seeds(
                 scored = late or done % config.eval_every == 0 or done == config.iterations
                 if scored:
                     started = time.perf_counter()
-                    now = [_nth(state.learner.params, e) for e in range(config.seeds)]
-                    scores = [np.mean(_dev_scores(ensemble, task, pool, dev_split, agent, spec)) for agent in now]
-                    values |= _values({"dev": np.array(scores, np.float32)})
+                    scores = dev_scores(state.learner)
+                    chosen_by = scores.mean(axis=1, dtype=np.float32)
+                    values |= _values({"dev": chosen_by}, names_of_tasks)
+                    if len(tasks) > 1:
+                        if untrained is None:
+                            fresh = sharding.whole(_fresh(config, dims), ensemble.mesh)
+                            untrained = dev_scores(fresh.learner)
+                        chosen_by = gain(scores, untrained)
+                        values |= _values({"dev_gain": chosen_by, "dev_of_tasks": scores}, names_of_tasks)
                     values |= {"dev_prompts": len(dev_split.rows), "dev_seconds": time.perf_counter() - started}
-                    state = _keep_best(state, np.array(scores, np.float32))
+                    state = _keep_best(state, chosen_by)
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
                 # forgotten on resuming, but one before it would never be written again.
                 log.write(done, values)
@@ -402,6 +491,34 @@ def train_seeds(
         saved.close()
     agents = [_best(state, e) for e in range(config.seeds)]
     return [_bound(config, params, dims, encoder, ensemble.fingerprints) for params in agents]
+
+
+def settled(config: PPOConfig, tasks: Sequence[Task]) -> PPOConfig:
+    """The settings with what they take from the tasks.
+
+    Raises:
+      InputError: not a share per task.
+    """
+    shares = config.shares or (1.0,) * len(tasks)
+    if len(shares) != len(tasks):
+        raise InputError(
+            f"{len(shares)} shares for {name_of(tasks)}; give one per task, or none for equal ones (--task-shares)"
+        )
+    longest = max(task.max_new_tokens for task in tasks)
+    return dataclasses.replace(
+        config,
+        shares=shares if len(tasks) > 1 else (),
+        span_length=config.span_length or tasks[0].span_length,
+        max_new_tokens=config.max_new_tokens or longest,
+        eval_prompts=config.dev_prompts,
+    )
+
+
+def gain(scores: Float[np.ndarray, "E M"], untrained: Float[np.ndarray, "E M"]) -> Float[np.ndarray, " E"]:
+    """The mean over M tasks of the share of the room above an untrained agent's score that was taken."""
+    room = np.maximum(1.0 - untrained, SMALLEST_ROOM)
+    gained: Float[np.ndarray, " E"] = ((scores - untrained) / room).mean(axis=1, dtype=np.float32)
+    return gained
 
 
 def _bound(
@@ -459,8 +576,8 @@ def _shaping(config: PPOConfig) -> PPOConfig:
 
 def _iterate(
     ensemble: Ensemble,
-    task: Task,
-    pool: RewardPool,
+    tasks: Sequence[Task],
+    pool: RewardPools,
     split: _Split,
     rows: Int[np.ndarray, " EB"],
     learner: ppo.LearnerState,
@@ -472,7 +589,7 @@ def _iterate(
     one program with it."""
     began = time.perf_counter()
     batch = split.batch(ensemble, rows, spec)
-    if rewards_tokens(ensemble, task):
+    if rewards_tokens(ensemble, tasks):
         after: tuple[ppo.LearnerState, dict[str, Array]] = ppo.iterate(
             learner, ensemble.params, batch, seeds, spec, config
         )
@@ -483,12 +600,13 @@ def _iterate(
     n = len(rows) * config.samples
     own = sharding.own_rows(n, ensemble.mesh)
     answered = np.repeat(rows, config.samples)[own]
-    texts = _texts(ensemble, task, [split.rows[i] for i in answered], experience)
+    which = split.tasks[answered]
+    texts = _texts(ensemble, [tasks[t] for t in which], [split.rows[i] for i in answered], experience)
     asked, references = (
         [column[i] for i in answered] for column in (split.examples.prompts, split.examples.references)
     )
     written = time.perf_counter()
-    rewards = hosts.join(pool.submit(asked, texts, references).result(), own, n)
+    rewards = hosts.join(pool.submit(which, asked, texts, references)(), own, n)
     scores = sharding.place_rows(rewards, ensemble.mesh)
     phases = {"rollout_seconds": written - began, "reward_seconds": time.perf_counter() - written}
     learnt: tuple[ppo.LearnerState, dict[str, Array]] = ppo.learn_from_text(
@@ -506,10 +624,11 @@ def _best(state: TrainState, e: int) -> Any:
     return _nth(state.best if np.isfinite(state.best_dev[e]) else state.learner.params, e)
 
 
-def _values(metrics: dict[str, Float[np.ndarray, " E"]]) -> dict[str, Any]:
-    """Means over the agents, and of the scores also every agent's own."""
-    values: dict[str, Any] = {name: float(np.mean(value)) for name, value in metrics.items()}
-    for name in ("reward", "dev"):
+def _values(metrics: dict[str, Float[np.ndarray, "E ..."]], tasks: Sequence[str]) -> dict[str, Any]:
+    """Means over the agents, of each task where there are several, and of the scores also every agent's own."""
+    values: dict[str, Any] = {name: np.mean(value, axis=0).tolist() for name, value in metrics.items()}
+    values |= {name: dict(zip(tasks, value, strict=True)) for name, value in values.items() if isinstance(value, list)}
+    for name in ("reward", "dev", "dev_gain"):
         if name in metrics and len(metrics[name]) > 1:
             values[f"{name}_per_seed"] = [float(value) for value in metrics[name]]
     return values
@@ -526,30 +645,34 @@ def _keep_best(state: TrainState, dev: Float[np.ndarray, " E"]) -> TrainState:
     return state._replace(best=best, best_dev=jnp.maximum(state.best_dev, dev))
 
 
-def _texts(ensemble: Ensemble, task: Task, prompts: Sequence[Row], experience: ppo.Rollout | Answers) -> list[str]:
-    """The answers, up to the first of the task's stop strings. A rollout goes on behind one; what the agent decides
-    there has no effect on the reward."""
+def _texts(
+    ensemble: Ensemble, tasks: Sequence[Task], prompts: Sequence[Row], experience: ppo.Rollout | Answers
+) -> list[str]:
+    """The answers to prompts of these tasks, up to the first of the task's stop strings. A rollout goes on behind one;
+    what the agent decides there has no effect on the reward."""
     tokens, steps, ended = sharding.fetch_own_rows((experience.tokens, experience.steps, experience.ended))
     written = [row[: n - int(end)].tolist() for row, n, end in zip(tokens, steps, ended, strict=True)]
     texts = ensemble.decode(prompts, written)
-    for stop in task.stop:
-        texts = [text.split(stop, 1)[0] for text in texts]
+    for b, task in enumerate(tasks):
+        for stop in task.stop:
+            texts[b] = texts[b].split(stop, 1)[0]
     return texts
 
 
 def _dev_scores(
-    ensemble: Ensemble, task: Task, pool: RewardPool, dev: _Split, policy_params: Any, spec: DecodeSpec
+    ensemble: Ensemble, tasks: Sequence[Task], pool: RewardPools, dev: _Split, policy_params: Any, spec: DecodeSpec
 ) -> Float[np.ndarray, " B"]:
     """Rewards on dev of greedy answers under the policy's modes. Scoring goes on while the next rows are decoded."""
     options: dict[str, Any] = {"span_length": spec.span_length, "max_new_tokens": spec.max_new_tokens}
-    greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, chat=task.chat, **options)
+    greedy = ensemble.spec(policy=spec.policy, reader=spec.reader, chat=tasks[0].chat, **options)
     pending = []
     for start in range(0, len(dev.rows), _EVALUATION_ROWS):
         part = slice(start, start + _EVALUATION_ROWS)
         text = dev.read_text(np.arange(len(dev.rows))[part])
-        answers = ensemble.run(dev.rows[part], policy_params, 0, greedy, text=text)
-        texts = _texts(ensemble, task, dev.rows[part], answers)
-        pending.append(pool.share(dev.examples.prompts[part], texts, dev.examples.references[part]))
+        which = dev.tasks[part]
+        answers = ensemble.run(dev.rows[part], policy_params, 0, greedy, limits=dev.limits[part], text=text)
+        texts = _texts(ensemble, [tasks[t] for t in which], dev.rows[part], answers)
+        pending.append(pool.share(which, dev.examples.prompts[part], texts, dev.examples.references[part]))
     return np.concatenate([scores() for scores in pending])
 
 

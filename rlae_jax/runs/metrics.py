@@ -122,11 +122,13 @@ def load_sinks(names: Iterable[str]) -> dict[str, ModuleType]:
 
 
 def scalars_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """Each number under its name, and of a list each item as name/0, name/1, ..."""
+    """Each number under its name, and of a list each item as name/0, name/1, ..., of numbers by name as name/NAME."""
     scalars: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list | tuple):
-            scalars |= {f"{name}/{i}": float(item) for i, item in enumerate(value)}
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            scalars |= {f"{name}/{part}": float(item) for part, item in value.items()}
         else:
             scalars[name] = float(value)
     return scalars

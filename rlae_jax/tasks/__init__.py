@@ -11,9 +11,11 @@ from rlae_jax.tasks import embedded
 from rlae_jax.tasks import skills as skills
 from rlae_jax.tasks.base import Examples as Examples
 from rlae_jax.tasks.base import Task as Task
+from rlae_jax.tasks.base import joined as joined
 from rlae_jax.tasks.jsonl import jsonl as jsonl
 from rlae_jax.tasks.rewards import get_reward as get_reward
 from rlae_jax.tasks.scoring import RewardPool as RewardPool
+from rlae_jax.tasks.scoring import RewardPools as RewardPools
 
 TASKS: dict[str, Callable[..., Task]] = {
     "skills": skills.skills,

@@ -44,6 +44,14 @@ class Examples:
         return Examples([self.prompts[i] for i in rows], [self.references[i] for i in rows], options)
 
 
+def joined(parts: Sequence[Examples]) -> Examples:
+    """Examples of several tasks, one after another."""
+    return Examples(
+        [prompt for part in parts for prompt in part.prompts],
+        [reference for part in parts for reference in part.references],
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A named set of examples with a reward.

@@ -7,12 +7,13 @@ or memory comes into play.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from rlae_jax import hosts
 from rlae_jax.errors import SHOWN_PER_KIND, InputError
@@ -176,3 +177,66 @@ def attempt(call: Callable[..., float], *arguments: Any) -> Outcome:
         return Outcome(None, str(error))
     except Exception as error:
         return Outcome(None, f"raised {described(error)}")
+
+
+class RewardPools:
+    """Scores texts of several tasks, each with its own task's reward; a context manager.
+
+    Args:
+      rewards: by the task's name.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+        self._pools = [RewardPool(reward) for reward in rewards.values()]
+        if len(rewards) > 1:
+            for name, pool in zip(rewards, self._pools, strict=True):
+                pool.problems = Problems(f"the reward of {name}")
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> "RewardPools":
+        for pool in self._pools:
+            self._opened.enter_context(pool)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._opened.close()
+
+    @property
+    def problems(self) -> tuple[int, str]:
+        """How much went wrong so far, and what, in a few lines."""
+        told = [pool.problems for pool in self._pools]
+        return sum(map(len, told)), "\n".join(str(problems) for problems in told if len(problems))
+
+    def submit(
+        self,
+        which: Int[np.ndarray, " B"],
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        references: Sequence[Reference],
+    ) -> Callable[[], Float[np.ndarray, " B"]]:
+        """Begins to score texts, text b of task `which[b]`; calling what it returns waits for their scores."""
+        places = [np.flatnonzero(which == t).tolist() for t in range(len(self._pools))]
+        pending = [
+            pool.submit([prompts[i] for i in own], [texts[i] for i in own], [references[i] for i in own])
+            for pool, own in zip(self._pools, places, strict=True)
+        ]
+
+        def scores() -> Float[np.ndarray, " B"]:
+            joined = np.zeros(len(which), np.float32)
+            for own, part in zip(places, pending, strict=True):
+                joined[own] = part.result()
+            return joined
+
+        return scores
+
+    def share(
+        self,
+        which: Int[np.ndarray, " B"],
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        references: Sequence[Reference],
+    ) -> Callable[[], Float[np.ndarray, " B"]]:
+        """As `RewardPool.share`, text b of task `which[b]`."""
+        own = hosts.share(len(texts))
+        pending = self.submit(which[own], *([column[i] for i in own] for column in (prompts, texts, references)))
+        return lambda: hosts.join(pending(), own, len(texts))

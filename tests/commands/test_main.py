@@ -345,6 +345,25 @@ class TestTrainAndEvaluate:
         assert status == 0, errors
         assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
+    def test_several_tasks(self, call, models, tmp_path):
+        out = tmp_path / "several"
+        arguments = ["train", "--models", *models, "--task", "skills", "overlap", "--out", out]
+        small = ["--prompts", 4, "--iterations", 1, "--eval-prompts", 8]
+        status, printed, errors = call(*arguments, *small, "--task-shares", 3, 1)
+        assert status == 0, errors
+        assert (out / "curve.png").is_file()
+        assert not (out / "results.json").exists()
+        for name in ("skills", "overlap"):
+            results = json.loads((out / "tasks" / name / "results.json").read_text())
+            assert (results["task"], set(results["methods"])) == (name, {"uniform", "rlae_ppo"})
+            assert f"{name}:" in printed
+        config = json.loads((out / "config.json").read_text())
+        assert (config["task"], config["settings"]["shares"]) == ("skills + overlap", [3, 1])
+        status, printed, _ = call(
+            "generate", "--models", *models, "--policy", out, "--prompt", "rs4821=", "--max-new-tokens", 6
+        )
+        assert status == 0
+
     def test_evaluate(self, call, models, data_options, trained, tmp_path):
         out = tmp_path / "evaluated"
         arguments = ["evaluate", "--models", *models, *data_options, "--split", "train", "--limit", 6, "--out", out]
@@ -498,6 +517,11 @@ class TestBadInput:
     def test_train(self, refused, models, data_options, trained, tmp_path):
         run = Path(shutil.copytree(trained, tmp_path / "run"))
         base = ["train", "--models", *models, *data_options, *TRAIN]
+        several = ["train", "--models", *models, *TRAIN, "--out", tmp_path / "new", "--task"]
+        refused(*several, "skills", "skills", parts=["skills is given twice"])
+        refused(*several, "skills", "overlap", "--task-shares", 1, parts=["1 shares for skills + overlap"])
+        refused(*several, "skills", "nonesuch", parts=["nonesuch", "unknown"])
+        refused(*several, "skills", "overlap", *data_options, parts=["not both"])
         for resume in ([], ["--resume"]):
             other = [*base, "--reward", "last_number", "--learning-rate", "0.5", "--out", run, *resume]
             refused(*other, parts=["another configuration", "settings.learning_rate"])

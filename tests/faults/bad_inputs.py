@@ -438,7 +438,7 @@ def _furnish_runs() -> None:
 
     ensemble, task = Ensemble([load("alpha"), load("beta")]), jsonl("mine.jsonl", prompt_field="q", answer_field="a")
     settings = PPOConfig(span_length=2, max_new_tokens=4)
-    fields = setup(ensemble, task, settings, ensemble.spec(max_new_tokens=4))
+    fields = setup(ensemble, [task], settings, ensemble.spec(max_new_tokens=4))
     config = msgspec.to_builtins(AgentRun(**fields, settings=settings))
     for i, edit in enumerate(RUNS.values()):
         Path(f"runs/{i}").mkdir(parents=True)
