@@ -53,10 +53,12 @@ def evaluate(
             member), perplexity (by how well a member predicts the prompt), consistency (by agreement with the others),
             gate (one member alone where it is certain), topk (over each member's k best tokens), online (exponentiated
             gradient with fixed share, anew in every text), bayes (by the likelihood of the text so far), draw (one
-            member per step, drawn), selective (one member alone where the members agree), random (weights drawn anew
-            for each span), shuffled (the agent's weights for another prompt), vote (the members' most frequent
-            answer), oracle (whether any member's answer is right: a reference line); all is all of them. Default:
-            single:NAME, uniform, static, confidence and schedule.
+            member per step, drawn), selective (one member alone where the members agree), regression (of who is better
+            on the members' statistics), dllg (the agent's network, fitted to who was right), fusionroute (the member
+            that such a network finds best, with logits added), random (weights drawn anew for each span), shuffled (the
+            agent's weights for another prompt), vote (the members' most frequent answer), oracle (whether any member's
+            answer is right: a reference line); all is all of them. Default: single:NAME, uniform, static, confidence
+            and schedule.
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.
         search_prompts: training prompts that searches read. Default: 1024, or more where an agent saw more answers in
             training. They take the most time; an evaluation cannot be resumed, one that was stopped begins anew.

@@ -5,6 +5,7 @@ at dev, as agents do.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,22 +14,24 @@ from typing import Any
 import numpy as np
 
 from rlae_jax import report
-from rlae_jax.config import PPOConfig
+from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.errors import InputError
+from rlae_jax.evaluation import fitted
 from rlae_jax.evaluation.agents import train_router
 from rlae_jax.evaluation.answers import with_room_for_options
 from rlae_jax.evaluation.methods import AnyMethod, Method, Pick, Shuffled, member_alone, member_names, policy_of
-from rlae_jax.evaluation.policies import drawn_members, random_weights, with_settings
+from rlae_jax.evaluation.policies import dims_for, drawn_members, random_weights, with_settings
 from rlae_jax.evaluation.searches import Budget, best_settings, cost, draw_weights, schedule_weights, static_weights
 from rlae_jax.fusion.ensemble import Ensemble
-from rlae_jax.fusion.policy import Bayes, Confidence, Consistency, Gate, Online, Perplexity, Selective
+from rlae_jax.fusion.policy import Bayes, BoundPolicy, Confidence, Consistency, Gate, Online, Perplexity, Selective
+from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.tasks import Task
 
 # In the order of the table.
 BASELINES = ("uniform", "static", "confidence", "schedule")
 ALL = (
     *("uniform", "static", "schedule", "router", "confidence", "perplexity", "consistency", "gate", "topk"),
-    *("online", "bayes", "draw", "selective"),
+    *("online", "bayes", "draw", "selective", *fitted.NAMES),
     *("random", "shuffled", "vote", "oracle"),
 )
 
@@ -37,11 +40,13 @@ TEMPERATURES = {
     "perplexity": (1.0, 0.3, 0.1, 0.03, 0.01, 3.0, 10.0),
     "consistency": (0.25, 0.1, 0.05, 0.02, 0.5, 1.0, 2.5),
     "bayes": (1.0, 0.3, 3.0, 10.0, 30.0),
+    "regression": (1.0, 0.3, 0.1, 0.01, 3.0),
 }
 THRESHOLDS = (0.5, 0.3, 0.7, 0.8, 0.9, 0.95, 0.99)
 TOP_KS = (10, 1, 2, 3, 5, 20, 50)
 LEARNING_RATES = (0.3, 0.1, 1.0, 3.0)
 SHARES = (0.05, 0.0, 0.01, 0.2)
+LOGIT_SCALES = (1.0, 0.0, 0.5)
 DISAGREEMENTS = (0.1, 0.02, 0.05, 0.2, 0.3, 0.5)  # in nats
 
 
@@ -88,6 +93,8 @@ def _lacking(ensemble: Ensemble, task: Task, agent: Sequence[Method], runs: Path
         lacking["router"] = "is trained, and needs a directory for its run"
     if task.by_likelihood:
         lacking |= dict.fromkeys(("router", "shuffled"), "is for written answers, not for the likeliest option")
+    if any(lm.config.kv_dtype is not None for lm in ensemble.members):
+        lacking |= dict.fromkeys(fitted.NAMES, "reads texts without a cache: leave kv_dtype out")
     if not ensemble.continues:
         lacking["perplexity"] = "reads how likely a prompt is, which an encoder-decoder cannot say"
     return lacking
@@ -159,6 +166,29 @@ class _Baselines:
     def tuned_temperature(self, name: str, policy: Any, span_length: int) -> Method:
         return self.tuned(name, policy, [{"temperature": value} for value in TEMPERATURES[name]], span_length)
 
+    @functools.cached_property
+    def gate(self) -> PPOAgent:
+        """The network of gates."""
+        config = AgentConfig() if self.config is None else self.config.agent
+        return fitted.gate_of(config, self.ensemble.continues)
+
+    @functools.cached_property
+    def collected(self) -> tuple[fitted.Collected | None, float]:
+        """What fitted methods are fitted to, and how long it took."""
+        began = time.perf_counter()
+        reads = tuple(dict.fromkeys((*self.gate.reads, "stats")))
+        return fitted.collect(self.ensemble, self.task, reads, self.budget), time.perf_counter() - began
+
+    def best_fitted(
+        self, name: str, settings: Sequence[Mapping[str, Any]], began: float, make: Callable[..., Method]
+    ) -> Method:
+        """The best of methods that were fitted since `began`, whose record goes on with what was collected for them."""
+        collected, seconds = self.collected
+        best = best_settings(name, self.task, settings, self.budget, make)
+        looked = best.record["searched"] + (0 if collected is None else collected.looked)
+        texts = 0 if collected is None else len(collected.rows)
+        return dataclasses.replace(best, record={**best.record, "texts": texts, **cost(looked, began - seconds)})
+
     def tuned_from_static(self, name: str, policy: Any, settings: Sequence[Mapping[str, Any]]) -> Method:
         """As `tuned`, a policy whose parameters are weights: equal ones are tried, and static's, whose search is a part
         of what it costs. It decides anew at every step."""
@@ -227,6 +257,54 @@ def _selective(baselines: _Baselines) -> Method:
     return baselines.tuned_from_static("selective", Selective(), settings)
 
 
+def _regression(baselines: _Baselines) -> Method:
+    collected, _ = baselines.collected
+    began = time.perf_counter()
+    coefficients = fitted.fit_regression(collected, len(baselines.ensemble.members))
+    method = baselines.best_fitted(
+        *("regression", [{"temperature": value} for value in TEMPERATURES["regression"]], began),
+        lambda **one: Method(
+            baselines.ensemble,
+            with_settings(baselines.ensemble, baselines.task, fitted.Regression(), 1, coefficients, **one),
+        ),
+    )
+    told = {"coefficients": np.round(coefficients, 4).tolist()}
+    return dataclasses.replace(method, record={**method.record, **told})
+
+
+def _dllg(baselines: _Baselines) -> Method:
+    collected, _ = baselines.collected
+    began = time.perf_counter()
+    dims = dims_for(baselines.ensemble, baselines.task, 1)
+    settings: list[dict[str, Any]] = [
+        {"supervision": supervision, "learning_rate": rate}
+        for supervision in fitted.SUPERVISION
+        for rate in fitted.LEARNING_RATES
+    ]
+    gates = [fitted.fit_gate(baselines.gate, dims, collected, **one) for one in settings]
+
+    def make(**one: Any) -> Method:
+        return Method(baselines.ensemble, BoundPolicy(baselines.gate, gates[settings.index(one)][0], dims, 1))
+
+    method = baselines.best_fitted("dllg", settings, began, make)
+    chosen = {key: method.record[key] for key in settings[0]}
+    return dataclasses.replace(method, record={**method.record, **gates[settings.index(chosen)][1]})
+
+
+def _fusionroute(baselines: _Baselines) -> Method:
+    collected, _ = baselines.collected
+    began = time.perf_counter()
+    policy, told = fitted.fit_expert(baselines.ensemble, baselines.task, baselines.gate, collected)
+
+    def make(logit_scale: float) -> Method:
+        params = policy.params | {"up": logit_scale * policy.params["up"]}
+        return Method(baselines.ensemble, dataclasses.replace(policy, params=params))
+
+    settings = [{"logit_scale": scale} for scale in LOGIT_SCALES]
+    method = baselines.best_fitted("fusionroute", settings, began, make)
+    return dataclasses.replace(method, record={**method.record, **told})
+
+
 def _topk(baselines: _Baselines) -> Method:
     # Where k is the whole vocabulary, topk is uniform.
     entries = max(lm.config.vocab for lm in baselines.ensemble.members)
@@ -254,6 +332,9 @@ _MAKERS: dict[str, Callable[[_Baselines], AnyMethod | list[AnyMethod]]] = {
     "bayes": _bayes,
     "draw": _draw,
     "selective": _selective,
+    "regression": _regression,
+    "dllg": _dllg,
+    "fusionroute": _fusionroute,
     "random": _random,
     "shuffled": lambda baselines: [Shuffled(method) for method in baselines.agent],
     "vote": lambda baselines: Pick(baselines.every_member()),

@@ -23,6 +23,7 @@ from rlae_jax.fusion.policy import BoundPolicy, Schedule
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 STATIC_STEP = 0.05
+_DRAW_STEP = 0.1
 SEARCH_PROMPTS = 1_024
 FIRST_PROMPTS = search.FIRST_PROMPTS  # of a search's first round
 _SCHEDULE_POINTS = 100  # weights that a schedule's search tries for a span
@@ -72,19 +73,20 @@ def static_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) 
 
 
 def draw_weights(ensemble: Ensemble, task: Task, budget: Budget = _NO_BUDGET) -> tuple[Float[np.ndarray, " K"], int]:
-    """Of those of `static_weights`, the best ones to draw a member per step with."""
+    """The best weights to draw a member per step with, as `static_weights` finds its own but in steps of 0.1: what is
+    drawn scatters by more."""
 
     def draw(own: Float[np.ndarray, "B 1 K"]) -> BoundPolicy:
         return drawn_members(ensemble, task, own[:, 0])
 
-    weights, looked = _best_weights("draw", ensemble, task, _fixed_weights(ensemble), budget, draw)
+    weights, looked = _best_weights("draw", ensemble, task, _fixed_weights(ensemble, _DRAW_STEP), budget, draw)
     return weights[0], looked
 
 
-def _fixed_weights(ensemble: Ensemble) -> Float[np.ndarray, "W 1 K"]:
+def _fixed_weights(ensemble: Ensemble, step: float = STATIC_STEP) -> Float[np.ndarray, "W 1 K"]:
     members = len(ensemble.members)
     uniform = np.full(members, 1 / members, np.float32)
-    return _with(simplex_grid(members, STATIC_STEP), uniform)[:, None]
+    return _with(simplex_grid(members, step), uniform)[:, None]
 
 
 def schedule_weights(

@@ -275,9 +275,25 @@ def fuse(
     members: Lockstep | Ragged,
     prediction: Prediction,
     weights: Float[Array, "B K"],
+    policy_params: Any,
     spec: DecodeSpec,
 ) -> Float[Array, "B V"]:
     """Log-probabilities of the next token, up to each row's normaliser; -inf where it may not follow."""
+    fused = _fuse(passes, members, prediction, weights, spec)
+    complement = getattr(spec.policy, "complement", None)
+    if complement is None:
+        return fused
+    own: Array = complement(policy_params, tuple(h.astype(jnp.float32) for h in prediction.hidden))
+    return fused + own
+
+
+def _fuse(
+    passes: tuple[ForwardPass, ...],
+    members: Lockstep | Ragged,
+    prediction: Prediction,
+    weights: Float[Array, "B K"],
+    spec: DecodeSpec,
+) -> Float[Array, "B V"]:
     if isinstance(spec.fusion, Hidden):
         return passes[0].base_logits(spec.fusion(prediction.hidden, weights), spec.vocab)
     log_probs = tuple(members.allowed(log_p, spec) for log_p in prediction.log_probs)
@@ -451,7 +467,7 @@ def _step(passes: tuple[ForwardPass, ...], policy_params: Any, spec: DecodeSpec,
     members, prediction = state.members.read(passes, state.step, ~state.done, span.weights, spec)
     if not spec.decides_first and not spec.decides_once:
         span = _decide(state, due, prediction, policy_params, spec)
-    fused = fuse(passes, members, prediction, span.weights, spec)
+    fused = fuse(passes, members, prediction, span.weights, policy_params, spec)
     choice = _choose(state, members, fused, spec)
     return _record(state, members, prediction, due, span, choice, spec)
 

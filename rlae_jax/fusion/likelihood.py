@@ -390,7 +390,7 @@ def read_given(
     predict = functools.partial(_predict, passes, hidden, spec=spec)
     logits = (len(spec.members) + 1) * spec.vocab
     # Of the mean of probabilities over one vocabulary, a token's own are all that is needed.
-    alone = spec.fusion is linear and spec.union is None and not top
+    alone = spec.fusion is linear and spec.union is None and not top and not hasattr(spec.policy, "complement")
 
     by_member = stats = agreement = None
     reads = spec.policy.reads
@@ -416,7 +416,7 @@ def read_given(
     def score(of: tuple[Asked, Array]) -> Scores:
         asked, weights = of
         members, prediction = _kind(asked, spec), predict(asked)
-        fused = fuse(passes, members, prediction, weights, spec)
+        fused = fuse(passes, members, prediction, weights, policy_params, spec)
         fused = fused - jax.nn.logsumexp(fused, axis=-1, keepdims=True)
         own = members.token_log_probs(prediction, asked.token, spec)
         best, tokens = lax.top_k(fused, top)

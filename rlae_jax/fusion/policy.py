@@ -14,7 +14,8 @@ Parameters are the same for all rows of a batch, unless the policy has a method 
 rows (see the function of that name); with `params_per_row` they may have a leading B axis. A policy may say the
 `span_length` that it is made for, and that it `draws_members`; with a method `hide` it does not see everything in
 training (see the function); with a method `for_members` it takes any members, of which it is told which were there in
-training.
+training. With a method `complement(params, hidden)`, of the members' last hidden states at every step, it gives
+logits [B, V] that are added to what the operator gives.
 """
 
 import dataclasses

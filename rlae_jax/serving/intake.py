@@ -65,6 +65,8 @@ class Intake:
             raise InputError(f"policy {name!r}: expected a policy or a policy's name; give fixed weights with requests")
         if getattr(weights, "draws_members", False):
             raise InputError(f"policy {name!r} runs a member at a time, which an engine does not")
+        if hasattr(getattr(weights, "policy", weights), "complement"):
+            raise InputError(f"policy {name!r} adds logits of its own, which an engine does not")
         if getattr(weights, "params_per_row", False):
             raise InputError(f"policy {name!r} has parameters for every row; give fixed weights with requests")
         length = span_length_of(weights, None)

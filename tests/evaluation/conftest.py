@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import rlae_jax as rj
-from rlae_jax.evaluation import Method, baseline_methods, baselines, evaluate
+from rlae_jax.evaluation import Method, baseline_methods, baselines, evaluate, fitted
 from rlae_jax.fusion.policy import BoundPolicy, Deterministic, Dims
 from tests.helpers import toys
 
@@ -53,6 +53,7 @@ def everything(ensemble, agent, tmp_path_factory):
     task = toys.task()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "TOP_KS", (10, 1))  # each compiles a program
+        patch.setattr(fitted, "STEPS", 20)  # test_fitted.py has enough
         methods = baseline_methods(ensemble, task, ["all"], agents={"rlae_ppo": [agent]})
     asked = set(task.splits.names)
     out = tmp_path_factory.mktemp("everything")
