@@ -14,7 +14,7 @@ critic     joint -> value                               joint -> value
 The set agent (`--agent set`) is one network for all members, of any number, and knows a member by what it reads of it:
 
 member k:  hidden [B, D_k] -> normalised -> the projection of its width -+
-           stats [B, 4], prompt [B] -------------------------------------+-> x_k [B, X]
+           stats [B, 4], prompt [B], as they are and beside the others' -+-> x_k [B, X]
 shared:    span, text [B, J] --------------------------------------------+
 x [B, K, X], agreement [B, K, K] -> attention of each member to the others -> seen_k [B, X + H*E]
 
@@ -261,6 +261,7 @@ class MAPPOAgent:
 
 
 _HEADS = 4
+_LEAST_SPREAD = 0.01  # of a statistic: smaller differences are next to none
 _HIDING = 0x41DE  # the stream that says which hidden states are hidden, apart from the one that draws weights
 
 
@@ -344,7 +345,7 @@ class SetAgent:
                 for width in sorted(set(dims.widths))
             }
             inputs += config.projection + 1
-        inputs += len(STATS) * ("stats" in config.reads) + ("prompt" in config.reads)
+        inputs += 2 * (len(STATS) * ("stats" in config.reads) + ("prompt" in config.reads))
         params["attention"] = _init_attention(attention, inputs, config.projection, "agreement" in config.reads)
         seen = config.projection + params["attention"]["value"][0].size
         params["pool"] = jax.random.normal(pool, (seen, config.ffn_width)) * seen**-0.5
@@ -358,7 +359,8 @@ class SetAgent:
         if "prompt" in config.reads:  # counted in tokens of whoever is first, so that only their proportions are read
             size = jnp.mean(jnp.abs(observation.prompt), axis=1, keepdims=True)
             observation = observation._replace(prompt=observation.prompt / jnp.maximum(size, 1e-6))
-        of_members = self._hidden(params, observation) + _columns(observation, config)
+        columns = _columns(observation, config)
+        of_members = self._hidden(params, observation) + columns + [_relative(column) for column in columns]
         agreement = observation.agreement if "agreement" in config.reads else None
         b, k = of_members[0].shape[:2] if agreement is None else agreement.shape[:2]
         shared = _read_shared(params, observation, config)
@@ -396,6 +398,13 @@ class SetAgent:
         shown = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, _HIDING), 1 - share, (n,)))(keys)
         hidden = tuple(jnp.where(shown[:, k, None], one, 0.0) for k, one in enumerate(observation.hidden))
         return observation._replace(hidden=hidden)
+
+
+def _relative(column: Float[Array, "B K N"]) -> Float[Array, "B K N"]:
+    """By how much each member is above the members' mean, in units of their spread: who is the surer one may show in a
+    hundredth of a nat."""
+    above = column - jnp.mean(column, axis=1, keepdims=True)
+    return above * jax.lax.rsqrt(jnp.mean(above * above, axis=1, keepdims=True) + _LEAST_SPREAD**2)
 
 
 def _of_width(width: int) -> str:

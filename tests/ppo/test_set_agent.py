@@ -99,8 +99,13 @@ def by_hand(params, config, seen, b):
             if known:
                 projected = h / np.sqrt(np.mean(h**2) + 1e-6) @ params["projections"][f"width_{width}"]
             read += [*projected, float(known)]
-        read += list(seen.stats[m]) if "stats" in reads else []
-        read += [seen.prompt[m] / np.mean(np.abs(seen.prompt))] if "prompt" in reads else []
+        own = [seen.stats] if "stats" in reads else []
+        own += [seen.prompt[:, None] / np.mean(np.abs(seen.prompt))] if "prompt" in reads else []
+        for column in own:
+            read += list(column[m])
+        for column in own:
+            above = column - column.mean(axis=0)
+            read += list(above[m] / np.sqrt(np.mean(above**2, axis=0) + 1e-4))
         read += list(params["span_embedding"][int(seen.span)]) if "span" in reads else []
         xs.append(np.array(read) @ attention["token"] + attention["bias"])
     alpha, pool = [], []
