@@ -17,8 +17,9 @@ Assignments = Annotated[tuple[tuple[str, ...], ...], UseAppendAction]  # --vary 
 class AblateModels(ModelOptions):
     """Which models, and how they are fused."""
 
-    fusion: Literal["linear", "loglinear"] = "linear"
-    """linear = mean of probabilities, loglinear = weighted mean of log-probabilities."""
+    fusion: Literal["linear", "loglinear", "hidden"] = "linear"
+    """linear = mean of probabilities, loglinear = weighted mean of log-probabilities, hidden = sum of last hidden
+    states, for --adapters."""
     dtype: Dtype = "float32"
     """of the members' parameters."""
 

@@ -19,8 +19,9 @@ class EvaluateModels(ModelOptions):
     models: Models
     """Hugging Face directories, GGUF files or Hub ids (org/name). With different tokenizers, steps, spans and
     --max-new-tokens count entries of the union of their vocabularies."""
-    fusion: Literal["linear", "loglinear"] = "linear"
-    """linear = mean of probabilities, loglinear = weighted mean of log-probabilities."""
+    fusion: Literal["linear", "loglinear", "hidden"] = "linear"
+    """linear = mean of probabilities, loglinear = weighted mean of log-probabilities, hidden = sum of last hidden
+    states, for --adapters."""
     dtype: Dtype = "float32"
     """of the members' parameters."""
 

@@ -94,7 +94,7 @@ class ModelOptions(MemberOptions):
     fusion: Annotated[str, arg(metavar="NAME")] = "linear"
     """linear = mean of probabilities, loglinear = weighted mean of log-probabilities, topk[:k] = linear over each
     member's k (10) best tokens, primary[:member] = over the best of one member (0), proxy[:alpha] = the first of three
-    members + alpha (1) * (second - third), in log-probabilities."""
+    members + alpha (1) * (second - third), in log-probabilities, hidden = sum of last hidden states, for --adapters."""
 
     def load(self) -> "Ensemble":
         """The ensemble.
@@ -110,6 +110,8 @@ class ModelOptions(MemberOptions):
         self.require_models()
         if self.adapters and len(self.models) > 1:
             raise InputError(f"--adapters needs one base model, not {len(self.models)}")
+        if self.fusion == "hidden" and not self.adapters:
+            raise InputError("--fusion hidden sums states that one head reads: of --adapters of one model")
         count = len(self.adapters or self.models)
         lists = self.read_end_ids(count)
         get_operator(self.fusion, count)  # tells now, not after reading gigabytes

@@ -491,10 +491,17 @@ def load_adapter(adapter: str | os.PathLike[str] | lora.Adapter, lm: LM) -> lora
 
 
 def load_adapters(adapters: Sequence[str | os.PathLike[str] | lora.Adapter], lm: LM) -> list[lora.Adapter]:
-    """`load_adapter` of each; an `InputError` for one that is not in a list."""
+    """`load_adapter` of each; an `InputError` for one that is not in a list. Directories or Hub ids whose names are
+    alike (a/adapter, b/adapter) are called by their last two parts."""
     if isinstance(adapters, str | os.PathLike | lora.Adapter):
         raise InputError("adapters must be a list; put a single adapter in a list")
-    return [load_adapter(adapter, lm) for adapter in adapters]
+    loaded = [load_adapter(adapter, lm) for adapter in adapters]
+    names = [adapter.name for adapter in loaded]
+    return [
+        one if isinstance(asked, lora.Adapter) or names.count(one.name) == 1 else dataclasses.replace(one, name=longer)
+        for asked, one in zip(adapters, loaded, strict=True)
+        for longer in ["/".join(Path(os.path.abspath(Path(str(asked)).expanduser())).parts[-2:])]
+    ]
 
 
 def save_adapter(adapter: lora.Adapter, lm: LM, directory: str | os.PathLike[str]) -> None:

@@ -184,14 +184,17 @@ def fusion_name(fusion: FusionOperator) -> str:
 
 
 def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
-    """Warns if an ensemble's members are not those that a run's agents were trained with: the weights of joint agents
-    go by place, and set agents do not read the hidden states of members that they do not know.
+    """Warns if an ensemble's members are not those that a run's agents were trained with, or are fused otherwise: the
+    weights of joint agents go by place, and set agents do not read the hidden states of members that they do not know.
 
     Raises:
       InputError: what `read_run` raises.
     """
-    given = [(lm.name, mark) for lm, mark in zip(ensemble.members, ensemble.fingerprints, strict=True)]
     made = read_run(run)
+    fusions = [name.removesuffix("()").lower() for name in (made.fusion, fusion_name(ensemble.fusion))]
+    if fusions[0] != fusions[1]:
+        warnings.warn(f"{run} was trained with fusion {fusions[0]}; here it is {fusions[1]}", stacklevel=2)
+    given = [(lm.name, mark) for lm, mark in zip(ensemble.members, ensemble.fingerprints, strict=True)]
     known = [(member.name, member.sha256) for member in made.members]
     if [mark for _, mark in given] == [mark for _, mark in known]:
         return

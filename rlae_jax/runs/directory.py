@@ -14,9 +14,9 @@ from rlae_jax.errors import InputError, grouped_error, shortened
 
 CONFIG_FILE = "config.json"
 _SECONDS_TO_APPEAR = 60.0
-# What a resumed run may change: how long it is, where it is, and how its answers are written.
+# What a resumed run may change: how long it is, where it is, how its answers are written, what its members are called.
 _SETTINGS = ("iterations", "steps", "engine", "slots", "levels", "beams", "budget")
-MAY_DIFFER = (*(f"settings.{name} " for name in _SETTINGS), "mesh", "processes ", "checkpoints ")
+MAY_DIFFER = (*(f"settings.{name} " for name in _SETTINGS), "mesh", "processes ", "checkpoints ", "members.name ")
 
 
 class RunConfig(records.Record, kw_only=True):
@@ -83,8 +83,16 @@ def _differences(ours: Any, theirs: Any, where: str = "") -> Iterator[str]:
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in sorted(ours.keys() | theirs.keys()):
             yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else key)
+    elif _are_parts(ours) and _are_parts(theirs) and len(ours) == len(theirs):
+        for one, other in zip(ours, theirs, strict=True):
+            yield from _differences(one, other, where)
     elif ours != theirs:
         yield f"{where} is {_short(theirs)} there and {_short(ours)} here"
+
+
+def _are_parts(value: Any) -> bool:
+    """Whether a value is a list of parts with keys of their own."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value)
 
 
 def _short(value: Any) -> str:

@@ -555,6 +555,8 @@ class TestBadInput:
         assert "trained with alpha, beta; given are beta, alpha: in another order" in other
         (other,) = told(models[0], models[0])
         assert "these are others" in other
+        with pytest.warns(UserWarning, match="trained with fusion linear; here it is loglinear"):
+            check_members(trained, rj.Ensemble([rj.load(directory) for directory in models], "loglinear"))
 
     def test_train_on_prompts_that_do_not_fit(self, refused, models, tmp_path):
         path = tmp_path / "long.jsonl"
