@@ -19,6 +19,11 @@ SCORES = {
     "loglinear": 0.7,
     "params": 0.71,
     "rlae_ppo": 0.78,
+    "uniform_reward, equal data": 0.79,
+    "uniform_reward, grpo": 0.8,
+    "hidden, grpo": 0.72,
+    "rlae_ppo, sampled": 0.76,
+    "rlae_ppo, grpo": 0.8,
 }
 
 
@@ -44,6 +49,7 @@ def measured(three=SCORES, fused_four=0.6):
     names = (*study.FOUR, *study.BASELINES, study.UNIFORM_FOUR)
     searches = {name: searched(0.7, 5_000) for name in ("hidden", "probs", "loglinear", "params", "four")}
     searches |= {f"grid-{mode}": searched(0.705, 40_000) | {"evaluations": 400} for mode in ("hidden", "probs")}
+    searches |= {f"{mode}-beams": searched(0.702, 12_000) | {"evaluations": 200} for mode in ("hidden", "probs")}
     return study.Measurements(
         three=[results(three, seed) for seed in range(SEEDS)],
         four=[results(four, seed) for seed in range(SEEDS)],
@@ -68,6 +74,10 @@ def test_verdicts_as_they_come_out():
     assert told["E4 above best single, greedy"] == "holds"
     assert told["E5 hidden above probs, greedy"] == "fails"
     assert told["E6 search as good as the full grid, hidden"] == "holds"
+    assert told["E6 search as good as the full grid, probs, 3 boxes"] == "holds"
+    assert told["E4' rlae_ppo above uniform_reward, equal data, greedy"] == "fails"
+    assert told["E4' rlae_ppo, grpo above uniform_reward, equal data, sampled"] == "holds"
+    assert told["E4' hidden, grpo above hidden, greedy"] == "holds"
     assert told["an agent's weights above fixed ones"] == "holds"
 
 
@@ -85,7 +95,11 @@ def test_accounts_count_what_they_say():
 def test_checks_can_pass_and_fail():
     passed = {check["name"]: check["ok"] for check in study.make_checks(measured())}
     assert passed == dict.fromkeys(
-        ("base_low", "single_low", "hidden_gain", "fourth_ratio", "search_gap", "agent_gain"), True
+        (
+            *("base_low", "single_low", "hidden_gain", "fourth_ratio"),
+            *("search_gap", "search_gap_beams", "agent_gain"),
+        ),
+        True,
     )
     bad = {**SCORES, "base": 0.6, "brevity": 0.68, "rlae_ppo": 0.71}
     failed = [check["name"] for check in study.make_checks(measured(bad, fused_four=0.5)) if not check["ok"]]
@@ -96,3 +110,18 @@ def test_checks_can_pass_and_fail():
 def test_every_seed_is_shown(way):
     cells = study.score_cells(measured(), way)
     assert all(len(row[-1].split()) == SEEDS for row in cells)
+
+
+def test_searches_with_their_cost():
+    cells = study.search_cells(measured())
+    assert len(cells) == 2 * SEEDS
+    assert cells[0] == ("hidden", "0", "0.705", "+0.0050", "+0.0030", "400 80 200", "+120 (2.5 times)")
+
+
+def test_a_band_carries_what_has_ended():
+    """A curve of another length and other places: by hand, between and beyond its points."""
+    x, mean, low, high = study.band([[(0, 0.0), (100, 1.0)], [(50, 0.0), (200, 0.6)]])
+    assert x == [50, 100, 200]
+    np.testing.assert_allclose(mean, [(0.5 + 0.0) / 2, (1.0 + 0.2) / 2, (1.0 + 0.6) / 2])
+    assert all(a < b < c for a, b, c in zip(low, mean, high, strict=True))
+    assert study.band([[(0, 0.1), (9, 0.2)]]) == ([0, 9], [0.1, 0.2], [0.1, 0.2], [0.1, 0.2])

@@ -15,6 +15,7 @@ stacks are those of a run without one, and the results the same to the last bit.
 """
 
 import dataclasses
+import functools
 import shutil
 import time
 import warnings
@@ -104,11 +105,17 @@ def check_targets(targets: Sequence[Target]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What the loop reports after each round: of each adapter still training, its steps and its validation score."""
+    """What the loop reports after each round: of each adapter still training, its steps and its validation score.
+
+    Attributes:
+      done: which of them have just ended.
+      adapter: one of them as it is while this is reported, by its name.
+    """
 
     steps: Mapping[str, int]
     scores: Mapping[str, float]
     done: tuple[str, ...]
+    adapter: Callable[[str], Adapter]
 
 
 class _Saved(NamedTuple):
@@ -372,6 +379,7 @@ def train_adapters(
                         {learner.target.name: learner.step for learner in learners},
                         {learner.target.name: learner.history[-1]["dev"] for learner in learners},
                         tuple(learner.target.name for learner in done),
+                        functools.partial(_as_now, tuple(learners), config),
                     )
                 )
                 learners = [learner for learner in learners if learner not in done]
@@ -469,8 +477,7 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     """Writes what was best on dev, and what it took."""
     rows = learner.history
     best = max(rows, key=lambda row: row["dev"])
-    best_factors = jax.tree.map(lambda leaf: leaf[0], sharding.to_host(learner.saved.best))
-    adapter = Adapter(config.lora, best_factors, learner.target.name)
+    adapter = _adapter(config, learner.saved.best, learner.target.name)
     where = learner.directory / ADAPTER
     if hosts.is_first() and (not where.is_dir() or _adapter_problem(where)):
         shutil.rmtree(where, ignore_errors=True)
@@ -490,6 +497,16 @@ def _finish(base: LM, learner: _Learner, config: EMORLConfig) -> None:
     )
     files.write_json(learner.directory / TRAINING_FILE, records.plain(record))
     learner.close()
+
+
+def _as_now(learners: Sequence[_Learner], config: EMORLConfig, name: str) -> Adapter:
+    (learner,) = (learner for learner in learners if learner.target.name == name)
+    return _adapter(config, learner.saved.state.factors, name)
+
+
+def _adapter(config: EMORLConfig, factors: lora.Factors, name: str) -> Adapter:
+    """An adapter that was alone in its axis."""
+    return Adapter(config.lora, jax.tree.map(lambda leaf: leaf[0], sharding.to_host(factors)), name)
 
 
 def _points_to(rows: Sequence[Mapping[str, Any]], share: float, per_step: int) -> int:

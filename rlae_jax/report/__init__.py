@@ -7,6 +7,7 @@ agent is: what is shown comes as numbers, names and rows of JSON.
 from rlae_jax.report.machine import environment as environment
 from rlae_jax.report.pictures import COLOURS as COLOURS
 from rlae_jax.report.pictures import contributions as contributions
+from rlae_jax.report.pictures import curves_with_bands as curves_with_bands
 from rlae_jax.report.pictures import learning_curve as learning_curve
 from rlae_jax.report.pictures import parallel_coordinates as parallel_coordinates
 from rlae_jax.report.pictures import scores_chart as scores_chart

@@ -65,6 +65,33 @@ def learning_curve(
     _save(figure, path)
 
 
+def curves_with_bands(
+    path: Path,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]]],
+    over: str,
+    title: str,
+) -> None:
+    """Scores over what they cost, a panel beside the other. Beyond the eighth line of a panel lines are dashed.
+
+    Args:
+      panels: title -> line's name -> (places, score, low, high), of one length each.
+      over: what places are.
+    """
+    figure, axes = _figure(7 * len(panels), 5, len(panels))
+    for axis, (name, lines) in zip(axes[0], panels.items(), strict=True):
+        for i, (label, (places, scores, low, high)) in enumerate(lines.items()):
+            colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
+            axis.plot(places, scores, color=colour, linestyle=style, linewidth=1.8, label=label)
+            axis.plot(places[-1:], scores[-1:], "o", color=colour, markersize=5)
+            axis.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.set(title=name, xlabel=over)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("mean score on dev")
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def scores_over(
     path: Path,
     values: Sequence[str],

@@ -12,9 +12,9 @@ import rlae_jax as rj
 from rlae_jax.emorl import fine_tune, losses
 from rlae_jax.emorl.fine_tune import EMORLConfig
 from rlae_jax.fusion.prompts import pad_rows, prompts_from_arrays
-from rlae_jax.models import LoraConfig, lora
+from rlae_jax.models import LoraConfig, lora, transformer
 from tests.data import hf
-from tests.helpers.adapters import add_by_hand
+from tests.helpers.adapters import add_by_hand, leaf_at
 from tests.helpers.recurrent import recurrent_lm
 
 M, B, K, N = 3, 4, 2, 6
@@ -148,6 +148,71 @@ def test_a_step_of_the_stack_is_each_adapters_own(lm, prompts, sampled, algorith
         for name, value in told_alone.items():
             np.testing.assert_allclose(value[0], told[name][m], rtol=1e-4, atol=1e-5)
     assert together.step.tolist() == [3, 8, 5]
+
+
+def test_steps_of_grpo_written_out(lm, prompts, sampled):
+    """Two updates from one batch, by loops over tokens, through a model with the adapter added to its kernels."""
+    if lm.config.encoder is not None:
+        pytest.skip("written out for decoders")
+    plain = dataclasses.replace(ADAPTER, dropout=0.0)
+    config = settings(algorithm="grpo", epochs=2, lora=plain, learning_rate=3e-3, kl_weight=0.3, clip=0.01)
+    _, written = sampled
+    seeds = SEEDS[:1]
+    rewards = np.random.default_rng(4).random((1, B * K)).astype(np.float32)
+    own = jax.tree.map(lambda leaf: leaf[: B * K], written)
+    found, told = fine_tune.update(
+        *(lm.params, fresh(lm, config, seeds), block_of(prompts, 0), own, jnp.asarray(rewards), seeds),
+        *(lm.config, config),
+    )
+
+    texts = []
+    for row in range(B * K):
+        asked = np.asarray(prompts.ids[0])[row // K][np.asarray(prompts.mask[0])[row // K].astype(bool)]
+        texts.append((asked, np.asarray(own.tokens)[row, : int(np.sum(own.mask[row]))]))
+    ids, real = map(jnp.asarray, pad_rows([[*asked, *tokens] for asked, tokens in texts], 8 + N))
+    means = rewards.reshape(B, K).mean(axis=1)
+    spreads = np.sqrt(((rewards.reshape(B, K) - means[:, None]) ** 2).mean(axis=1))
+    advantages = [(rewards[0, row] - means[row // K]) / (spreads[row // K] + 1e-4) for row in range(B * K)]
+
+    def log_probs(factors):
+        params = jax.tree.map(lambda leaf: leaf, lm.params)
+        for path, pair in factors.items():
+            layer = leaf_at(params, path)
+            layer["kernel"] = layer["kernel"] + plain.alpha / plain.rank * jnp.tensordot(pair["a"], pair["b"], axes=1)
+        model = transformer.Model(lm.config, params)
+        predicted = jax.nn.log_softmax(model.logits(model.forward(ids, real)[0]), axis=-1)
+        return [
+            jnp.stack([predicted[row, t - len(tokens) - 1, token] for t, token in enumerate(tokens)])
+            for row, (_, tokens) in enumerate(texts)
+        ]
+
+    factors = jax.tree.map(lambda leaf: leaf[0], fresh(lm, config, seeds).factors)
+    base, old = map(jax.jit(log_probs), (jax.tree.map(jnp.zeros_like, factors), factors))
+
+    def loss(factors):
+        total = 0.0
+        for row, new in enumerate(log_probs(factors)):
+            gain = 0.0
+            for t in range(len(new)):
+                ratio = jnp.exp(new[t] - old[row][t])
+                held = jnp.minimum(jnp.maximum(ratio, 1 - 0.01), 1 + 0.01)
+                gain += jnp.minimum(ratio * advantages[row], held * advantages[row])
+            total += -gain / len(new) + 0.3 * jnp.sum((new - base[row]) ** 2) / 2
+        return total / (B * K)
+
+    optimiser = optax.chain(optax.clip_by_global_norm(config.gradient_norm), optax.adam(3e-3))
+    gradient = jax.jit(jax.grad(loss))
+    kept, expected = optimiser.init(factors), factors
+    for _ in range(2):
+        changes, kept = optimiser.update(gradient(expected), kept)
+        expected = optax.apply_updates(expected, changes)
+    assert told["clip_fraction"][0] > 0.05  # the second update leaves the interval
+    moved = 0.0
+    for path, pair in expected.items():
+        for side, leaf in pair.items():
+            np.testing.assert_allclose(found.factors[path][side][0], leaf, atol=2e-4)
+            moved = max(moved, float(np.abs(leaf - factors[path][side]).max()))
+    assert moved > 3e-3
 
 
 @pytest.mark.parametrize("algorithm", ["scst", "ppo"])

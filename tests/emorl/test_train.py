@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import shutil
 import warnings
@@ -314,10 +315,15 @@ class TestIndependence:
         constant = Objective("constant", lambda prompts, texts: [1.0] * len(texts), low=1.0)
         calls = iter(range(1_000))
         restless = Objective("restless", lambda prompts, texts: [next(calls) % 7 / 6 for _ in texts])
-        told = []
+        told, now = [], []
+
+        def on_progress(progress):
+            told.append(progress)
+            now.extend(progress.adapter(name) for name in progress.steps)
+
         config = settings(steps=6, window=2, threshold=0.01)
         train_adapters(
-            base, [Target.of(constant), Target.of(restless)], PROMPTS, config, tmp_path, on_progress=told.append
+            base, [Target.of(constant), Target.of(restless)], PROMPTS, config, tmp_path, on_progress=on_progress
         )
         assert [dict(progress.steps) for progress in told] == [
             {"constant": 2, "restless": 2},
@@ -325,6 +331,10 @@ class TestIndependence:
             {"restless": 6},
         ]
         assert [progress.done for progress in told] == [("constant",), (), ("restless",)]
+        assert [adapter.name for adapter in now] == ["constant", "restless", "restless", "restless"]
+        for before, after in itertools.pairwise(now[1:]):
+            leaves = zip(*(jax.tree.leaves(adapter.params) for adapter in (before, after)), strict=True)
+            assert not all(np.array_equal(x, y) for x, y in leaves)
         one, other = (training_of(tmp_path, name) for name in ("constant", "restless"))
         assert (one["converged"], one["steps"], one["data_points"]) == (True, 2, 8)
         assert (other["steps"], other["data_points"]) == (6, 24)
