@@ -316,8 +316,8 @@ def run_all(out: Path, plan: Plan) -> None:
 
     phases: list[study.Phase] = [
         ("base models", train_base, [(out, plan, seed) for seed in seeds]),
-        ("adapters", fine_tune, pieces(("three", "four", GRPO))),
-        ("adapters, equal data", fine_tune, pieces(("equal",))),
+        ("adapters", fine_tune, pieces(("three", GRPO))),
+        ("later adapters", fine_tune, pieces(("four", "equal"))),  # into a run, and from what one took
         ("weights", find_weights, pieces((*AGENTS, *SEARCHES))),
         ("snapshots", search_snapshots, pieces((SCST, GRPO))),
         ("test prompts", answer_tests, pieces(("three", "four"))),

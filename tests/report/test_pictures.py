@@ -115,3 +115,17 @@ class TestContributions:
     def test_nothing_but_0(self, raises_input_error, tmp_path):
         points = np.zeros((4, 2))
         raises_input_error(lambda: report.contributions(tmp_path / "x.png", points, points, NAMES[:2], ""), "4 points")
+
+
+def test_curves_with_bands(drawn, tmp_path):
+    """More lines than there are colours: each can be told from the others."""
+    places = [0.0, 10.0, 20.0]
+    lines = {f"line {i}": (places, [0.1 * i, 0.2, 0.3], [0.0, 0.1, 0.2], [0.5, 0.5, 0.5]) for i in range(10)}
+    report.curves_with_bands(tmp_path / "x.png", {"one": lines, "other": {"own": lines["line 0"]}}, "cost", "title")
+    check_png(tmp_path / "x.png")
+    one, other = drawn[0].axes
+    assert (labels(one), labels(other)) == (list(lines), ["own"])
+    assert [axis.get_title() for axis in (one, other)] == ["one", "other"]
+    shown = [line for line in one.lines if len(line.get_xdata()) > 1]
+    assert [line.get_ydata()[0] for line in shown] == pytest.approx([0.1 * i for i in range(10)])
+    assert len({(line.get_color(), line.get_linestyle()) for line in shown}) == 10
