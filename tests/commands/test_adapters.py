@@ -1,18 +1,37 @@
 """An agent over adapters that others made: two PEFT directories of different make, from training to answers."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import rlae_jax as rj
+from rlae_jax.commands import main as commands
 from rlae_jax.specialists import make_pair_tokenizer
 from rlae_jax.tasks import skills
-from tests.commands.test_main import call, home  # noqa: F401  fixtures
 
 PROMPTS = ["rs4821=", "d13=", "a"]
 TRAIN = ["--iterations", 1, "--prompts", 8, "--eval-every", 1, "--eval-prompts", 3, "--span-length", 2]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a command; returns (exit status, standard output, standard error)."""
+    monkeypatch.setenv(commands.CACHE_VARIABLE, "off")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rlae-jax", *map(str, arguments)])
+        status = 0
+        try:
+            commands.main()
+        except SystemExit as ended:
+            status = ended.code or 0
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
 
 
 def write_peft(directory, base, seed, modules, *, r, alpha, suffix="", stabilised=False, ranks=None, alphas=None):
@@ -68,7 +87,7 @@ def world(tmp_path_factory, make_lm):
 @pytest.mark.parametrize(
     "fusion", ["hidden", *(pytest.param(name, marks=pytest.mark.rare) for name in ("linear", "loglinear"))]
 )
-def test_an_agent_is_trained_evaluated_and_used(world, call, tmp_path, fusion):  # noqa: F811
+def test_an_agent_is_trained_evaluated_and_used(world, call, tmp_path, fusion):
     base, adapters, merged, data = world
     run = tmp_path / "run"
     model = ["--models", base, "--adapters", *adapters, "--fusion", fusion]
@@ -106,7 +125,7 @@ def test_members_are_the_adapters_merged_by_hand(world):
 
 
 @pytest.mark.filterwarnings("ignore:adapters of different rank")
-def test_what_cannot_be_fused_by_states(world, call, tmp_path):  # noqa: F811
+def test_what_cannot_be_fused_by_states(world, call, tmp_path):
     base, adapters, _, data = world
     status, _, told = call("train", "--models", base, "--fusion", "hidden", "--data", data, "--out", tmp_path / "out")
     assert status == 2
