@@ -33,7 +33,7 @@ from rlae_jax.evaluation import Method, evaluate
 from rlae_jax.evaluation.results import RESULTS_FILE, read_results
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
-from rlae_jax.ppo.train import Setup, require_written, setup, train_seeds
+from rlae_jax.ppo.train import Setup, setup, train_seeds
 from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 from rlae_jax.runs.directory import claim_directory
@@ -303,7 +303,8 @@ def ablate(
     """
     ranges.check_arguments(ablate, limit=limit)
     out = Path(out)
-    require_written(task)
+    if task.by_likelihood:
+        raise InputError(f"an ablation scores written answers; give {task.name} a reward of texts, not likelihood")
     cells = make_cells(base, vary)
     examples = task.split(split)
     n = len(examples if limit is None else examples.take(limit))

@@ -111,6 +111,7 @@ class AgentConfig:
 # Dev prompts that are scored unless their number is given: per answer of an iteration, since greedy answers cost about
 # what those of a rollout cost; the fewest and the most.
 DEV_SHARE, FEWEST_DEV, MOST_DEV = 4, 32, 512
+CREDITS = ("span", "answer")  # see rlae_jax.ppo.given
 SCHEDULES = ("constant", "linear", "cosine")  # see rlae_jax.schedules
 
 
@@ -133,6 +134,8 @@ class PPOConfig:
       clip, value_clip: of the probability ratio and of the value's change.
       span_length, max_new_tokens: None takes the task's.
       temperature: of the tokens; 0 writes greedily, and only the weights are drawn.
+      credit: where a reward by likelihood comes (see `ppo.given`): "span" gives each span its own, "answer" the last
+        span their sum; None is "span". A written answer has its reward at its end.
       engine, slots: whether a rollout writes so many of an agent's answers at a time and gives a row that ends the next
         prompt, instead of all together until the longest ends. None is `engine_slots`. The answers are the same.
       eval_every, eval_prompts: the first so many prompts of dev are scored, and a checkpoint written, every so many
@@ -163,6 +166,7 @@ class PPOConfig:
     span_length: Count | None = None
     max_new_tokens: Count | None = None
     temperature: Temperature = 0.0
+    credit: str | None = None
     engine: bool = False
     slots: Count | None = None
     eval_every: Count = 10
@@ -180,6 +184,8 @@ class PPOConfig:
             raise InputError(f"seeds {self.seed} to {self.seed + self.seeds - 1}: the last seed is {ranges.LAST_SEED}")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.credit not in (None, *CREDITS):
+            raise InputError(f"credit must be one of {', '.join(CREDITS)}, not {self.credit!r}")
         if self.slots is not None and not self.engine:
             raise InputError("slots are an engine's: set engine, too")
         if 0 in self.task_prompts:

@@ -144,7 +144,7 @@ class Difference(NamedTuple):
     p: float  # two-sided
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike) -> Difference:
+def paired_difference(a: ArrayLike, b: ArrayLike, *, bounded: bool = True) -> Difference:
     """Mean reward of `a` minus that of `b` on the same prompts, with its bootstrap interval and p-value.
 
     One seed: the sign-flip test over prompts. Several: the difference must show over prompts (of its mean over seeds)
@@ -155,6 +155,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Difference:
     Args:
       a, b: [S, N] or [N]. Seeds are paired in their order: a method with one seed is paired with each seed of the
         other; of different numbers the first ones count.
+      bounded: they are rewards, in [0, 1], which bounds the interval.
     """
     tables = [np.atleast_2d(np.asarray(x, np.float64)) for x in (a, b)]
     seeds = min((len(x) for x in tables if len(x) > 1), default=1)
@@ -164,7 +165,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Difference:
     if seeds > 1:
         p = max(p, t_test_p(by_seed.mean(axis=1)))
     low, high = bootstrap_interval(by_seed)
-    return Difference(float(by_seed.mean()), (max(low, -1.0), min(high, 1.0)), p)  # rewards are in [0, 1]
+    if bounded:
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Difference(float(by_seed.mean()), (low, high), p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -59,13 +59,15 @@ def evaluate(
             that such a network finds best, with logits added), random (weights drawn anew for each span), shuffled (the
             agent's weights for another prompt), vote (the members' most frequent answer), oracle (whether any member's
             answer is right: a reference line); all is all of them. Default: single:NAME, uniform, static, confidence
-            and schedule.
+            and schedule. With --reward likelihood: single:NAME, uniform, static, oracle (the best member of each span)
+            and, under their own settings, perplexity, confidence, consistency, gate, online, bayes and selective;
+            default: the first four.
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.
         search_prompts: training prompts that searches read. Default: 1024, or more where an agent saw more answers in
             training. They take the most time; an evaluation cannot be resumed, one that was stopped begins anew.
     """
     from rlae_jax import files, report
-    from rlae_jax.evaluation import baseline_methods, load_agents, router_config
+    from rlae_jax.evaluation import baseline_methods, evaluate_rules, load_agents, router_config
     from rlae_jax.evaluation import evaluate as evaluate_methods
     from rlae_jax.ppo.train import read_run
     from rlae_jax.runs.directory import CONFIG_FILE, made_by
@@ -81,15 +83,20 @@ def evaluate(
     asked = task.select(asked, ensemble)
     examples = asked.split(split)  # told now, not after a search
     examples = examples if limit is None else examples.take(limit)
-    ensemble.check_lengths(ensemble.lengths(ensemble.encode(examples.prompts, chat=asked.chat)), asked.max_new_tokens)
+    by_likelihood = asked.reads_texts
+    if not by_likelihood:
+        lengths = ensemble.lengths(ensemble.encode(examples.prompts, chat=asked.chat))
+        ensemble.check_lengths(lengths, asked.max_new_tokens)
     agents = load_agents(ensemble, asked, policy)
-    baselines = baseline_methods(
-        *(ensemble, asked, methods),
-        agents=agents,
-        config=router_config(policy),
-        runs=out,
-        search_prompts=search_prompts,
-    )
+    baselines = {}
+    if not by_likelihood:
+        baselines = baseline_methods(
+            *(ensemble, asked, methods),
+            agents=agents,
+            config=router_config(policy),
+            runs=out,
+            search_prompts=search_prompts,
+        )
     names = {run: read_run(run).settings.method for run in policy}
     files.write_json(
         config,
@@ -104,7 +111,16 @@ def evaluate(
             "policies": {name: [str(run) for run in policy if names[run] == name] for name in agents},
         },
     )
-    results = evaluate_methods({**baselines, **agents}, asked, split, limit=limit, out=out)
+    if by_likelihood:
+        results = evaluate_rules(
+            *(ensemble, asked, split, methods, agents),
+            cuts=None if task.cut is None else [task.cut],
+            out=out,
+            limit=limit,
+            search_prompts=search_prompts,
+        )
+    else:
+        results = evaluate_methods({**baselines, **agents}, asked, split, limit=limit, out=out)
     report.scores_chart(out / "scores.png", results)
     report.console.print(report.results_table(results))
     if results["differences"]:

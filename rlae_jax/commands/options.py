@@ -137,9 +137,16 @@ class _TaskOptions:
     """The answer's field in the file, or a path such as answers.text; in JSON it may be a list, of which any counts."""
     reward: str | None = None
     """exact_match, last_number, gsm8k, multiple_choice, token_f1, squad_match, triviaqa_match, math_equivalence, or
-    your own module:function (or file.py:function) of a text and a reference; to evaluate a benchmark of multiple choice
-    (mmlu, arc_challenge, piqa) also likelihood: the likeliest option is the answer. Default: the benchmark's;
-    exact_match for a file."""
+    your own module:function (or file.py:function) of a text and a reference; or likelihood: nothing is written, but how
+    likely the right answers are (of a benchmark its worked ones) is what agents learn from, and are evaluated by, in
+    bits per byte; of multiple choice (mmlu, arc_challenge, piqa) the likeliest option is the answer. Default: the
+    benchmark's; exact_match for a file."""
+    text_field: str | None = None
+    """With --reward likelihood: the file's rows are texts without prompts, in this field."""
+    cut: Annotated[str | None, arg(metavar="RULE")] = None
+    """With --reward likelihood and models of different tokenizers: how texts are cut into entries of the union.
+    own[:K] = as model K's (0) tokenizer cuts them, longest = the longest entry from the left. Default: own; evaluate:
+    all of them, reported apart."""
     data_dir: Path | None = None
     """A directory with the benchmark's files, NAME/SPLIT.jsonl; otherwise it comes from the Hub."""
     shots: CountOr0 | None = None
@@ -154,7 +161,7 @@ class _TaskOptions:
 
     def _load(self, name: str | None) -> "Task":
         """The task of this name or of the file, with what was given changed."""
-        from rlae_jax.tasks import get_task, jsonl
+        from rlae_jax.tasks import LIKELIHOOD, get_task, jsonl
 
         if (name is None) == (self.data is None):
             both = "" if name is None else ", not both"
@@ -169,12 +176,19 @@ class _TaskOptions:
                 answer_field=self.answer_field,
                 reward="exact_match" if self.reward is None else self.reward,
                 chat=self.chat,
+                text_field=self.text_field,
             )
         else:
             assert name is not None
+            if self.text_field is not None:
+                raise InputError("--text-field belongs to --data, not to a task")
             options = {option: getattr(self, option) for option in ("reward", "data_dir", "shots")}
             options = {option: value for option, value in options.items() if value is not None}
             task = get_task(name, **options | ({"chat": True} if self.chat else {}))
+        if self.cut is not None:
+            if self.reward != LIKELIHOOD:
+                raise InputError(f"--cut is of texts that are read: give --reward {LIKELIHOOD}, too")
+            task = dataclasses.replace(task, cut=self.cut)
         if self.max_new_tokens is not None:
             task = dataclasses.replace(task, max_new_tokens=self.max_new_tokens)
         return task

@@ -43,6 +43,8 @@ class TrainOptions(AgentOptions):
     """prompts per rollout. Default: the preset's."""
     samples: Count | None = None
     """answers to each prompt of a rollout. Default: 1."""
+    credit: Literal["span", "answer"] | None = None
+    """with --reward likelihood: each span has its own reward, or the last one their sum. Default: span."""
     engine: bool = False
     """write a rollout as an engine does: some answers at a time, and a row that ends is given the next prompt, so that
     one long answer does not hold up a batch. The answers are the same. Not for encoder-decoders."""
@@ -100,6 +102,9 @@ def train(
     each rollout and task), and the agent is kept that was best on dev by the mean over the tasks of the share of the
     room above an untrained agent that it took. Results of each task are then in OUT/tasks/TASK.
 
+    With --reward likelihood nothing is written: the models read the answers of train, or texts of any kind, once, and
+    the agent learns from how likely each span is under its weights. That takes seconds where writing takes minutes.
+
     Ctrl-C saves and says how to go on; SIGTERM saves, too (exit status 75: run again with --resume). At the end the
     agent and equal weights are scored on the dev split, or on its first prompts where an iteration has few.
 
@@ -155,7 +160,9 @@ def train(
             report.say(f"{one.name}:")
         report.console.print(report.results_table(results))
     title = f"{name_of(asked)}, {config.algorithm.upper()}"
-    report.learning_curve(out / "curve.png", _curves(out, config.method), references, title)
+    unit = "bits per byte on dev" if asked[0].by_likelihood else None
+    references = references if asked[0].reads_texts or unit is None else {}  # an accuracy is none of these
+    report.learning_curve(out / "curve.png", _curves(out, config.method), references, title, unit)
     run = report.quoted(out)
     report.say(f"the trained policy is in {run}; use it with --policy {run}")
 
@@ -178,7 +185,7 @@ def _score(
         "uniform": Method(ensemble, None, policies[0].span_length),
         config.method: [Method(ensemble, policy) for policy in policies],
     }
-    limit = max(used, DEV_SHARE * config.prompts * config.samples)
+    limit = used if task.reads_texts else max(used, DEV_SHARE * config.prompts * config.samples)
     results = evaluate(methods, task, "dev", limit=limit, out=out)
     results["seconds"]["total"] = time.perf_counter() - began
     files.write_json(out / "results.json", results)
@@ -191,6 +198,9 @@ def _curves(out: Path, agent: str) -> dict[str, list[dict[str, Any]]]:
     from rlae_jax.runs.metrics import read_metrics
 
     rows = read_metrics(out, RewardLine)
+    if all("dev_bits_per_byte" in row for row in rows):
+        bits = [(row["iteration"], row["dev_bits_per_byte"]) for row in rows]
+        return {agent: [{"iteration": done, "reward": one, "dev": one} for done, one in bits]}
     if not any("reward_of_tasks" in row for row in rows):
         return {agent: rows}
     return {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rlae_jax import report
 from rlae_jax.config import PPOConfig
-from rlae_jax.evaluation.answers import with_room_for_options
 from rlae_jax.evaluation.methods import Method
 from rlae_jax.evaluation.policies import span_count
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import BoundPolicy
+from rlae_jax.ppo.given import with_room_for_options
 from rlae_jax.ppo.train import check_members, load_policy, read_run, train_seeds
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import Task
@@ -29,7 +29,8 @@ def load_agents(ensemble: Ensemble, task: Task, runs: Sequence[Path]) -> dict[st
     for run in runs:
         config = read_run(run).settings
         for policy in [load_policy(run, seed=config.seed + e) for e in range(config.seeds)]:
-            ensemble.bind(policy, 1, span_count(task, policy.span_length))  # tells now what does not fit
+            spans = 1 if task.reads_texts else span_count(task, policy.span_length)
+            ensemble.bind(policy, 1, spans)  # tells now what does not fit
             agents.setdefault(config.method, []).append(Method(ensemble, policy))
         check_members(run, ensemble)
     return agents

@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 
 from rlae_jax.evaluation.methods import AnyMethod, Method, Pick, Shuffled, policy_of
 from rlae_jax.evaluation.policies import replay
-from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.tasks import Examples, RewardPool, Task
 
 ROWS = 256  # prompts per call
@@ -86,14 +85,6 @@ class Answers:
         """The objectives' mean."""
         means: Float[np.ndarray, " N"] = self.scores.mean(axis=1)
         return means
-
-
-def with_room_for_options(ensemble: Ensemble, task: Task) -> Task:
-    """Of a task by likelihood, the task whose longest answer is its longest option in the ensemble's tokens."""
-    if not task.by_likelihood:
-        return task
-    options = {option for examples in task.splits.values() for own in examples.options or () for option in own}
-    return dataclasses.replace(task, max_new_tokens=max(ensemble.lengths(ensemble.encode(sorted(options)))))
 
 
 def answer_batch(

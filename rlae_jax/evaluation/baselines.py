@@ -18,13 +18,13 @@ from rlae_jax.config import AgentConfig, PPOConfig
 from rlae_jax.errors import InputError
 from rlae_jax.evaluation import fitted
 from rlae_jax.evaluation.agents import train_router
-from rlae_jax.evaluation.answers import with_room_for_options
 from rlae_jax.evaluation.methods import AnyMethod, Method, Pick, Shuffled, member_alone, member_names, policy_of
 from rlae_jax.evaluation.policies import dims_for, drawn_members, random_weights, with_settings
 from rlae_jax.evaluation.searches import Budget, best_settings, cost, draw_weights, schedule_weights, static_weights
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.policy import Bayes, BoundPolicy, Confidence, Consistency, Gate, Online, Perplexity, Selective
 from rlae_jax.ppo.agent import PPOAgent
+from rlae_jax.ppo.given import with_room_for_options
 from rlae_jax.tasks import Task
 
 # In the order of the table.

@@ -1,7 +1,7 @@
 """Evaluation: every method on the same prompts, with intervals and tests; results.json and predictions.jsonl.
 
 In: methods, examples, a scoring, ways to decode. Out: all answers (`answer_methods`), from which an evaluation makes
-its tables. `evaluate` is that of a task: greedy answers, scored by its reward.
+its tables. `evaluate` is that of a task: greedy answers, scored by its reward, or texts by their likelihood.
 """
 
 import functools
@@ -14,6 +14,7 @@ from rlae_jax import ranges, report
 from rlae_jax.evaluation.answers import GREEDY, Answerer, Answers, Decoding, Scoring, score_by_reward
 from rlae_jax.evaluation.methods import Methods, seeds_of
 from rlae_jax.evaluation.results import SCHEMA, compare_agents, method_row, predictions, rewards_of, write_results
+from rlae_jax.evaluation.texts import evaluate_texts
 from rlae_jax.ranges import Count
 from rlae_jax.runs import lock
 from rlae_jax.tasks import Examples, RewardPool, Task
@@ -74,6 +75,8 @@ def evaluate(
     examples = task.split(split)
     if limit is not None:
         examples = examples.take(limit)
+    if task.reads_texts:
+        return evaluate_texts({task.cut: methods}, task, split, out=out, limit=limit)
     began = time.perf_counter()
     with RewardPool(task.reward) as pool:
         scoring = score_by_reward(pool)

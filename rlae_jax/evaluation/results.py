@@ -27,6 +27,8 @@ class Results(records.Record, kw_only=True):
     """The content of results.json.
 
     Attributes:
+      unit, texts: of scores that are no rewards: bits per byte of so many bytes, read in windows of at most so many
+        tokens; less is better.
       methods: what `method_row` gives, by name.
       differences: what `differences` gives.
       objectives, sampled: of an evaluation under several objectives, whose `methods` answer greedily.
@@ -37,6 +39,8 @@ class Results(records.Record, kw_only=True):
     schema: records.Schema = SCHEMA
     task: str
     split: str
+    unit: str | msgspec.UnsetType = msgspec.UNSET
+    texts: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     objectives: list[str] | msgspec.UnsetType = msgspec.UNSET
     methods: dict[str, dict[str, Any]]
     differences: list[dict[str, Any]]
@@ -163,10 +167,10 @@ def pairs_with(name: str, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def differences(
-    rewards: Mapping[str, Float[np.ndarray, "S N"]], pairs: Sequence[tuple[str, str]]
+    rewards: Mapping[str, Float[np.ndarray, "S N"]], pairs: Sequence[tuple[str, str]], *, bounded: bool = True
 ) -> list[dict[str, Any]]:
-    """The rows of a table of differences; p-values are corrected together."""
-    tested = [statistics.paired_difference(rewards[a], rewards[b]) for a, b in pairs]
+    """The rows of a table of differences; p-values are corrected together. See `statistics.paired_difference`."""
+    tested = [statistics.paired_difference(rewards[a], rewards[b], bounded=bounded) for a, b in pairs]
     corrected = statistics.holm([one.p for one in tested])
     return [
         {"a": a, "b": b, "difference": one.difference, "ci95": list(one.ci95), "p": one.p, "p_holm": p}
@@ -236,6 +240,8 @@ def join_results(directories: Sequence[str | os.PathLike[str]]) -> dict[str, Any
     """
     paths = [Path(directory) for directory in directories]
     parts = [read_results(path) for path in paths]
+    if by_unit := [path for path, part in zip(paths, parts, strict=True) if part.unit is not msgspec.UNSET]:
+        raise InputError(f"{by_unit[0]} has bits per byte, which are not joined; evaluate all agents in one call")
     rewards: list[dict[str, Float[np.ndarray, "S N"]]] = []
     asked = set()
     for path, part in zip(paths, parts, strict=True):

@@ -119,6 +119,15 @@ class Kept:
         )
         return SpanRows(arrays["log_probs"], arrays.get("mass", ()), self.length[spans].astype(np.int32), observation)
 
+    def by_token(self) -> tuple[Float[np.ndarray, "T K"], Float[np.ndarray, "T K"] | None]:
+        """All tokens' log-probabilities and masses, in memory, in float64."""
+        real = np.arange(self.span_length) < self.length[:, None]
+
+        def joined(name: str) -> Float[np.ndarray, "T K"]:
+            return np.concatenate([part[name] for part in self.parts])[real].astype(np.float64)
+
+        return joined("log_probs"), joined("mass") if "mass" in self.parts[0] else None
+
     def chunks(self, spans: Int[np.ndarray, " M"] | None = None) -> Iterator[tuple[Int[np.ndarray, " m"], SpanRows]]:
         """All spans, or some, in order and some thousand at a time: their numbers, and the rows, which the first one
         fills up to one number."""

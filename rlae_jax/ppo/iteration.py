@@ -360,7 +360,7 @@ def _rollout_all(
     return experience
 
 
-def _learn_all(
+def learn_all(
     states: LearnerState, experience: Rollout, score: Array, seeds: Array, spec: DecodeSpec, config: PPOConfig
 ) -> tuple[LearnerState, dict[str, Array]]:
     """Every agent's updates from its own rollout, leaves [E, B, ...], and scores [E, B]."""
@@ -403,7 +403,7 @@ def iterate(
     e = len(seeds)
     wanted = Batch._make((None, *bring_together((batch.references, batch.reference_lengths), e)))
     scores = jax.vmap(exact_tokens)(experience, split_blocks(wanted, e))
-    return _learn_all(states, experience, scores, seeds, spec, config)
+    return learn_all(states, experience, scores, seeds, spec, config)
 
 
 @functools.partial(jit, static_argnames="config")
@@ -433,4 +433,4 @@ def learn_from_text(
 ) -> tuple[LearnerState, dict[str, Array]]:
     """The second half."""
     e = len(seeds)
-    return _learn_all(states, split_blocks(experience, e), score.reshape(e, -1), seeds, spec, config)
+    return learn_all(states, split_blocks(experience, e), score.reshape(e, -1), seeds, spec, config)

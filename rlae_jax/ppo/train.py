@@ -3,6 +3,7 @@
     runs/x/config.json       settings, members, task: what decides whether a directory belongs to a run
           metrics.jsonl      a line per iteration
           checkpoints/       the newest state, which holds the agents that were best on dev
+          texts/             of a reward by likelihood: what the members say about the texts
 
 A run on several tasks has rows of all of them in each iteration (`iteration`: how their rewards are made alike), and
 chooses on dev by the mean over the tasks of the share of the room that was taken: (score - that of the untrained agent)
@@ -31,6 +32,7 @@ from jaxtyping import Array, Float, Int
 from rlae_jax import hosts, memory, ranges, records, sharding
 from rlae_jax.config import ALGORITHMS, PPOConfig
 from rlae_jax.errors import InputError
+from rlae_jax.fusion.cutting import Cut
 from rlae_jax.fusion.ensemble import Ensemble
 from rlae_jax.fusion.operators import FusionOperator
 from rlae_jax.fusion.policy import BoundPolicy, Dims
@@ -39,6 +41,7 @@ from rlae_jax.fusion.reading import Text, read_prompts
 from rlae_jax.fusion.spec import DecodeSpec
 from rlae_jax.fusion.state import Answers
 from rlae_jax.models import Encoder, finite, load_encoder
+from rlae_jax.ppo import given as given_texts
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ranges import Minutes
 from rlae_jax.runs import lock
@@ -101,6 +104,7 @@ class Setup(OnDevices, kw_only=True):
       task: its name; of several "A + B", and the names of `examples` are then such as "A/train".
       spans: that the agent's embedding holds.
       text_width: of what an encoder makes of the text; 0 without one.
+      cut: of a reward by likelihood, the rule by which texts are cut; None where answers are written.
     """
 
     algorithm: Annotated[str, records.one_of(ALGORITHMS)]
@@ -113,6 +117,7 @@ class Setup(OnDevices, kw_only=True):
     text_width: Annotated[int, msgspec.Meta(ge=0, le=_LARGEST_SIZE)]
     preset: str
     checkpoints: records.Place | None = None
+    cut: str | None = None
 
 
 class AgentRun(Setup, kw_only=True):
@@ -141,6 +146,7 @@ class RewardLine(Line):
     reward_of_tasks: NotRequired[dict[str, records.Finite]]
     dev_of_tasks: NotRequired[dict[str, records.Finite]]
     dev_gain: NotRequired[records.Finite]
+    dev_bits_per_byte: NotRequired[records.Finite]
 
 
 def setup(
@@ -169,6 +175,7 @@ def setup(
         "text_width": spec.dims.text,
         "preset": config.preset,
         "checkpoints": checkpoints,
+        "cut": tasks[0].cut if tasks[0].by_likelihood else None,
         **devices(sharding.describe(ensemble.mesh)),
     }
 
@@ -211,15 +218,6 @@ def check_members(run: str | os.PathLike[str], ensemble: Ensemble) -> None:
     warnings.warn(f"{run} was trained with {of_run}; given are {of_ensemble}: {why}", stacklevel=2)
 
 
-def require_written(task: Task) -> None:
-    """Raises an `InputError` for a task whose answers are not written."""
-    if task.by_likelihood:
-        raise InputError(
-            f"task {task.name} takes the likeliest of its options for the answer, and agents learn from written ones; "
-            "train with its own reward, and evaluate by likelihood"
-        )
-
-
 def require_together(tasks: Sequence[Task], span_length: int | None = None) -> None:
     """Raises an `InputError` for tasks that one run cannot be on.
 
@@ -228,8 +226,8 @@ def require_together(tasks: Sequence[Task], span_length: int | None = None) -> N
     """
     if not tasks:
         raise InputError("no task: give at least one")
-    for task in tasks:
-        require_written(task)
+    if len(tasks) > 1 and any(task.by_likelihood for task in tasks):
+        raise InputError("a run learns from the texts of one task; give one, or a reward of written answers")
     names = [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"task {twice[0]} is given twice; tasks that are trained on together need names of their own")
@@ -402,6 +400,14 @@ def train_seeds(
     if config.engine and any(lm.config.encoder is not None for lm in ensemble.members):
         raise InputError("an engine writes answers of decoders; train encoder-decoders without engine (--engine)")
     encoder = None if config.agent.encoder is None else load_encoder(config.agent.encoder, mesh=ensemble.mesh)
+    cuts: tuple[Cut, Cut] | None = None
+    if tasks[0].by_likelihood:
+        cuts = _cut(ensemble, tasks[0], config, given.max_new_tokens)
+        room = given_texts.with_room_for_options(ensemble, tasks[0]).max_new_tokens
+        max_new_tokens = max(max_new_tokens, room, *(cut.longest for cut in cuts))
+        config = dataclasses.replace(config, max_new_tokens=max_new_tokens)
+    elif config.credit == "span":
+        raise InputError('a written answer has one reward, at its end: credit "span" needs a reward by likelihood')
     spec = ensemble.spec(
         policy=ppo.make_policy(config),
         span_length=span_length,
@@ -413,9 +419,11 @@ def train_seeds(
         reader=None if encoder is None else ensemble.reader(encoder),
     )
     dims = spec.dims._replace(spans=max(spec.spans, config.agent.max_spans))
-    _require_memory(ensemble, config, spec, dims)
-    train_split = _tokenise(ensemble, tasks, "train", None, given, encoder)
-    dev_split = _tokenise(ensemble, tasks, "dev", -(-config.dev_prompts // len(tasks)), given, encoder)
+    _require_memory(ensemble, config, spec, dims, cuts)
+    splits: tuple[_Split, _Split] | None = None
+    if cuts is None:
+        train_split = _tokenise(ensemble, tasks, "train", None, given, encoder)
+        splits = train_split, _tokenise(ensemble, tasks, "dev", -(-config.dev_prompts // len(tasks)), given, encoder)
     load_sinks(log_to)  # told before anything is written
     claimed = AgentRun(**setup(ensemble, tasks, config, spec, checkpoints), settings=config)
     claim_directory(out, claimed, resume=resume, shared=not checkpoints)
@@ -438,21 +446,22 @@ def train_seeds(
     try:
         rewards = RewardPools({task.name: task.reward for task in tasks})
         with sharding.use(ensemble.mesh), rewards as pool, stop_requests() as stop_requested:
+            source: _Written | given_texts.Given
+            if splits is not None:
+                source = _Written(ensemble, tasks, pool, *splits, config, static, spec)
+            else:
+                assert cuts is not None
+                place = out / given_texts.DIRECTORY
+                source = given_texts.read(ensemble, tasks[0], cuts, config, static, spec, encoder, place)
 
             def dev_scores(learner: ppo.LearnerState) -> Float[np.ndarray, "E M"]:
                 """Every agent's mean on each task's dev prompts."""
-                agents = [_nth(learner.params, e) for e in range(config.seeds)]
-                scores = np.stack([_dev_scores(ensemble, tasks, pool, dev_split, agent, spec) for agent in agents])
-                of_tasks = [dev_split.tasks == t for t in range(len(tasks))]
-                return np.stack([scores[:, own].mean(axis=1) for own in of_tasks], axis=1)
+                return source.scores([_nth(learner.params, e) for e in range(config.seeds)])
 
             untrained: Float[np.ndarray, "E M"] | None = None
             for iteration in range(first, config.iterations):
                 started = time.perf_counter()
-                rows = np.concatenate([train_split.of_iteration(config, int(s), iteration) for s in seeds])
-                learner, metrics, phases = _iterate(
-                    ensemble, tasks, pool, train_split, rows, state.learner, seeds, spec, static
-                )
+                learner, metrics, phases = source.iterate(state.learner, seeds, iteration)
                 names = [f"the agent of seed {seed}" for seed in seeds]
                 finite.check_trained(learner.params, names, f"iteration {iteration + 1} in {out}")
                 state = state._replace(learner=learner)
@@ -477,7 +486,7 @@ def train_seeds(
                             untrained = dev_scores(fresh.learner)
                         chosen_by = gain(scores, untrained)
                         values |= _values({"dev_gain": chosen_by, "dev_of_tasks": scores}, names_of_tasks)
-                    values |= {"dev_prompts": len(dev_split.rows), "dev_seconds": time.perf_counter() - started}
+                    values |= {"dev_prompts": source.dev_prompts, "dev_seconds": time.perf_counter() - started}
                     state = _keep_best(state, chosen_by)
                 # In this order a run killed between the two loses nothing: lines after the newest checkpoint are
                 # forgotten on resuming, but one before it would never be written again.
@@ -541,12 +550,23 @@ def _bound(
     )
 
 
-def _require_memory(ensemble: Ensemble, config: PPOConfig, spec: DecodeSpec, dims: Dims) -> None:
+def _cut(ensemble: Ensemble, task: Task, config: PPOConfig, most: int | None) -> tuple[Cut, Cut]:
+    """The texts of train and of as much of dev as is scored, in windows of `most` tokens."""
+    given_texts.check(ensemble, config)
+    splits = task.split("train"), task.split("dev").take(config.dev_prompts)
+    train, dev = (given_texts.cut_examples(ensemble, task, own, most) for own in splits)
+    return train, dev
+
+
+def _require_memory(
+    ensemble: Ensemble, config: PPOConfig, spec: DecodeSpec, dims: Dims, cuts: tuple[Cut, Cut] | None
+) -> None:
     """Raises an `InputError` where an iteration, or the agents, cannot be held."""
     answers = config.prompts * config.samples
     together = (config.engine_slots or answers) * config.seeds
     remedy = "give fewer --prompts, --samples or --seeds, or a lower --max-new-tokens"
-    ensemble.require_memory(together, spec.max_new_tokens, remedy)
+    if cuts is None:
+        ensemble.require_memory(together, spec.max_new_tokens, remedy)
     seen = sum(dims.widths) if "hidden" in config.agent.reads else 1
     seen += dims.members**2 if "agreement" in config.agent.reads else 0
     decisions = answers * config.seeds * spec.spans
@@ -575,6 +595,44 @@ def _shaping(config: PPOConfig) -> PPOConfig:
     """What compiled programs depend on; the rest may change without compiling again."""
     iterations = 1 if config.schedule == "constant" else config.iterations
     return dataclasses.replace(config, iterations=iterations, eval_every=1, eval_prompts=1, seed=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Written:
+    """What a run whose answers are written learns from and is scored on; `given.Given` is the other kind.
+
+    Attributes:
+      settings: of the compiled program, see `_shaping`.
+    """
+
+    ensemble: Ensemble
+    tasks: Sequence[Task]
+    pool: RewardPools
+    train: _Split
+    dev: _Split
+    config: PPOConfig
+    settings: PPOConfig
+    spec: DecodeSpec
+
+    @property
+    def dev_prompts(self) -> int:
+        """How many of dev are scored."""
+        return len(self.dev.rows)
+
+    def iterate(
+        self, learner: ppo.LearnerState, seeds: Int[np.ndarray, " E"], iteration: int
+    ) -> tuple[ppo.LearnerState, dict[str, Array], dict[str, float]]:
+        """See `_iterate`."""
+        rows = np.concatenate([self.train.of_iteration(self.config, int(seed), iteration) for seed in seeds])
+        return _iterate(
+            self.ensemble, self.tasks, self.pool, self.train, rows, learner, seeds, self.spec, self.settings
+        )
+
+    def scores(self, agents: Sequence[Any]) -> Float[np.ndarray, "E M"]:
+        """Every agent's mean reward on each task's dev prompts."""
+        each = [_dev_scores(self.ensemble, self.tasks, self.pool, self.dev, agent, self.spec) for agent in agents]
+        scores, of_tasks = np.stack(each), [self.dev.tasks == t for t in range(len(self.tasks))]
+        return np.stack([scores[:, own].mean(axis=1) for own in of_tasks], axis=1)
 
 
 def _iterate(
@@ -631,7 +689,7 @@ def _values(metrics: dict[str, Float[np.ndarray, "E ..."]], tasks: Sequence[str]
     """Means over the agents, of each task where there are several, and of the scores also every agent's own."""
     values: dict[str, Any] = {name: np.mean(value, axis=0).tolist() for name, value in metrics.items()}
     values |= {name: dict(zip(tasks, value, strict=True)) for name, value in values.items() if isinstance(value, list)}
-    for name in ("reward", "dev", "dev_gain"):
+    for name in ("reward", "dev", "dev_gain", "dev_bits_per_byte"):
         if name in metrics and len(metrics[name]) > 1:
             values[f"{name}_per_seed"] = [float(value) for value in metrics[name]]
     return values

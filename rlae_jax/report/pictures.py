@@ -39,13 +39,18 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def learning_curve(
-    path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], references: Mapping[str, float], title: str
+    path: Path,
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    references: Mapping[str, float],
+    title: str,
+    unit: str | None = None,
 ) -> None:
     """Dev score over iterations, one line per run, the training reward faint behind it.
 
     Args:
       runs: name -> rows of its metrics.jsonl.
       references: scores of methods that do not learn, drawn as dotted lines.
+      unit: of scores that are no rewards.
     """
     figure, axes = _figure(7, 4)
     axis = axes[0][0]
@@ -59,7 +64,9 @@ def learning_curve(
         )
     for colour, (name, score) in zip(COLOURS[len(runs) :], references.items(), strict=False):
         axis.axhline(score, color=colour, linestyle=":", linewidth=1.5, label=name)
-    axis.set(xlabel="PPO iteration", ylabel="mean reward", ylim=(0, 1.02), title=title)
+    axis.set(xlabel="PPO iteration", ylabel=unit or "mean reward", title=title)
+    if unit is None:
+        axis.set(ylim=(0, 1.02))
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axis.grid(alpha=0.3)
     _save(figure, path)
@@ -180,7 +187,7 @@ def scores_chart(path: Path, results: Mapping[str, Any]) -> None:
             axis.axvline(method["score"], color=COLOURS[7], linestyle=":", label=f"{name} ({method['score']:.3f})")
             axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9, borderaxespad=0.2)
     axis.set_yticks(range(len(rows)), list(rows))
-    axis.set(xlabel="mean reward, with 95% interval", ylim=(len(rows) - 0.5, -0.5))
+    axis.set(xlabel=f"{results.get('unit', 'mean reward')}, with 95% interval", ylim=(len(rows) - 0.5, -0.5))
     axis.set_title(f"{results['task']}, {results['split']} split", loc="left")
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)

@@ -10,12 +10,14 @@ def results_table(results: Mapping[str, Any]) -> rich.table.Table:
     """The methods of a results.json, in order, with 95% intervals; every seed's score where there are several."""
     methods = results["methods"]
     prompts = " or ".join(str(n) for n in sorted({method["n"] for method in methods.values()}))
-    table = rich.table.Table(title=f"{results['task']}, {results['split']} split, {prompts} prompts")
+    unit = results.get("unit")
+    of = f"{prompts} texts, {unit}, less is better" if unit else f"{prompts} prompts"
+    table = rich.table.Table(title=f"{results['task']}, {results['split']} split, {of}")
     table.add_column("method", overflow="fold")
     seeds = any(len(method["per_seed"]) > 1 for method in methods.values())
     for column in ("score", "95% interval", *(["each seed"] if seeds else []), "ms/token", "ms/answer"):
         table.add_column(column, justify="right", no_wrap=column != "each seed")
-    best = max((m["score"] for m in methods.values() if not m.get("reference")), default=None)
+    best = (min if unit else max)((m["score"] for m in methods.values() if not m.get("reference")), default=None)
     for name, method in methods.items():
         low, high = method["ci95"]
         reference = method.get("reference", False)

@@ -1,6 +1,7 @@
 """What a task is: prompts with references in three splits, and a reward. Knows nothing of models."""
 
 import dataclasses
+import string
 from collections.abc import Mapping, Sequence
 
 from rlae_jax import files
@@ -34,6 +35,14 @@ class Examples:
             content.append(list(self.options))
         return files.digest(content)
 
+    def texts(self) -> list[str]:
+        """Each right answer word for word, as it may follow its prompt: the option that the reference names, or else
+        the reference, of several the first."""
+        firsts = [one if isinstance(one, str) else one[0] for one in self.references]
+        if self.options is None:
+            return firsts
+        return [own[string.ascii_uppercase.index(letter)] for own, letter in zip(self.options, firsts, strict=True)]
+
     def take(self, n: int) -> "Examples":
         """The first n, or all of them."""
         return self.select(range(min(n, len(self))))
@@ -65,8 +74,10 @@ class Task:
       max_new_tokens, span_length: what suits the task's answers.
       stop: what ends an answer, for members that would go on with a question of their own.
       chat: prompts are messages to a chat model, to be put into the members' chat templates.
-      by_likelihood: an answer is not sampled but the likeliest of `Examples.options`, log-probability per byte; its
-        letter is what `reward` scores.
+      by_likelihood: nothing is sampled. Agents learn from the log-probability of the right answer (`Examples.texts`),
+        and are scored by it, in bits per byte; of examples with options the likeliest option, per byte, is the answer,
+        and its letter is what `reward` scores.
+      cut: by which rule members with different tokenizers cut such texts, see `fusion.cutting`.
       skills: per split and example the skill that each span of `span_length` steps needs, where a task knows it.
     """
 
@@ -80,6 +91,12 @@ class Task:
     stop: tuple[str, ...] = ()
     chat: bool = False
     by_likelihood: bool = False
+    cut: str = "own"
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether what is scored is how likely right answers are, not which of several options is the likeliest."""
+        return self.by_likelihood and all(examples.options is None for examples in self.splits.values())
 
     def split(self, name: str) -> Examples:
         """The examples of a split.

@@ -28,11 +28,10 @@ from typing import Any, NamedTuple
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS, Examples, Task
 from rlae_jax.tasks.jsonl import content_hash, deal, split_of, template_fields
-from rlae_jax.tasks.rewards import LETTERS, Reference, get_reward
+from rlae_jax.tasks.rewards import LETTERS, LIKELIHOOD, Reference, get_reward
 from rlae_jax.tasks.rows import SUFFIXES, Findings, Row, read_rows
 from rlae_jax.worker_script import described
 
-LIKELIHOOD = "likelihood"
 _FIELDS = ("question", "options", "subject")
 
 
@@ -263,8 +262,8 @@ def load(
       shots: examples in each prompt; by default what the benchmark's record says, and none with `chat`.
       template: instead of the record's; {question}, {options}, {subject}.
       chat: prompts are messages for the members' chat templates.
-      reward: a name of `REWARDS`, "math_equivalence", "module:function", or for multiple choice "likelihood": nothing
-        is sampled, the likeliest option counts.
+      reward: a name of `REWARDS`, "math_equivalence", "module:function", or "likelihood": nothing is sampled, and
+        of multiple choice the likeliest option counts, of others how likely the (worked) answer is.
       limit: most training questions that are kept, the same ones whatever their order.
 
     Raises:
@@ -279,8 +278,6 @@ def load(
     n_shots = (0 if chat else benchmark.shots) if shots is None else shots
     if n_shots < 0 or limit < 1:
         raise InputError(f"a task needs 0 shots or more and a limit above 0, not {n_shots} and {limit}")
-    if by_likelihood and benchmark.reward != "multiple_choice":
-        raise InputError(f"{name} has no options whose likelihood could be compared; leave the reward out")
     compares_texts = by_likelihood and benchmark.likelihood_template is not None
     form = _Form(
         # A plain question, as it is continued in ordinary text.
@@ -291,6 +288,7 @@ def load(
         compares_texts,
         chat,
     )
+    reads_texts = by_likelihood and benchmark.reward != "multiple_choice"
     by_role = _from_hub(name, benchmark) if data_dir is None else _from_files(name, benchmark, Path(data_dir))
     if subset is not None:
         by_role = _only(name, by_role, subset)
@@ -299,7 +297,7 @@ def load(
     def make(items: Sequence[Item]) -> Examples:
         return Examples(
             [form.prompt(item, examples(item)) for item in items],
-            [item.answer for item in items],
+            [form.text(item) for item in items] if reads_texts else [item.answer for item in items],
             [form.options(item) for item in items] if benchmark.reward == "multiple_choice" else None,
         )
 
@@ -335,6 +333,10 @@ class _Form:
         """What may follow a prompt."""
         gap = "" if self.chat else self._gap
         return tuple(gap + (text if self.compares_texts else LETTERS[i]) for i, text in enumerate(item.choices))
+
+    def text(self, item: Item) -> str:
+        """An answer as it may follow a prompt, with its steps if it has some."""
+        return ("" if self.chat else self._gap) + self._answer(item)
 
     def _block(self, item: Item) -> str:
         options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices, strict=False))

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlae_jax.errors import InputError, grouped_error
 from rlae_jax.tasks.base import SPLITS, Examples, Task
-from rlae_jax.tasks.rewards import Reference, get_reward
+from rlae_jax.tasks.rewards import LIKELIHOOD, Reference, get_reward
 from rlae_jax.tasks.rows import Row, kind_of, read_rows, stem_of, warn_left_out
 
 # Percent of the examples: train below the first bound, dev below the second.
@@ -128,6 +128,7 @@ def jsonl(
     span_length: int = 4,
     stop: tuple[str, ...] = (),
     chat: bool = False,
+    text_field: str | None = None,
 ) -> Task:
     """A task from a file of rows, split by content into train, dev and test (80, 10 and 10 percent).
 
@@ -140,14 +141,20 @@ def jsonl(
         numbers. An answer may also be a list of them, any of which counts, or SQuAD's object with such a list. Rows
         without these fields may have chat messages instead, one of the user and one of the assistant.
       template: the prompt with fields in braces, such as "Question: {question}\\nAnswer:", instead of prompt_field.
-      reward: a name of `REWARDS`, "math_equivalence", or "module:function".
+      reward: a name of `REWARDS`, "math_equivalence", or "module:function"; or "likelihood", see `Task.by_likelihood`.
+      text_field: with "likelihood": rows are texts without prompts, which this field holds.
       stop, chat: as in `Task`.
 
     Raises:
       InputError: no such file, an empty one, or lines (told by number) that are no rows with these fields.
     """
     path = Path(path)
-    reward_function = get_reward(reward)
+    by_likelihood = reward == LIKELIHOOD
+    reward_function = get_reward("exact_match" if by_likelihood else reward)
+    if text_field is not None:
+        if not by_likelihood or template is not None:
+            raise InputError(f"texts without prompts are scored by their likelihood; give the reward {LIKELIHOOD}")
+        prompt_field = answer_field = text_field
     fields = [prompt_field] if template is None else template_fields(template)
     if not fields:
         raise InputError(f"template {template!r} names no field; expected some, as in {{question}}")
@@ -182,7 +189,8 @@ def jsonl(
             empty.append(where)
             continue
         contents.append(content)
-        prompts.append(str(values[prompt_field]) if template is None else template.format_map(values))
+        prompt = str(values[prompt_field]) if template is None else template.format_map(values)
+        prompts.append("" if text_field is not None else prompt)
         references.append(reference)
     if findings:
         shape = ", ".join(f'"{field}": "..."' for field in dict.fromkeys([*fields, answer_field]))
@@ -201,6 +209,7 @@ def jsonl(
         span_length=span_length,
         stop=stop,
         chat=chat,
+        by_likelihood=by_likelihood,
     )
 
 

@@ -263,6 +263,8 @@ REWARDS: dict[str, Reward] = {
     "last_number": last_number,
     "gsm8k": gsm8k,
 }
+# No reward of a text: how likely given texts are, see `Task.by_likelihood`.
+LIKELIHOOD = "likelihood"
 # Needs an optional library.
 MATH = "math_equivalence"
 
@@ -282,8 +284,8 @@ def get_reward(name: str) -> Reward:
         return _math_equivalence()
     if ":" not in name:
         raise InputError(
-            f"reward {name!r} is unknown; use one of {', '.join([*REWARDS, MATH])}, or MODULE:FUNCTION (for multiple "
-            "choice also likelihood)"
+            f"reward {name!r} is unknown; use one of {', '.join([*REWARDS, MATH])}, or MODULE:FUNCTION (to train "
+            "and evaluate also likelihood)"
         )
     return NamedReward(find_function(name, f"reward {name!r}"))
 

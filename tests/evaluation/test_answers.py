@@ -12,7 +12,7 @@ from rlae_jax.evaluation import (
     evaluate,
 )
 from rlae_jax.evaluation import answers as answering
-from rlae_jax.evaluation.methods import Pick
+from rlae_jax.evaluation.methods import Method, Pick
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
 from tests.helpers import toys
@@ -144,5 +144,9 @@ class TestByLikelihood:
         assert methods["schedule"].weights.params.shape == (7, 2)
         assert evaluate(methods, task)["methods"]["schedule"]["score"] == 5 / 8
 
-    def test_agents_are_trained_on_written_answers(self, ensemble, tmp_path, raises_input_error):
-        raises_input_error(lambda: rj.train(ensemble, self.task(), toys.SETTINGS, tmp_path / "run"), "likelihood")
+    def test_agents_learn_from_the_right_options(self, ensemble, tmp_path):
+        """Their texts, not the letters."""
+        config = dataclasses.replace(toys.SETTINGS, iterations=12)
+        policy = rj.train(ensemble, self.task(), config, tmp_path / "run")
+        methods = {"agent": Method(ensemble, policy)}
+        assert evaluate(methods, self.task())["methods"]["agent"]["score"] > 5 / 8

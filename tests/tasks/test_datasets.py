@@ -194,6 +194,16 @@ class TestPrompts:
         assert test.references[0] == "A"
         assert len(test.take(7).options) == 7
 
+    def test_by_likelihood_of_worked_answers(self, data):
+        """Where there are no options to compare: as examples in a prompt have them."""
+        written, read = (load("gsm8k", data, reward=reward, shots=0).split("test") for reward in (None, "likelihood"))
+        assert read.prompts == written.prompts
+        for text, answer in zip(read.texts(), written.references, strict=True):
+            assert text.startswith(" ")
+            assert text.endswith(f"#### {answer}")
+        assert load("gsm8k", data, reward="likelihood", shots=0).reads_texts
+        assert not load("piqa", data, reward="likelihood").reads_texts
+
     def test_by_likelihood_of_the_letters(self, data):
         by_letter, by_likelihood = (load("mmlu", data, reward=reward) for reward in (None, "likelihood"))
         assert by_likelihood.by_likelihood
@@ -230,7 +240,6 @@ class TestPrompts:
 
     def test_bad_settings(self, data, raises_input_error):
         raises_input_error(lambda: load("gsm9k", data), "'gsm9k'", *BENCHMARKS)
-        raises_input_error(lambda: load("gsm8k", data, reward="likelihood"), "gsm8k has no options")
         raises_input_error(lambda: load("gsm8k", data, reward="bleu"), "'bleu'", "gsm8k")
         raises_input_error(lambda: load("gsm8k", data, shots=-1), "-1")
         raises_input_error(lambda: load("gsm8k", data, template="{answer}"), "{answer}", "question, options, subject")
