@@ -143,7 +143,8 @@ class Given:
 
     def scores(self, agents: Sequence[Any]) -> Float[np.ndarray, "E 1"]:
         """Of each agent the log-probability of dev, in nats per token."""
-        return (self.nats(agents) / self.dev.tokens.sum()).astype(np.float32)[:, None]
+        each: Float[np.ndarray, " E"] = (self.nats(agents) / self.dev.tokens.sum()).astype(np.float32)
+        return each[:, None]
 
 
 def read(

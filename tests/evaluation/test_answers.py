@@ -12,7 +12,7 @@ from rlae_jax.evaluation import (
     evaluate,
 )
 from rlae_jax.evaluation import answers as answering
-from rlae_jax.evaluation.methods import Method, Pick
+from rlae_jax.evaluation.methods import Pick
 from rlae_jax.tasks import Examples, Task
 from rlae_jax.tasks.rewards import exact_match
 from tests.helpers import toys
