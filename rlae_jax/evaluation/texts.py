@@ -376,11 +376,12 @@ def _row(methods: Sequence[Any], scored: _Scored, size: Float[np.ndarray, " N"])
     values = per_text(scored.nats, size)
     s, n = values.shape
     total = scored.nats.sum(axis=1)
+    low, high = statistics.bootstrap_interval(values)
     row = {
         "score": float(values.mean()),
         "accuracy": None,
         "n": n,
-        "ci95": list(statistics.bootstrap_interval(values)),
+        "ci95": [max(low, 0.0), high],
         "per_seed": bits_per_byte(total, size.sum()).tolist(),
         "scores": {UNIT: float(values.mean()), "nats per token": -float(total.mean()) / scored.tokens},
         "tokens": scored.tokens,
