@@ -278,15 +278,20 @@ class TestTraining:
 
     @pytest.fixture(scope="class")
     def config(self):
-        agent = AgentConfig.of_set(projection=8, span_embedding=4, ffn_width=16)
-        return PPOConfig(
-            iterations=4, prompts=16, epochs=1, minibatches=1, eval_every=2, eval_prompts=16, agent=agent, seeds=2
-        )
+        agent = AgentConfig.of_set(projection=16, span_embedding=4, ffn_width=32)
+        return dataclasses.replace(toys.SETTINGS, iterations=10, eval_every=5, learning_rate=1e-2, agent=agent, seeds=2)
 
     @pytest.fixture(scope="class")
     def run(self, pair, config, tmp_path_factory):
         out = tmp_path_factory.mktemp("set") / "run"
         return out, rj.train_seeds(rj.Ensemble(pair), toys.task(), config, out)
+
+    def test_it_learns_whom_to_trust_when_in_any_order(self, run, pair):
+        """Both members have the same hidden states: only their statistics tell them apart."""
+        test = toys.task().splits["test"]
+        for policy in run[1]:
+            for members in (pair, pair[::-1]):
+                assert rj.Ensemble(members).generate(test.prompts, policy, max_new_tokens=2).texts == test.references
 
     def test_its_run_is_read_again(self, run, pair, config):
         out, policies = run
