@@ -382,8 +382,6 @@ def _run(cell: Cell, ensemble: Ensemble, task: Task, split: str, n: int, directo
     assert config is not None
     with report.training_progress(f"{place}, {cell.name}", config.iterations) as display:
         policies: list[BoundPolicy] = train_seeds(ensemble, task, config, directory, resume=True, on_progress=display)
-    if display.problems:
-        report.say(display.problems)
     if config.max_new_tokens is not None:
         task = dataclasses.replace(task, max_new_tokens=config.max_new_tokens)
     seeds = [Method(ensemble, policy) for policy in policies]

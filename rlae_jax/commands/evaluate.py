@@ -67,7 +67,7 @@ def evaluate(
             training. They take the most time; an evaluation cannot be resumed, one that was stopped begins anew.
     """
     from rlae_jax import files, report
-    from rlae_jax.evaluation import baseline_methods, evaluate_rules, load_agents, router_config
+    from rlae_jax.evaluation import baseline_methods, check_names, evaluate_rules, load_agents, router_config
     from rlae_jax.evaluation import evaluate as evaluate_methods
     from rlae_jax.ppo.train import read_run
     from rlae_jax.runs.directory import CONFIG_FILE, made_by
@@ -78,6 +78,8 @@ def evaluate(
         begun = config.exists() and not finished and made_by(out) == "evaluate"
         if not begun:  # an evaluation that was killed is made anew
             raise InputError(f"{out} holds a run already; choose a new directory for this evaluation")
+    check_names(methods)  # before models are read
+    names = {run: read_run(run).settings.method for run in policy}
     asked = task.load()
     ensemble = model.load()
     asked = task.select(asked, ensemble)
@@ -97,7 +99,6 @@ def evaluate(
             runs=out,
             search_prompts=search_prompts,
         )
-    names = {run: read_run(run).settings.method for run in policy}
     files.write_json(
         config,
         {

@@ -67,6 +67,9 @@ def generate(
     sampling.check()
     if weights is not None and policy is not None:
         raise InputError("give either --weights or --policy")
+    members = len(model.adapters or model.models)
+    if weights is not None and members and len(weights) != members:
+        raise InputError(f"--weights has {len(weights)} numbers for {members} members; give one for each")
     if html is not None:
         files.require_place(html, "file")
     used: Weights = None if weights is None else list(weights)

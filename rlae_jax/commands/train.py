@@ -120,10 +120,13 @@ def train(
             or s3://... (s3fs). Where OUT is lost with its machine, the run goes on from there.
     """
     from rlae_jax import files, report
-    from rlae_jax.ppo.train import name_of, train_seeds
+    from rlae_jax.ppo.train import name_of, read_run, train_seeds
     from rlae_jax.runs.checkpoints import require_place
+    from rlae_jax.runs.directory import CONFIG_FILE
 
     files.require_place(out)
+    if resume and (out / CONFIG_FILE).exists():
+        read_run(out)  # what cannot be gone on with is told before models are read
     if checkpoints is not None:
         require_place(checkpoints)
     asked = task.load_all()
@@ -140,9 +143,9 @@ def train(
             checkpoints=checkpoints,
             on_progress=display,
         )
-    if display.problems:
-        report.say(display.problems)
-    if display.last is not None and display.last.iteration < config.iterations:
+    if display.last is None:
+        report.say(f"all {config.iterations} iterations had been done")
+    elif display.last.iteration < config.iterations:
         done = display.last.iteration
         report.say(f"time is up after iteration {done} of {config.iterations}; --resume goes on")
     used = -(-config.dev_prompts // len(asked))

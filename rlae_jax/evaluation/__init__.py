@@ -3,6 +3,7 @@
 from rlae_jax.evaluation.agents import load_agents as load_agents
 from rlae_jax.evaluation.agents import router_config as router_config
 from rlae_jax.evaluation.baselines import baseline_methods as baseline_methods
+from rlae_jax.evaluation.baselines import check_names as check_names
 from rlae_jax.evaluation.engine import evaluate as evaluate
 from rlae_jax.evaluation.methods import Method as Method
 from rlae_jax.evaluation.results import join_results as join_results

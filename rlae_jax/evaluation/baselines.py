@@ -83,6 +83,14 @@ def baseline_methods(
     return {name: made[name] for name in chosen}
 
 
+def check_names(names: Sequence[str] | None) -> None:
+    """Raises an `InputError` for names that no methods have, whatever the members are called."""
+    unknown = [name for name in names or () if name not in (*ALL, "all") and not name.startswith("single:")]
+    if unknown:
+        known = ", ".join(("single:MEMBER", *ALL))
+        raise InputError(f"methods {', '.join(unknown)} are unknown; known: {known}, all (agents: --policy RUN)")
+
+
 def _lacking(ensemble: Ensemble, task: Task, agent: Sequence[Method], runs: Path | None) -> dict[str, str]:
     """The methods that cannot be made here, and why."""
     lacking = {}

@@ -106,6 +106,8 @@ def read_source(directory: Path) -> Source:
         raise InputError(f"{path}: missing; expected a Hugging Face directory with config.json and safetensors")
     raw = read_json(path)
     records.check(raw, hugging_face.Identity, path)
+    if "architectures" not in raw and {"schema", "digest"} <= raw.keys():
+        raise InputError(f"{directory} is a run, not a model; name its members as models, and the run as --policy")
     names = raw.get("architectures") or [raw.get("model_type") or "unnamed"]
     by_architecture = {name: family for family in FAMILIES.values() for name in family.architectures}
     # Some encoders' repositories name no architecture (DeBERTa v3's); then the model_type decides.

@@ -67,19 +67,23 @@ def check(where: object, leaves: Mapping[str, Any], kind: str = "not finite") ->
         raise refusal(where, [(kind, f"{name} is {kind}") for name in wrong])
 
 
-def check_trained(params: Any, names: Sequence[str], when: str) -> None:
+def check_trained(params: Any, names: Sequence[str], when: str, unchecked: bool = False) -> None:
     """Raises an `InputError` where training has diverged: one line that names whose parameters are not finite.
 
     Args:
       params: of all that are trained side by side, leaves [N, ...].
       names: of the N.
+      unchecked: whether members' weights may themselves be no numbers (`check_finite=False`).
     """
     if not_finite({"": flag(params)}):
         host = sharding.to_host(jax.tree.leaves(params))
         wrong = [name for i, name in enumerate(names) if not all(np.isfinite(leaf[i]).all() for leaf in host)]
+        remedy = "a smaller learning rate may help"
+        if unchecked:
+            remedy = "the members' weights were not checked (--no-check-finite), and may be the reason"
         raise InputError(
-            f"training diverged: the parameters of {', '.join(wrong)} are not finite after {when}; a smaller learning "
-            "rate may help, and what was saved before is kept"
+            f"training diverged: the parameters of {', '.join(wrong)} are not finite after {when}; {remedy}; what was "
+            "saved before is kept"
         )
 
 

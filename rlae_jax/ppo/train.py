@@ -54,6 +54,7 @@ from rlae_jax.runs.directory import (
     is_late,
     read_config,
 )
+from rlae_jax.runs.metrics import FILE_NAME as METRICS_FILE
 from rlae_jax.runs.metrics import Line, MetricsLog, load_sinks, read_metrics
 from rlae_jax.signals import stop_requests
 from rlae_jax.tasks import Examples, RewardPools, Task, joined
@@ -439,6 +440,7 @@ def train_seeds(
     if newest is not None:
         _, state = saved.restore(sharding.abstract(state, ensemble.mesh), going_on=True)
     first = int(state.learner.iteration[0])
+    _tell_missing_lines(out, first)
     log = MetricsLog(out, first, sinks=log_to)
     began = time.monotonic()
     names_of_tasks = [task.name for task in tasks]
@@ -463,7 +465,10 @@ def train_seeds(
                 started = time.perf_counter()
                 learner, metrics, phases = source.iterate(state.learner, seeds, iteration)
                 names = [f"the agent of seed {seed}" for seed in seeds]
-                finite.check_trained(learner.params, names, f"iteration {iteration + 1} in {out}")
+                finite.check_trained(
+                    *(learner.params, names, f"iteration {iteration + 1} in {out}"),
+                    unchecked=not all(lm.check_finite for lm in ensemble.members),
+                )
                 state = state._replace(learner=learner)
                 values = _values(jax.device_get(metrics), names_of_tasks)
                 values["seconds"] = took = time.perf_counter() - started
@@ -548,6 +553,19 @@ def _bound(
         text_tokens=config.agent.text_tokens,
         members=members,
     )
+
+
+def _tell_missing_lines(out: Path, done: int) -> None:
+    """Warns of metrics that are not those of all iterations up to a checkpoint: a file that was cut."""
+    known = {row["iteration"] for row in read_metrics(out)} if hosts.is_first() else set()
+    missing = [i for i in range(1, done + 1) if i not in known]
+    if known and missing:  # nothing is known where only the checkpoints, elsewhere, are left
+        which = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else f"{missing[0]}"
+        warnings.warn(
+            f"{out / METRICS_FILE}: lines of iterations {which} are missing; the file was cut, and the run goes on "
+            "without them",
+            stacklevel=3,
+        )
 
 
 def _cut(ensemble: Ensemble, task: Task, config: PPOConfig, most: int | None) -> tuple[Cut, Cut]:

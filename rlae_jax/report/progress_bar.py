@@ -191,26 +191,42 @@ class TrainingDisplay:
         self._phases: dict[str, float] = {}
         self.last: Iteration | None = None  # of this call; None where all had been done before
 
-    @property
-    def problems(self) -> str:
-        """What went wrong so far, in a few lines."""
-        return "" if self.last is None else self.last.problems
+        self._said = ""
+
+    def say_problems(self) -> None:
+        """What went wrong with rewards, in a few lines, unless that was said already."""
+        told = "" if self.last is None else self.last.problems
+        if told != self._said:
+            terminal.say(told)
+        self._said = told
 
     def __call__(self, iteration: Iteration) -> None:
+        if self.last is None and iteration.iteration > 1:
+            terminal.say(f"going on from iteration {iteration.iteration - 1}")
         self.last = iteration
         metrics = iteration.metrics
+        if not self._said:  # the first ones at once; then they are counted
+            self.say_problems()
         if "dev" in metrics:
             of = f" of {metrics['dev_prompts']} prompts" if "dev_prompts" in metrics else ""
             self._dev = f", dev {metrics['dev']:.3f}{of}"
         phases = {name: metrics.get(f"{name}_seconds", self._phases.get(name)) for name in _PHASES}
         self._phases = {name: seconds for name, seconds in phases.items() if seconds is not None}
         costs = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in self._phases.items())
-        note = f"reward {metrics['reward']:.3f}{self._dev}"
+        failed = f", {metrics['failed_rewards']:.0f} rewards failed" if metrics.get("failed_rewards") else ""
+        note = f"reward {metrics['reward']:.3f}{self._dev}{failed}"
         self._update(iteration.iteration, f"{note} ({costs})" if costs else note)
 
 
 @contextlib.contextmanager
 def training_progress(description: str, iterations: int) -> Iterator[TrainingDisplay]:
-    """`progress` of a training loop. Yields what the loop calls after each iteration."""
-    with progress(description, iterations, "iterations") as update:
-        yield TrainingDisplay(update)
+    """`progress` of a training loop. Yields what the loop calls after each iteration. However it ends, what went wrong
+    with rewards is said."""
+    display = None
+    try:
+        with progress(description, iterations, "iterations") as update:
+            display = TrainingDisplay(update)
+            yield display
+    finally:
+        if display is not None:
+            display.say_problems()

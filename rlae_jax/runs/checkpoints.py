@@ -15,6 +15,7 @@ from rlae_jax import digests, files, hosts, signals
 from rlae_jax.errors import InputError, one_line
 
 DIRECTORY_NAME = "checkpoints"
+_SHOWN = 3  # differences in a message
 _KEPT = 2  # the newest, and what is gone back to if that is damaged
 _AGAIN = "going on with the run (--resume) makes it again from the one before"
 
@@ -34,6 +35,12 @@ def require_place(at: str) -> None:
         epath.Path(at)
     except KeyError:
         raise InputError(f"{at}: no checkpoints can go there; a bucket begins with gs:// or s3://") from None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Of a tree's arrays, by names that do not depend on what kind of tree it is."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
 
 
 class Checkpoints:
@@ -140,21 +147,33 @@ class Checkpoints:
 
     def _restore(self, iteration: int, abstract: Any) -> Any:
         where = self.path / str(iteration)
+        self._require_shapes(where, abstract)
         try:
             state = self._manager.restore(iteration, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax raises many kinds for missing, damaged or foreign files
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             raise InputError(f"{where}: this checkpoint cannot be restored for this run ({reason})") from error
-        findings = [
-            f"{jax.tree_util.keystr(path)} is {leaf.shape}, expected {expected.shape}"
-            for (path, expected), leaf in zip(
-                jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(state), strict=True
-            )
-            if expected.shape != leaf.shape
-        ]
-        if findings:
-            raise InputError(f"{where}: this checkpoint does not fit the model: {'; '.join(findings[:5])}")
         return state
+
+    def _require_shapes(self, where: epath.Path, abstract: Any) -> None:
+        """Raises an `InputError` for arrays of other names or shapes, before anything is read: Orbax ends some of what
+        it has begun with tracebacks of its own."""
+        try:
+            stored = getattr(ocp.StandardCheckpointHandler().metadata(where / "default"), "tree", None)
+        except Exception:  # of many kinds, where files are missing or foreign: restoring says which
+            return
+        found = _shapes(stored)
+        differing = [
+            f"{name} is {found[name]}, expected {shape}"
+            for name, shape in _shapes(abstract).items()
+            if found.get(name, shape) != shape
+        ]
+        if differing:
+            more = ", ..." if len(differing) > _SHOWN else ""
+            raise InputError(
+                f"{where}: this checkpoint is of something else than the run's config.json says: "
+                f"{', '.join(differing[:_SHOWN])}{more}"
+            )
 
     def close(self) -> None:
         self._manager.close()

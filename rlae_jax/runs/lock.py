@@ -191,7 +191,9 @@ def _lock(file: int, target: Path, path: Path) -> bool:
                 f"remove {path}"
             )
         if _lives(there):
-            raise InputError(f"{target} is being written by {_told(there)}")
+            raise InputError(
+                f"{target} is being written by {_told(there)}; wait for its end, or choose another directory"
+            )
     warnings.warn(f"{target} was being written by {_told(there)}, which is gone; its lock is taken over", stacklevel=2)
     return locked
 

@@ -393,6 +393,9 @@ def _from_files(name: str, benchmark: Benchmark, directory: Path) -> dict[str, l
 def _from_hub(name: str, benchmark: Benchmark) -> dict[str, list[Item]]:
     # Takes a second and more, and is not needed for files.
     import datasets
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # a try after another, each in two lines
 
     by_role = {}
     for role, names in benchmark.splits.items():

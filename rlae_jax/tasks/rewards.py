@@ -282,6 +282,8 @@ def get_reward(name: str) -> Reward:
         return REWARDS[name]
     if name == MATH:
         return _math_equivalence()
+    if name.endswith(".py"):
+        raise InputError(f"reward {name!r} is a file; name the function in it, too: {name}:FUNCTION")
     if ":" not in name:
         raise InputError(
             f"reward {name!r} is unknown; use one of {', '.join([*REWARDS, MATH])}, or MODULE:FUNCTION (to train "

@@ -223,6 +223,14 @@ class TestGoingOn:
         rj.train(ensemble, toys.task(), toys.SETTINGS, copied, resume=True)
         assert read_metrics(copied) == before
 
+    def test_lines_of_metrics_that_are_missing_are_told(self, copied, ensemble):
+        path = copied / "metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:7]) + '{"iteration": 8, "rew')
+        with pytest.warns(
+            UserWarning, match=rf"metrics.jsonl: lines of iterations 8 to {toys.SETTINGS.iterations} are"
+        ):
+            rj.train(ensemble, toys.task(), toys.SETTINGS, copied, resume=True)
+
     def test_a_longer_run_goes_on_from_a_shorter_one(self, finished, ensemble, tmp_path):
         half = dataclasses.replace(toys.SETTINGS, iterations=12)
         rj.train(ensemble, toys.task(), half, tmp_path / "run")
@@ -393,7 +401,8 @@ class TestUnusableRuns:
         config = files.read_json(path)
         config["settings"]["agent"]["ffn_width"] = 24
         files.write_json(path, config)
-        raises_input_error(lambda: rj.load_policy(copied, newest=newest), str(copied / "checkpoints"))
+        told = "actor.b1 is (1, 16), expected (1, 24)"
+        raises_input_error(lambda: rj.load_policy(copied, newest=newest), str(copied / "checkpoints"), told)
 
     def test_every_truncated_file_of_a_checkpoint_is_reported_or_harmless(self, finished, copied):
         expected = finished[1]

@@ -152,13 +152,31 @@ class TestTraining:
     def test_the_newest_score_on_dev_stays(self, capsys):
         with report.training_progress("training", 2) as display:
             assert display.last is None
-            assert display.problems == ""
             display(self.iteration(1, reward=0.25, dev=0.5))
-            display(self.iteration(2, "1 reward failed", reward=0.75))
+            display(self.iteration(2, reward=0.75))
         assert "2/2 iterations" in (line := capsys.readouterr().out)
         assert line.rstrip().endswith("reward 0.750, dev 0.500")
         assert display.last.iteration == 2
-        assert display.problems == "1 reward failed"
+
+    def test_what_went_wrong_is_said_at_once_and_at_the_end(self, capsys):
+        def stopped():
+            with report.training_progress("training", 9) as display:
+                display(self.iteration(1, reward=0.0))
+                assert "failed" not in capsys.readouterr().out
+                display(self.iteration(2, "1 answer failed", reward=0.0, failed_rewards=1))
+                assert capsys.readouterr().out.count("1 answer failed") == 1
+                display(self.iteration(3, "2 answers failed", reward=0.0, failed_rewards=2))
+                assert "2 answers failed" not in capsys.readouterr().out
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+        assert "2 answers failed" in capsys.readouterr().out
+
+    def test_where_it_goes_on(self, capsys):
+        with report.training_progress("training", 9) as display:
+            display(self.iteration(4, reward=0.0))
+        assert "going on from iteration 3" in capsys.readouterr().out
 
     def test_what_phases_took_last(self, capsys):
         with report.training_progress("training", 2) as display:
