@@ -103,7 +103,8 @@ def _similar(path: str) -> str:
     """A few words on a model beside `path` that has nearly its name, for a typing error; mostly nothing."""
     parent, base = os.path.split(path.rstrip("/"))
     try:
-        names = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir() or entry.name.endswith(SUFFIX)]
+        with os.scandir(parent or ".") as entries:
+            names = [entry.name for entry in entries if entry.is_dir() or entry.name.endswith(SUFFIX)]
     except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(base, names, n=1, cutoff=0.75)
