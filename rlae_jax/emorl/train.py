@@ -1,7 +1,7 @@
 """Fine-tuning in rounds: adapters, objectives and prompts in; a directory per adapter out.
 
     runs/x/config.json                  base, prompts and settings, which all adapters of the run share
-           stack.json                   which adapters are in training, and their last common checkpoint
+           stack.json                   while adapters are in training: which, and their last common checkpoint
            objectives/NAME/config.json  what this adapter is taught
                            metrics.jsonl, checkpoints/
                            adapter/     the adapter in PEFT's format, once it is done: the best on dev
@@ -390,6 +390,8 @@ def train_adapters(
     finally:
         for learner in learners:
             learner.close()
+    if not learners and hosts.is_first():
+        (out / STACK_FILE).unlink(missing_ok=True)
     hosts.wait()  # for what the first has written
     finished = [target.name for target in targets if (directories[target.name] / ADAPTER).is_dir()]
     return {name: dataclasses.replace(load_adapter(directories[name] / ADAPTER, base), name=name) for name in finished}
