@@ -19,6 +19,7 @@ train, or from a split that is published for them, and stand in no split.
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -393,9 +394,8 @@ def _from_files(name: str, benchmark: Benchmark, directory: Path) -> dict[str, l
 def _from_hub(name: str, benchmark: Benchmark) -> dict[str, list[Item]]:
     # Takes a second and more, and is not needed for files.
     import datasets
-    import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # a try after another, each in two lines
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one try after another, each in two lines
 
     by_role = {}
     for role, names in benchmark.splits.items():
