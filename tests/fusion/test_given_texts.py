@@ -202,6 +202,14 @@ class TestDifferentTokenizers:
         policy = bound(ensemble, ReadsAll(), spans=24)
         compare(ensemble, policy, **self.asked(ensemble))
 
+    @pytest.mark.rare
+    @pytest.mark.parametrize("policy", ["online", "bayes"])
+    def test_policies_that_keep_account(self, ensemble, policy):
+        """Also of entries that a member lacks."""
+        found = compare(ensemble, policy, **self.asked(ensemble))
+        assert all(np.all(np.isfinite(one.weights)) for one in found)
+        assert np.ptp(found[-1].weights[:, 0]) > 1e-3
+
     def test_the_likeliest(self, ensemble):
         asked = self.asked(ensemble)
         rows, tokens = (asked[name][:-1] for name in ("rows", "tokens"))  # the last is no text

@@ -164,6 +164,24 @@ def ask(n, length=6, **fields):
     return Request(prompt=prompt, options=options, **fields)
 
 
+@pytest.mark.rare
+def test_rows_keep_account_of_their_own_text(pair):
+    """Over several programs, beside rows that began at other times, and after another row in the same slot."""
+    names = ("online", "bayes")
+    requests = [
+        ask(3 + i, 11 + i, weights=[*names, None][i % 3], options={"temperature": 1.0, "seed": i}) for i in range(7)
+    ]
+    with rj.Engine(pair, slots=2, context=64, policies={name: name for name in names}) as engine:
+        tickets = [engine.submit(request) for request in requests]
+        results = [ticket.result(120) for ticket in tickets]
+    for request, found in zip(requests, results, strict=True):
+        options = dataclasses.asdict(request.options)
+        expected = pair.generate(prompt_ids=[request.prompt], weights=request.weights, **options)
+        assert found.tokens == expected.tokens
+        np.testing.assert_allclose(found.weights, expected.weights, atol=1e-5)
+        assert request.weights is None or np.ptp(found.weights[0, :, 0]) > 0.01
+
+
 @pytest.fixture(scope="module")
 def engine(pair):
     with rj.Engine(pair, slots=2, chunk=64, queue=3) as engine:
