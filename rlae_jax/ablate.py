@@ -42,7 +42,7 @@ from rlae_jax.tasks import Task
 
 # What stands for several fields at once: the algorithm is the settings' class; networks and encoders go with what is
 # read.
-ALGORITHM, NETWORK, ENCODER = "algo", "agent", "encoder"
+ALGORITHM, NETWORK, ENCODER = "algo", "network", "encoder"
 ENCODERS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden", "stats", "span"),
     "text": ("text", "stats", "span"),
@@ -183,8 +183,8 @@ def configured(base: PPOConfig, changes: Mapping[str, Any]) -> PPOConfig:
     """The settings with some of them changed, all at once, since some are only allowed together.
 
     Args:
-      changes: dotted name -> value; also `algo` (ppo, mappo), `agent` (joint, set) and `encoder` (a key of `ENCODERS`,
-        where text and both may name one, as text:DIR; else it is the base's).
+      changes: dotted name -> value; also `algo` (ppo, mappo), `network` (joint, set; with what such agents read) and
+        `encoder` (a key of `ENCODERS`, where text and both may name one, as text:DIR; else it is the base's).
 
     Raises:
       InputError: an unknown name, values that do not go together.

@@ -11,6 +11,7 @@ import pytest
 
 import rlae_jax as rj
 from rlae_jax import records
+from rlae_jax.ablate import configured
 from rlae_jax.config import NETWORKS, AgentConfig, MAPPOConfig, PPOConfig
 from rlae_jax.evaluation import load_agents, transfer_matrix
 from rlae_jax.fusion.policy import BoundPolicy, Dims, Observation, Policy
@@ -221,6 +222,14 @@ def test_settings(raises_input_error):
         "rlae_mappo_set",
     ]
     assert ppo.make_policy(MAPPOConfig(agent=AgentConfig.of_set())) == SetAgent(AgentConfig.of_set(), True)
+
+
+def test_it_can_be_varied(raises_input_error):
+    set_agent, joint = (configured(PPOConfig(), {"network": name}) for name in ("set", "joint"))
+    assert (set_agent.agent, joint.agent) == (AgentConfig.of_set(), AgentConfig())
+    both = {"network": "set", "agent.reads": ("stats",)}
+    raises_input_error(lambda: configured(PPOConfig(), both), "network sets agent.reads")
+    raises_input_error(lambda: configured(PPOConfig(), {"network": "sets"}), "joint, set")
 
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0]]
