@@ -9,6 +9,9 @@ are tuned on the training prompts with at least as many answers as an agent saw.
   `router` (the same agent, one action per answer) and `schedule` (the best weights per span index).
 - R2: both kinds of agent work.
 - R3: agents answer tasks that they were not trained on; the reference is the static weights tuned on the new task.
+  Told apart: the same members and another task (each of `CIRCLE` is left out in turn, agents are trained on all
+  others), which is what the abstract means; and other members, which is more: agents of one task on every other one,
+  and a set agent, which knows no member by its place, trained on tasks of `CIRCLE`.
 - R4: milliseconds per answer and time to equal score, against other ways to weight.
 
 In `twins` (one member three times) and `dominant` (one member best everywhere) no dynamic weights can help: gains there
@@ -32,17 +35,31 @@ from benchmarks.study import CLAIM_COLUMNS, all_of, claim, claim_cells, sign_ver
 from rlae_jax import files, records, report, specialists, statistics
 from rlae_jax.config import ALGORITHMS, AgentConfig, PPOConfig
 from rlae_jax.errors import InputError
-from rlae_jax.evaluation import Method, baseline_methods, evaluate, join_results, searches, transfer_matrix
+from rlae_jax.evaluation import (
+    Method,
+    baseline_methods,
+    evaluate,
+    join_results,
+    leave_one_out,
+    searches,
+    transfer_matrix,
+)
 from rlae_jax.evaluation.results import read_results
+from rlae_jax.evaluation.transfer import TransferResults
 from rlae_jax.ppo.train import train_seeds
 from rlae_jax.runs.metrics import read_metrics
 from rlae_jax.tasks import get_task
+from rlae_jax.tasks.embedded import CIRCLE
 
 GAIN = ("skills", "overlap", "skills3", "mixed", "noisy")
 CONTROLS = ("twins", "dominant")
 AGENTS = {f"rlae_{name}": name for name in ALGORITHMS}
 FIXED = ("uniform", "static")
 DYNAMIC = ("router", "schedule")
+# Who is to carry over to other tasks of the same members, by name; the last one also to other members.
+CARRIERS = {"rlae_ppo": AgentConfig(), "rlae_ppo_set": AgentConfig.of_set()}
+SET = "rlae_ppo_set"
+BASE = CIRCLE[0]  # of which the others are variants
 LIGHT = ("gate", "perplexity", "consistency", "topk")  # what the abstract's latency is compared with
 BOUND = 0.02  # of a difference in a control
 SPANS = 4  # of the longest task, so that agents fit all of them
@@ -50,7 +67,8 @@ PROMPTS = 256  # per PPO iteration
 
 HISTORY = (
     'Tasks and specialists are those of the commit "Specialists: recipes frozen", made before this study; nothing in '
-    "them was changed since. How long agents train was chosen on dev prompts of seeds 0 and 1."
+    'them was changed since; those of the circle of "Specialists: recipes of the circle\'s members frozen", made '
+    "before any agent was trained on them. How long agents train was chosen on dev prompts of seeds 0 and 1."
 )
 
 Results = Mapping[str, Any]
@@ -62,7 +80,9 @@ class Plan:
 
     Attributes:
       iterations: of PPO per task.
-      prompts, transfer_prompts: of the test split, in the tables and in the transfer matrix.
+      prompts, transfer_prompts: of the test split, in the tables and in the transfer matrices.
+      circle: tasks that are left out in turn.
+      carry_iterations: of PPO for agents that are to carry over.
       quick: specialists take half the steps, and searches a quarter of the prompts.
     """
 
@@ -71,6 +91,8 @@ class Plan:
     prompts: int
     transfer_prompts: int
     rounds: int
+    circle: tuple[str, ...]
+    carry_iterations: int
     quick: bool = False
 
 
@@ -80,6 +102,8 @@ FULL = Plan(
     prompts=1_024,
     transfer_prompts=512,
     rounds=21,
+    circle=CIRCLE,
+    carry_iterations=120,
 )
 QUICK = Plan(
     seeds=1,
@@ -87,6 +111,8 @@ QUICK = Plan(
     prompts=256,
     transfer_prompts=128,
     rounds=5,
+    circle=("circle", "circle_held", "circle_digits"),
+    carry_iterations=20,
     quick=True,
 )
 
@@ -156,6 +182,42 @@ def run_transfer(out: Path, plan: Plan, column: str, seed: int) -> None:
     files.write_json(path, matrices)
 
 
+def same_members(out: Path, agent: str, seed: int) -> Path:
+    """Where agents lie that were trained on all tasks of the circle but one, for each of them."""
+    return out / "same-members" / agent / f"seed-{seed}"
+
+
+def run_same_members(out: Path, plan: Plan, agent: str, seed: int) -> None:
+    """Leaves every task of the circle out in turn."""
+    if plan.quick:
+        searches.SEARCH_PROMPTS = 256
+    config = PPOConfig(
+        iterations=plan.carry_iterations, prompts=PROMPTS, eval_every=20, seed=seed, agent=CARRIERS[agent]
+    )
+    tasks = [get_task(name) for name in plan.circle]
+    leave_one_out(
+        *(members_of(out, plan, BASE, seed), tasks, config, same_members(out, agent, seed)),
+        limit=plan.transfer_prompts,
+        resume=True,
+    )
+
+
+def new_members(out: Path, task: str, seed: int) -> Path:
+    """Where the set agent's answers with members lie that it has never seen."""
+    return out / "new-members" / task / f"seed-{seed}"
+
+
+def run_new_members(out: Path, plan: Plan, name: str, seed: int) -> None:
+    """The set agent of the circle's members, trained on the variants of its first task, with another task's members."""
+    directory = new_members(out, name, seed)
+    if (directory / "results.json").is_file():
+        return
+    members, task = members_of(out, plan, name, seed), get_task(name)
+    policy = rj.load_policy(same_members(out, SET, seed) / "runs" / f"without-{BASE}")
+    methods: dict[str, Any] = {"uniform": Method(members, None, task.span_length), SET: [Method(members, policy)]}
+    evaluate(methods, task, "test", limit=plan.transfer_prompts, out=directory)
+
+
 def run_all(out: Path, plan: Plan) -> None:
     """Everything that takes long."""
     seeds = range(plan.seeds)
@@ -163,11 +225,13 @@ def run_all(out: Path, plan: Plan) -> None:
     longest = [task for task in ("mixed", "skills3") if task in plan.iterations]
     others = [task for task in plan.iterations if task not in longest]
     tasks = [(task, s) for s in seeds for task in longest] + [(task, s) for task in others for s in seeds]
-    recipes = sorted({name for task in plan.iterations for name in specialists.POOL[task]})
+    recipes = sorted({name for task in (*plan.iterations, BASE) for name in specialists.POOL[task]})
     phases: list[tuple[str, Any, list[tuple[str, int]]]] = [
         ("specialists", train_specialist, [(name, s) for s in seeds for name in recipes]),
         ("agents and baselines", run_cell, tasks),
-        ("transfer", run_transfer, tasks),
+        ("transfer to other members", run_transfer, tasks),
+        ("transfer to other tasks", run_same_members, [(agent, s) for s in seeds for agent in CARRIERS]),
+        ("the set agent with other members", run_new_members, tasks),
     ]
     study.run_phases(
         out / "workers.log", [(title, piece, [(out, plan, *own) for own in pieces]) for title, piece, pieces in phases]
@@ -320,8 +384,79 @@ def transfer_claims(tables: Mapping[str, Results], matrices: Mapping[str, Any]) 
             f"mean gain over the new task's static weights; {other.mean() / own.mean():.0%} of the gain at home kept; "
             f"{int(np.sum(gains[elsewhere].mean(axis=1) > 0))} of {int(elsewhere.sum())} cells above"
         )
-        claims.append(claim(f"R3 {agent} generalises", said, float(other.mean()), interval, sign_verdict(interval)))
+        claims.append(
+            claim(f"R3 {agent} with other members", said, float(other.mean()), interval, sign_verdict(interval))
+        )
     return claims
+
+
+def read_same_members(out: Path, plan: Plan) -> dict[str, dict[str, Results]]:
+    """Of every agent that is to carry over, every task's results of all seeds."""
+    seeds = range(plan.seeds)
+    return {
+        agent: {
+            task: join_results([same_members(out, agent, s) / "tasks" / task for s in seeds]) for task in plan.circle
+        }
+        for agent in CARRIERS
+    }
+
+
+def carried(tables: Mapping[str, Results], agent: str) -> dict[str, dict[str, Any]]:
+    """By task, the agents that were trained on the others against the task's static weights; p corrected for the
+    tasks. The first task is left out of this: the others are its variants, so that it is not new to who knows them."""
+    rows = {task: difference(results, f"{agent}_others", "static") for task, results in tables.items() if task != BASE}
+    corrected = statistics.holm([row["p"] for row in rows.values()])
+    return {task: row | {"p_holm": p} for (task, row), p in zip(rows.items(), corrected, strict=True)}
+
+
+def same_members_claims(tables: Mapping[str, Mapping[str, Results]]) -> list[dict[str, Any]]:
+    """R3: other tasks of the same members."""
+    claims = []
+    for agent, results in tables.items():
+        rows = carried(results, agent)
+        verdicts = [better(row) for row in rows.values()]
+        for (task, row), verdict in zip(rows.items(), verdicts, strict=True):
+            methods = results[task]["methods"]
+            alone, others = methods[f"only-{task}"]["score"], methods[f"{agent}_others"]["score"]
+            said = (
+                f"trained on the others {others:.3f}, on it {alone:.3f}; less static {methods['static']['score']:.3f}"
+            )
+            claims.append(claim(f"R3 {agent} carries over to {task}", said, row["difference"], row["ci95"], verdict))
+        least = min(rows.values(), key=lambda row: row["difference"])
+        said = f"above static on {verdicts.count('holds')} of {len(rows)} tasks of the same members; the least"
+        enough = "holds" if verdicts.count("holds") >= needed(len(rows)) else all_of(verdicts)
+        claims.append(claim(f"R3 {agent} carries over", said, least["difference"], least["ci95"], enough))
+    return claims
+
+
+def needed(tasks: int) -> int:
+    """Of so many tasks, four in five."""
+    return -(-4 * tasks // 5)
+
+
+def new_members_claims(tables: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """R3: the set agent with members that it has never seen, against equal weights."""
+    claims = []
+    for task, results in tables.items():
+        row = difference(results, SET, "uniform")
+        said = f"{results['methods'][SET]['score']:.3f} less uniform {results['methods']['uniform']['score']:.3f}"
+        verdict = "fails" if is_below(row) else "holds"
+        name = f"R3 {SET} not below uniform with unseen members, {task}"
+        claims.append(claim(name, said, row["difference"], row["ci95"], verdict))
+    return claims
+
+
+def is_below(row: Mapping[str, Any]) -> bool:
+    """Whether a difference is below 0 for certain."""
+    return bool(row["ci95"][1] < 0)
+
+
+def mean_matrix(out: Path, plan: Plan, agent: str) -> dict[str, Any]:
+    """The mean over the seeds of who was trained on what and tested on what, and which cells were left out."""
+    path = [same_members(out, agent, s) / "results.json" for s in range(plan.seeds)]
+    parts = [records.read(one, TransferResults) for one in path]
+    scores = np.mean([part.scores for part in parts], axis=0).tolist()
+    return {"rows": parts[0].rows, "columns": parts[0].columns, "scores": scores}
 
 
 # --- R4 ---
@@ -417,6 +552,19 @@ def time_claims(times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 # --- checks, tables, page ---
 
 
+def transfer_checks(same: Mapping[str, Mapping[str, Results]], new: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """R3: on how many tasks of the same members an agent is above static weights; on how many of other members the set
+    agent is below equal ones."""
+    checks = []
+    for agent, results in same.items():
+        rows = carried(results, agent)
+        above = sum(better(row) == "holds" for row in rows.values())
+        name = "r3_same_members" + ("_set" if agent == SET else "")
+        checks.append(common.check(name, above, ">=", needed(len(rows))))
+    below = sum(is_below(difference(results, SET, "uniform")) for results in new.values())
+    return [*checks, common.check("r3_new_members", below, "<=", 0)]
+
+
 def make_checks(tables: Mapping[str, Results], times: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     checks = []
     for agent, algorithm in AGENTS.items():
@@ -484,6 +632,7 @@ def write_page(
     plan: Plan,
     tables: Mapping[str, Results],
     matrices: Mapping[str, Any],
+    carriers: Mapping[str, Any],
     times: Sequence[Mapping[str, Any]],
     claims: Sequence[Mapping[str, Any]],
     checks: Sequence[Mapping[str, Any]],
@@ -538,19 +687,21 @@ def write_page(
             )
             for task, results in tables.items()
         ),
-        "## Transfer",
+        "## Transfer to other tasks of the same members",
+        "Trained on the row, tested on the column, without retraining; `static` is each task's own. Framed: the task "
+        f"was left out of training. Mean of all seeds ({plan.transfer_prompts} prompts).",
+    ]
+    for agent, matrix in carriers.items():
+        framed = [(matrix["rows"].index(f"all but {task}"), c) for c, task in enumerate(matrix["columns"])]
+        report.transfer_map(out / f"same-members-{agent}.png", matrix, f"{agent}, the same members", framed)
+        parts += [f"{agent}\n\n" + matrix_table(matrix), f"![{agent}](same-members-{agent}.png)"]
+    parts += [
+        "## Transfer to other members",
         "Trained on the row, tested on the column, without retraining; mean of all seeds "
         f"({plan.transfer_prompts} prompts).",
     ]
     for agent, matrix in matrices.items():
-        cells = [
-            (row, *(f"{score:.3f}" for score in scores))
-            for row, scores in zip(matrix["rows"], matrix["scores"], strict=True)
-        ]
-        parts += [
-            f"{agent}\n\n" + table(("trained on", *matrix["columns"]), cells),
-            f"![{agent}](transfer-{agent}.png)",
-        ]
+        parts += [f"{agent}\n\n" + matrix_table(matrix), f"![{agent}](transfer-{agent}.png)"]
         report.transfer_map(out / f"transfer-{agent}.png", matrix, f"Transfer of {agent}")
     parts += [
         "## Time",
@@ -564,11 +715,21 @@ def write_page(
     files.write_text(out / "claims.md", "\n\n".join(parts) + "\n")
 
 
+def matrix_table(matrix: Mapping[str, Any]) -> str:
+    """A transfer matrix in Markdown."""
+    cells = [
+        (row, *(f"{score:.3f}" for score in scores))
+        for row, scores in zip(matrix["rows"], matrix["scores"], strict=True)
+    ]
+    return report.markdown_table(("trained on", *matrix["columns"]), cells)
+
+
 def claim_directory(out: Path, plan: Plan) -> None:
     """Exits if the directory holds a study with other settings."""
     marks = {name: specialists.fingerprint(name, 0, plan.quick) for name in specialists.RECIPES}
     wanted = {
         **dataclasses.asdict(plan),
+        "circle": list(plan.circle),
         "specialists": marks,
         "pool": {k: list(v) for k, v in specialists.POOL.items()},
     }
@@ -590,13 +751,25 @@ def main() -> None:
     study.use_compilation_cache(out)
     tables = {task: join_results([cell(out, task, s) for s in range(plan.seeds)]) for task in plan.iterations}
     matrices = {agent: merge_transfer(out, plan, agent) for agent in AGENTS}
+    same, carriers = read_same_members(out, plan), {agent: mean_matrix(out, plan, agent) for agent in CARRIERS}
+    new = {
+        task: join_results([new_members(out, task, s) for s in range(plan.seeds)])
+        for task in plan.iterations
+        if task in GAIN
+    }
     times = time_methods(out, plan, "skills3")
-    claims = [*score_claims(tables), *transfer_claims(tables, matrices), *time_claims(times)]
-    checks = make_checks(tables, times)
+    claims = [
+        *score_claims(tables),
+        *same_members_claims(same),
+        *new_members_claims(new),
+        *transfer_claims(tables, matrices),
+        *time_claims(times),
+    ]
+    checks = [*make_checks(tables, times), *transfer_checks(same, new)]
     common.print_table("Scores", ("method", *tables), score_cells(tables))
     common.print_table("Claims", CLAIM_COLUMNS, claim_cells(claims))
     common.print_table("Time", TIME_COLUMNS, time_cells(times))
-    write_page(out, plan, tables, matrices, times, claims, checks, environment)
+    write_page(out, plan, tables, matrices, carriers, times, claims, checks, environment)
     rows = [*({"kind": "claim", **c} for c in claims), *times]
     common.finish(rows, checks, environment, options.json_path)
     print(f"{(time.perf_counter() - began) / 60:.1f} minutes; tables and pictures in {out / 'claims.md'}")

@@ -29,6 +29,7 @@ from rlae_jax.commands import (
     serve,
     specialists,
     train,
+    transfer,
     watch,
 )
 from rlae_jax.commands import inspect as inspect_models
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": on_devices(evaluate.evaluate, hosts_too=True),
     "lm-eval": on_devices(lm_eval.lm_eval),
     "ablate": on_devices(ablate.ablate),
+    "transfer": on_devices(transfer.transfer),
     "serve": serve.serve,  # an engine runs on one device
     "inspect": on_devices(inspect_models.inspect),
     "families": families.families,

@@ -9,4 +9,5 @@ from rlae_jax.evaluation.methods import Method as Method
 from rlae_jax.evaluation.results import join_results as join_results
 from rlae_jax.evaluation.texts import evaluate_rules as evaluate_rules
 from rlae_jax.evaluation.texts import evaluate_texts as evaluate_texts
+from rlae_jax.evaluation.transfer import leave_one_out as leave_one_out
 from rlae_jax.evaluation.transfer import transfer_matrix as transfer_matrix

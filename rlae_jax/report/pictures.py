@@ -3,7 +3,7 @@ appears whole or not at all; matplotlib is imported when the first one is drawn.
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +193,18 @@ def scores_chart(path: Path, results: Mapping[str, Any]) -> None:
     _save(figure, path)
 
 
-def transfer_map(path: Path, matrix: Mapping[str, Any], title: str) -> None:
+def transfer_map(path: Path, matrix: Mapping[str, Any], title: str, framed: Collection[tuple[int, int]] = ()) -> None:
     """A transfer matrix with its numbers: agents trained on the row, tested on the column.
 
     Args:
-      matrix: what `evaluate.transfer_matrix` returns.
+      matrix: "rows", "columns" and "scores", as `evaluation.transfer_matrix` returns them.
+      framed: (row, column) of cells that have a frame.
     """
+    from matplotlib.patches import Rectangle
+
     rows, columns = matrix["rows"], matrix["columns"]
-    figure, axes = _figure(2.5 + 0.9 * len(columns), 1.8 + 0.55 * len(rows))
+    letters = max(map(len, rows))
+    figure, axes = _figure(1.8 + 0.08 * letters + 0.95 * len(columns), 1.8 + 0.42 * len(rows))
     axis = axes[0][0]
     image = axis.imshow(matrix["scores"], cmap="viridis", vmin=0, vmax=1, aspect="auto")
     for r, scores in enumerate(matrix["scores"]):
@@ -210,9 +214,11 @@ def transfer_map(path: Path, matrix: Mapping[str, Any], title: str) -> None:
                 ha="center",
                 va="center",
                 color="black" if score > 0.6 else "white",
-                fontweight="bold" if rows[r] == columns[c] else "normal",
+                fontweight="bold" if rows[r] == columns[c] or (r, c) in framed else "normal",
             )
-    axis.set_xticks(range(len(columns)), columns, rotation=20)
+    for r, c in framed:
+        axis.add_patch(Rectangle((c - 0.47, r - 0.45), 0.94, 0.9, fill=False, edgecolor=COLOURS[5], linewidth=2.2))
+    axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(rows)), rows)
     axis.set(xlabel="tested on", ylabel="trained on", title=title)
     figure.colorbar(image, ax=axis, label="mean reward")

@@ -136,6 +136,7 @@ class TestHelp:
             ),
             ("train", "--seeds --max-minutes --span-lengths --encoder --log-to --reward --chat --shots --data-dir"),
             ("ablate", "--models --task --out --vary --set --seeds --split --resume"),
+            ("transfer", "--models --task --out --set --seeds --prompts --split --limit --resume"),
             ("evaluate", "--models --task --split --policy --methods --out --limit --end-ids"),
             ("inspect", "--models --end-ids --bandwidth --batch --tokens --dtype --quantise --quantise-head"),
         ],
@@ -522,6 +523,10 @@ class TestBadInput:
         refused(*several, "skills", "overlap", "--task-shares", 1, parts=["1 shares for skills + overlap"])
         refused(*several, "skills", "nonesuch", parts=["nonesuch", "unknown"])
         refused(*several, "skills", "overlap", *data_options, parts=["not both"])
+        transfer = ["transfer", "--models", *models, "--out", tmp_path / "new", "--task", "skills"]
+        refused(*transfer, parts=["two or more", "--task A B C"])
+        refused(*transfer, "overlap", "--set", "promts=2", parts=["'promts'", "prompts"])
+        refused(*transfer, "overlap", "--set", "shares=1+2", parts=["equal shares"])
         for resume in ([], ["--resume"]):
             other = [*base, "--reward", "last_number", "--learning-rate", "0.5", "--out", run, *resume]
             refused(*other, parts=["another configuration", "settings.learning_rate"])

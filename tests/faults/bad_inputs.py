@@ -49,6 +49,7 @@ CALLS: dict[str, list[str]] = {
     "evaluate": [*_MODELS, *_DATA, "--out", "new", "--methods", "uniform"],
     "lm-eval": ["--models", "alpha", "--tasks", "arc_easy"],
     "ablate": [*_MODELS, *_DATA, "--out", "new", "--vary", "span_length=1,2"],
+    "transfer": [*_MODELS, "--task", "skills", "overlap", "--out", "new", "--iterations", "1"],
     "serve": ["--models", "alpha", "--port", "0"],
     "inspect": ["--models", "alpha"],
     "families": [],

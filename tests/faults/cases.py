@@ -51,6 +51,12 @@ CASES = (
         f"ablate --models alpha beta {_MINE} --iterations 2 --seeds 2 --limit 8 "
         "--set prompts=8 epochs=1 eval_prompts=8 --vary span_length=1,2 --out out",
     ),
+    Case(
+        "transfer",
+        "transfer --models alpha beta --task skills overlap twins --max-new-tokens 2 --iterations 2 --limit 4 "
+        "--set prompts=8 epochs=1 eval_prompts=8 span_length=2 --out out",
+        small=True,
+    ),
     Case("demo", "demo --quick --out out", resume="", small=True),
     Case("specialists", "specialists --task skills --quick --out out", resume="", small=True),
     Case("emorl-train", f"emorl train --objective brevity diversity_2 {_EMORL} --out out"),

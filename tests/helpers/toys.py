@@ -8,6 +8,7 @@ A prompt is a few letters, of which the last one decides. The right answer is on
 so that "left" alone scores 5/8, "right" alone and equal weights 3/8, and whoever looks at the letter 1.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -84,3 +85,14 @@ def task(*, token_reward=True):
         }
     )
     return Task("toy", splits, exact_match, token_reward=token_reward, max_new_tokens=2, span_length=1)
+
+
+def of_letters(name, letters, **changes):
+    """The toy task with prompts that end with one of these letters."""
+    whole = task()
+    kept = {
+        split: [i for i, prompt in enumerate(examples.prompts) if prompt[-1] in letters]
+        for split, examples in whole.splits.items()
+    }
+    splits = {split: whole.splits[split].select(rows) for split, rows in kept.items()}
+    return dataclasses.replace(whole, name=name, splits=splits, **changes)

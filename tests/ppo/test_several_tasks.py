@@ -25,20 +25,9 @@ def ensemble(make_chain_lm, make_tokenizer):
     return rj.Ensemble(toys.members(make_chain_lm, make_tokenizer))
 
 
-def of_letters(name, letters, **changes):
-    """The toy task with prompts that end with one of these letters."""
-    whole = toys.task()
-    kept = {
-        split: [i for i, prompt in enumerate(examples.prompts) if prompt[-1] in letters]
-        for split, examples in whole.splits.items()
-    }
-    splits = {split: whole.splits[split].select(rows) for split, rows in kept.items()}
-    return dataclasses.replace(whole, name=name, splits=splits, **changes)
-
-
 @pytest.fixture(scope="module")
 def tasks():
-    return [of_letters("early", "abcf"), of_letters("late", "degh")]
+    return [toys.of_letters("early", "abcf"), toys.of_letters("late", "degh")]
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +211,8 @@ class TestARun:
 
             return reward
 
-        early = of_letters("early", "abcf", token_reward=False, reward=reward_of("early"), stop=("1",))
-        late = of_letters("late", "degh", token_reward=False, reward=reward_of("late"), max_new_tokens=1)
+        early = toys.of_letters("early", "abcf", token_reward=False, reward=reward_of("early"), stop=("1",))
+        late = toys.of_letters("late", "degh", token_reward=False, reward=reward_of("late"), max_new_tokens=1)
         config = dataclasses.replace(SETTINGS, iterations=1, max_new_tokens=None)
         rj.train(ensemble, [early, late], config, tmp_path / "run")
         assert set(seen["early"]) <= {"", "0", "2", "3"}
