@@ -210,7 +210,7 @@ def find_weights(out: Path, plan: Plan, seed: int, name: str) -> None:
             iterations=plan.iterations,
             prompts=ROLLOUT,
             eval_prompts=64,
-            eval_every=20,
+            eval_every=max(plan.iterations // 10, 1),
             seed=seed,
             temperature=temperature,
         )
