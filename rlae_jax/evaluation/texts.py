@@ -151,7 +151,7 @@ def _keepable(method: Method) -> bool:
     policy = weights.policy if isinstance(weights, BoundPolicy) else weights
     drawn = getattr(weights, "sample", False) or getattr(policy, "draws_members", False)
     others = set(getattr(policy, "reads", ())) - set(OBSERVATION_PARTS)
-    apart = getattr(policy, "span_lengths", ()) or hasattr(policy, "slice_rows")
+    apart = getattr(policy, "span_lengths", ()) or hasattr(policy, "slice_rows") or hasattr(policy, "complement")
     cached = any(lm.config.kv_dtype is not None for lm in method.ensemble.members)
     return method.ensemble.fusion is linear and not (drawn or others or apart or cached)
 
