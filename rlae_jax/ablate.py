@@ -40,9 +40,8 @@ from rlae_jax.runs.directory import claim_directory
 from rlae_jax.statistics import t_interval
 from rlae_jax.tasks import Task
 
-# What stands for several fields at once: the algorithm is the settings' class; networks and encoders go with what is
-# read.
-ALGORITHM, NETWORK, ENCODER = "algo", "network", "encoder"
+# What stands for several fields at once: the algorithm is the settings' class, and an encoder goes with what is read.
+ALGORITHM, ENCODER = "algo", "encoder"
 ENCODERS: dict[str, tuple[str, ...]] = {
     "hidden": ("hidden", "stats", "span"),
     "text": ("text", "stats", "span"),
@@ -103,7 +102,7 @@ def variable_fields(config: Any) -> dict[str, Any]:
             types_by_name |= {f"{field.name}.{inner}": kind for inner, kind in variable_fields(value).items()}
         else:
             types_by_name[field.name] = kinds[field.name]
-    return types_by_name | ({ALGORITHM: str, NETWORK: str, ENCODER: str} if isinstance(config, PPOConfig) else {})
+    return types_by_name | ({ALGORITHM: str, ENCODER: str} if isinstance(config, PPOConfig) else {})
 
 
 def require_known(names: Iterable[str], config: PPOConfig) -> None:
@@ -183,8 +182,9 @@ def configured(base: PPOConfig, changes: Mapping[str, Any]) -> PPOConfig:
     """The settings with some of them changed, all at once, since some are only allowed together.
 
     Args:
-      changes: dotted name -> value; also `algo` (ppo, mappo), `network` (joint, set; with what such agents read) and
-        `encoder` (a key of `ENCODERS`, where text and both may name one, as text:DIR; else it is the base's).
+      changes: dotted name -> value; also `algo` (ppo, mappo) and `encoder` (a key of `ENCODERS`, where text and both
+        may name one, as text:DIR; else it is the base's). With `agent.network` comes what belongs to that network
+        (`NETWORKS`), as far as the base has what belongs to its own.
 
     Raises:
       InputError: an unknown name, values that do not go together.
@@ -194,29 +194,21 @@ def configured(base: PPOConfig, changes: Mapping[str, Any]) -> PPOConfig:
     algorithm = changes.pop(ALGORITHM, base.algorithm)
     if algorithm not in ALGORITHMS:
         raise InputError(f"{ALGORITHM} must be one of {', '.join(ALGORITHMS)}, not {algorithm!r}")
-    if NETWORK in changes:
-        network = changes.pop(NETWORK)
-        if network not in NETWORKS:
-            raise InputError(f"{NETWORK} must be one of {', '.join(NETWORKS)}, not {network!r}")
-        chosen = {f"agent.{name}": value for name, value in NETWORKS[network].items()} | {"agent.network": network}
-        changes |= _besides(NETWORK, chosen, changes)
     if ENCODER in changes:
         kind, _, directory = changes.pop(ENCODER).partition(":")
         if kind not in ENCODERS:
             raise InputError(f"{ENCODER} must be one of {', '.join(ENCODERS)}, not {kind!r}")
         reads = ENCODERS[kind]
         chosen = {"agent.reads": reads, "agent.encoder": (directory or base.agent.encoder) if "text" in reads else None}
-        changes |= _besides(ENCODER, chosen, changes)
+        both = [name for name in chosen if name in changes]
+        if both:
+            raise InputError(f"{ENCODER} sets {both[0]}; vary one of the two")
+        changes |= chosen
+    for name, value in NETWORKS.get(changes.get("agent.network", ""), {}).items():
+        if getattr(base.agent, name) == NETWORKS[base.agent.network][name]:
+            changes.setdefault(f"agent.{name}", value)
     config: PPOConfig = _with_changes(base, changes, ALGORITHMS[algorithm])
     return config
-
-
-def _besides(name: str, chosen: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What a name stands for; raises an `InputError` where that is changed by itself, too."""
-    both = [field for field in chosen if field in changes]
-    if both:
-        raise InputError(f"{name} sets {both[0]}; vary one of the two")
-    return chosen
 
 
 def _with_changes(config: Any, changes: Mapping[str, Any], kind: Callable[..., Any]) -> Any:

@@ -57,8 +57,8 @@ def ablate(
         out: the ablation's directory: results.json, table.md, a picture FIELD.png per setting, a run per cell.
         task: what the agents are trained on.
         vary: a setting and its values with commas between them. Any setting of a run's config.json: span_length=2,4,8;
-            those of the agent's network as agent.NAME, such as agent.projection=16,64. Parts of one value are joined
-            with +, as in agent.reads=hidden+span,stats; none is no value. Also algo=ppo,mappo, network=joint,set, and
+            those of the agent's network as agent.NAME, such as agent.network=joint,set. Parts of one value are joined
+            with +, as in agent.reads=hidden+span,stats; none is no value. Also algo=ppo,mappo, and
             encoder=hidden,text:MODEL,both:MODEL,none, what the agent reads: the members' hidden states, a text encoder,
             both, or neither.
         settings: a setting that all cells have, with its value, such as prompts=256.

@@ -225,11 +225,14 @@ def test_settings(raises_input_error):
 
 
 def test_it_can_be_varied(raises_input_error):
-    set_agent, joint = (configured(PPOConfig(), {"network": name}) for name in ("set", "joint"))
-    assert (set_agent.agent, joint.agent) == (AgentConfig.of_set(), AgentConfig())
-    both = {"network": "set", "agent.reads": ("stats",)}
-    raises_input_error(lambda: configured(PPOConfig(), both), "network sets agent.reads")
-    raises_input_error(lambda: configured(PPOConfig(), {"network": "sets"}), "joint, set")
+    for base in (PPOConfig(), PPOConfig(agent=AgentConfig.of_set())):
+        found = [configured(base, {"agent.network": name}).agent for name in ("set", "joint")]
+        assert found == [AgentConfig.of_set(), AgentConfig()]
+    few = AgentConfig(reads=("stats",))
+    expected = AgentConfig.of_set(reads=("stats",))
+    assert configured(PPOConfig(agent=few), {"agent.network": "set"}).agent == expected
+    assert configured(PPOConfig(), {"agent.network": "set", "agent.reads": ("stats",)}).agent == expected
+    raises_input_error(lambda: configured(PPOConfig(), {"agent.network": "sets"}), "joint, set")
 
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7], [11, 22, 0]]
