@@ -10,6 +10,7 @@ its full length. Out:
   a time are timed on a few prompts, the rest of which would take as long each, and on all updates.
 - Whether both sides do the same: tokens and weights of the same agent, and the agent after the same updates.
 - Seconds per iteration at the demo's own size.
+- Updates per second where the reward is the likelihood of given texts, beside those where answers are written.
 - The time that the agent adds to decoding with members of 134M parameters.
 """
 
@@ -30,9 +31,12 @@ from benchmarks import common
 from benchmarks.common import Timing
 from benchmarks.decode import LARGE, MEMBERS, QUIET, SMALL, same_start, write_members
 from rlae_jax.fusion import decode
+from rlae_jax.fusion.cutting import Cut
+from rlae_jax.fusion.kept import Kept, keep
 from rlae_jax.fusion.policy import Fixed
 from rlae_jax.fusion.prompts import prompts_from_arrays
 from rlae_jax.models import ModelConfig, transformer
+from rlae_jax.ppo import given
 from rlae_jax.ppo import iteration as ppo
 from rlae_jax.ppo.agent import PPOAgent
 from rlae_jax.specialists import PAIR_MODEL
@@ -270,6 +274,39 @@ def demo_iteration(repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return row, common.check("iteration_256", timing.median, "<=", 0.5)
 
 
+def text_updates(repeats: int) -> dict[str, Any]:
+    """Updates of an agent per second from given texts and from answers that are written, on the same members, prompts
+    and answers, and how long reading took: a row."""
+    ours = Ours(COMPARED, random_members(COMPARED.members))
+    ours.iterate()
+    references = np.asarray(ours.batch.references)
+    cut = Cut(
+        rows=ours.ids.tolist(),
+        tokens=references.tolist(),
+        prompts=[""] * COMPARED.prompts,
+        text=np.arange(COMPARED.prompts),
+        bytes=np.full(COMPARED.prompts, COMPARED.new_tokens),
+    )
+    kept: list[Kept] = []
+    reads = ours.spec.policy.reads
+    reading = common.seconds_of(lambda: kept.append(keep(ours.ensemble, cut, reads, COMPARED.span_length)))
+    source = given.Given(kept[0], kept[0], CONFIG, CONFIG, ours.spec, ours.ensemble)
+    state = ppo.init_learners(ours.seeds, ours.spec.policy, ours.spec.dims, CONFIG)
+
+    def iterate() -> None:
+        nonlocal state
+        state, _, _ = source.iterate(state, ours.seeds, 0)
+        jax.block_until_ready(state)
+
+    iterate()
+    updates = CONFIG.epochs * CONFIG.minibatches
+    rates = {
+        name: updates / Timing(tuple(common.seconds_of(call) for _ in range(repeats))).median
+        for name, call in (("texts", iterate), ("written", ours.iterate))
+    }
+    return {"kind": "texts", "updates_per_second": rates, "reading_seconds": reading}
+
+
 @jax.jit
 def _begin(params: Any, ids: Any, spec: rj.DecodeSpec) -> rj.DecodeState:
     prompts = prompts_from_arrays(ids, jnp.ones_like(ids), spec.max_new_tokens, jax.random.key(0))
@@ -372,10 +409,18 @@ def main() -> None:
     print_iterations(iterations)
     demo, demo_check = demo_iteration(5 if options.quick else 30)
     print(f"An iteration of {DEMO.prompts} prompts at the demo's size: {demo['median_s']:.3f} s")
+    texts = text_updates(5 if options.quick else 30)
+    rates = texts["updates_per_second"]
+    print(
+        f"Updates per second: {rates['texts']:.0f} from given texts (read once, {texts['reading_seconds']:.1f} s with "
+        f"compilation; dev scored each time), {rates['written']:.0f} from written answers"
+    )
     print("agent_overhead ...", flush=True)
     overhead, overhead_check = agent_overhead(3 if options.quick else 11, 60.0 if options.quick else 300.0)
     print_overhead(overhead)
-    common.finish([*iterations, demo, overhead], [*checks, demo_check, overhead_check], environment, options.json_path)
+    common.finish(
+        [*iterations, demo, texts, overhead], [*checks, demo_check, overhead_check], environment, options.json_path
+    )
 
 
 if __name__ == "__main__":

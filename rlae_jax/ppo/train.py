@@ -227,8 +227,8 @@ def require_together(tasks: Sequence[Task], span_length: int | None = None) -> N
     """
     if not tasks:
         raise InputError("no task: give at least one")
-    if len(tasks) > 1 and any(task.by_likelihood for task in tasks):
-        raise InputError("a run learns from the texts of one task; give one, or a reward of written answers")
+    if read := [task.name for task in tasks if task.by_likelihood and len(tasks) > 1]:
+        raise InputError(f"{read[0]} is learnt from by likelihood, and so is one task alone; train on it by itself")
     names = [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"task {twice[0]} is given twice; tasks that are trained on together need names of their own")

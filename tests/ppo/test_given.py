@@ -252,6 +252,7 @@ class TestARun:
         for one, other in zip(jax.tree.leaves(policy.params), jax.tree.leaves(finished[1].params), strict=True):
             np.testing.assert_array_equal(one, other)
 
+    @pytest.mark.rare
     def test_seeds_side_by_side_and_an_agent_per_member(self, ensemble, task, tmp_path):
         """Each seed is what it is alone."""
         names = ("prompts", "learning_rate", "span_length", "max_new_tokens", "agent", "eval_prompts")

@@ -243,6 +243,6 @@ class TestARun:
         longer = dataclasses.replace(late, span_length=3)
         refused([early, longer], "early", "3 in late", "--span-length", span_length=None)
         refused([early, dataclasses.replace(late, chat=True)], "chat templates", "late", "early")
-        refused([early, dataclasses.replace(late, by_likelihood=True)], "late", "options")
+        refused([early, dataclasses.replace(late, by_likelihood=True)], "late", "likelihood")
         refused(tasks, "3 shares", "early + late", shares=(1, 1, 1))
         refused([early], "2 shares", shares=(1, 1))
