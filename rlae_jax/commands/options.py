@@ -204,6 +204,8 @@ class _TaskOptions:
         most = self.max_prompt_tokens
         if most is None:
             return task
+        if self.text_field is not None:
+            raise InputError("--max-prompt-tokens is of prompts, and texts alone have none")
         rows = {}
         for split, examples in task.splits.items():
             lengths = ensemble.lengths(ensemble.encode(examples.prompts, chat=task.chat)) if len(examples) else []
