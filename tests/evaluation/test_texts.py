@@ -181,9 +181,13 @@ class TestRules:
         }
         assert json.loads((tmp_path / "results.json").read_text())["methods"]["uniform [longest]"]["cut"] == "longest"
 
-    def test_a_method_that_gives_a_text_no_chance_is_left_out(self, union, task, capsys):
-        """The second member has no token xx."""
-        alone = {"other": Method(union, [0.0, 1.0], L), "uniform": Method(union, None, L)}
+    def test_a_method_that_gives_a_text_no_chance_is_left_out(self, alike, task, capsys, monkeypatch):
+        alone = {"other": Method(alike, [0.0, 1.0], L), "uniform": Method(alike, None, L)}
+
+        def nats(scorer, method, beside=()):
+            return np.array([-1.0, -np.inf if method is alone["other"] else -2.0] * (len(scorer.examples) // 2))
+
+        monkeypatch.setattr(TextScorer, "nats", nats)
         found = evaluate(alone, task, "test")
         assert set(found["methods"]) == {"uniform"}
         assert "left out: other" in "".join(capsys.readouterr())
