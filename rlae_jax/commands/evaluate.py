@@ -59,7 +59,7 @@ def evaluate(
             that such a network finds best, with logits added), random (weights drawn anew for each span), shuffled (the
             agent's weights for another prompt), vote (the members' most frequent answer), oracle (whether any member's
             answer is right: a reference line); all is all of them. Default: single:NAME, uniform, static, confidence
-            and schedule. With --reward likelihood: single:NAME, uniform, static, oracle (the best member of each span)
+            and schedule. With --reward likelihood: single:NAME, uniform, static, oracle (the best weights in each span)
             and, under their own settings, perplexity, confidence, consistency, gate, online, bayes and selective;
             default: the first four.
         limit: only the first so many prompts of the split. Searches on train are not bounded by it.

@@ -43,14 +43,15 @@ from rlae_jax.ppo.given import DIRECTORY, bits_per_byte, cut_examples
 from rlae_jax.tasks import Examples, Task
 
 UNIT = "bits per byte"
+ORACLE_STEP = 0.1
 NAMES = ("uniform", "static", "oracle")
 _STEPS, _ENOUGH = 300, 1e-7  # of the search for fixed weights, in nats per token
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BestMember:
-    """Each span under the member that finds it likeliest, as nobody knows beforehand: a reference line, which says how
-    much there is to gain."""
+class BestWeights:
+    """Each span under the weights of a grid that find it likeliest, as nobody knows beforehand: a reference line, which
+    says how much there is to gain. Over a union no member alone may have all tokens of a span."""
 
     ensemble: Ensemble
     span_length: int
@@ -79,7 +80,7 @@ class TextScorer:
             self._cuts[ensemble] = cut_examples(ensemble, task, self.examples, self.most)
         return self._cuts[ensemble]
 
-    def kept(self, ensemble: Ensemble, span_length: int, methods: Sequence[AnyMethod | BestMember] = ()) -> Kept:
+    def kept(self, ensemble: Ensemble, span_length: int, methods: Sequence[AnyMethod | BestWeights] = ()) -> Kept:
         """What the members say in spans of a length, with what these methods look at."""
         key = ensemble, span_length
         wanted, encoder, text_tokens = set[str](), None, 512
@@ -103,15 +104,15 @@ class TextScorer:
                 )
         return self._kept[key]
 
-    def nats(self, method: AnyMethod | BestMember, beside: Sequence[AnyMethod | BestMember] = ()) -> np.ndarray:
+    def nats(self, method: AnyMethod | BestWeights, beside: Sequence[AnyMethod | BestWeights] = ()) -> np.ndarray:
         """The log-probability of each text, [N].
 
         Args:
           beside: other methods that will be asked for: what they look at is read at the same time.
         """
         place = _place(method)
-        if isinstance(method, BestMember):
-            return self.kept(*place, [method, *beside]).sums(_best_member)
+        if isinstance(method, BestWeights):
+            return self.kept(*place, [method, *beside]).sums(_best_weights)
         assert isinstance(method, Method)
         cut = self.cut(method.ensemble)
         if _keepable(method):
@@ -130,16 +131,16 @@ class TextScorer:
         return sum(map(len, self.cut(ensemble).tokens))
 
 
-def _place(method: AnyMethod | BestMember) -> tuple[Ensemble, int]:
+def _place(method: AnyMethod | BestWeights) -> tuple[Ensemble, int]:
     """What is read for a method: by which members, in spans of which length."""
-    if isinstance(method, BestMember):
+    if isinstance(method, BestWeights):
         return method.ensemble, method.span_length
     if not isinstance(method, Method):
         raise InputError(f"{type(method).__name__.lower()} is of written answers and has no likelihood of a text")
     return method.ensemble, span_length_of(method.weights, method.span_length)
 
 
-def _reads(method: AnyMethod | BestMember) -> tuple[str, ...]:
+def _reads(method: AnyMethod | BestWeights) -> tuple[str, ...]:
     policy = named_policy(method.weights) if isinstance(method, Method) and _keepable(method) else None
     policy = policy.policy if isinstance(policy, BoundPolicy) else policy
     return tuple(getattr(policy, "reads", ()))
@@ -156,15 +157,12 @@ def _keepable(method: Method) -> bool:
     return method.ensemble.fusion is linear and not (drawn or others or apart or cached)
 
 
-@functools.cache
-def _one_hot(k: int, members: int) -> Float[np.ndarray, "1 K"]:
-    return np.eye(members, dtype=np.float32)[k : k + 1]
-
-
 @jax.jit
-def _best_member(rows: SpanRows) -> Float[Array, " M"]:
+def _best_weights(rows: SpanRows) -> Float[Array, " M"]:
     k = rows.log_probs.shape[-1]
-    return jnp.max(jnp.stack([span_log_probs(rows, jnp.asarray(_one_hot(i, k))) for i in range(k)]), axis=0)
+    grid = [*simplex_grid(k, ORACLE_STEP), np.full(k, 1 / k, np.float32)]
+    each = (span_log_probs(rows, jnp.asarray(w)[None]) for w in grid)
+    return functools.reduce(jnp.maximum, each)
 
 
 def best_fixed(kept: Kept) -> Float[np.ndarray, " K"]:
@@ -203,9 +201,9 @@ def text_methods(
     *,
     search_prompts: int | None = None,
     directory: Path | None = None,
-) -> dict[str, AnyMethod | BestMember]:
+) -> dict[str, AnyMethod | BestWeights]:
     """The methods to compare agents with, by name: each member alone, equal weights, the best fixed ones on train, and
-    the best member of each span as a reference.
+    the best weights of each span as a reference.
 
     Args:
       names: by default all, for which "all" stands, too; or also policies without training, under their own settings.
@@ -216,7 +214,7 @@ def text_methods(
     singles = member_names(ensemble)
     known = [*singles, *NAMES]
     every = [own for name in names or ["all"] for own in (known if name == "all" else [name])]
-    methods: dict[str, AnyMethod | BestMember] = {}
+    methods: dict[str, AnyMethod | BestWeights] = {}
     for name in dict.fromkeys(every):
         if name in singles:
             methods[name] = member_alone(ensemble, singles.index(name), task.span_length)
@@ -228,7 +226,7 @@ def text_methods(
             record = {"weights": np.round(weights, 4).tolist(), **cost(len(train), began)}
             methods[name] = Method(ensemble, weights, task.span_length, record)
         elif name == "oracle":
-            methods[name] = BestMember(ensemble, task.span_length)
+            methods[name] = BestWeights(ensemble, task.span_length)
         elif name in NAMED_POLICIES:
             policy = NAMED_POLICIES[name]
             length = task.span_length if name == "perplexity" else getattr(policy, "span_length", 1)
@@ -259,7 +257,7 @@ def evaluate_texts(
     results.json, whose scores are bits per byte.
 
     Args:
-      by_rule: for every rule by which texts are cut its methods, see `Methods`, or `BestMember`s. With several rules
+      by_rule: for every rule by which texts are cut its methods, see `Methods`, or `BestWeights`s. With several rules
         the names of mixtures get theirs.
     """
     began = time.perf_counter()
@@ -388,7 +386,7 @@ def _row(methods: Sequence[Any], scored: _Scored, size: Float[np.ndarray, " N"])
         "ms_per_token": scored.seconds * 1e3 / (s * scored.tokens),
         "ms_per_answer": scored.seconds * 1e3 / (s * n),
     }
-    if any(isinstance(method, BestMember) for method in methods):
+    if any(isinstance(method, BestWeights) for method in methods):
         row["reference"] = True
     records = [method.record for method in methods if isinstance(method, Method)]
     for key in records[0] if records else ():
