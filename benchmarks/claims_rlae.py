@@ -191,9 +191,8 @@ def run_same_members(out: Path, plan: Plan, agent: str, seed: int) -> None:
     """Leaves every task of the circle out in turn."""
     if plan.quick:
         searches.SEARCH_PROMPTS = 256
-    config = PPOConfig(
-        iterations=plan.carry_iterations, prompts=PROMPTS, eval_every=20, seed=seed, agent=CARRIERS[agent]
-    )
+    network = dataclasses.replace(CARRIERS[agent], max_spans=SPANS)
+    config = PPOConfig(iterations=plan.carry_iterations, prompts=PROMPTS, eval_every=20, seed=seed, agent=network)
     tasks = [get_task(name) for name in plan.circle]
     leave_one_out(
         *(members_of(out, plan, BASE, seed), tasks, config, same_members(out, agent, seed)),

@@ -233,7 +233,6 @@ def _train(ensemble: Ensemble, tasks: Sequence[Task], config: PPOConfig, out: Pa
     for i, (name, on) in enumerate(runs.items()):
         with report.training_progress(f"run {i + 1} of {len(runs)}, {name}", config.iterations) as display:
             agents[name] = train_seeds(ensemble, on, config, out / name, resume=True, on_progress=display)
-        display.say_problems()
     return agents
 
 
