@@ -440,7 +440,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "parts"),
         [
-            (["--weights", "1", "2", "3"], ("[3]", "[2]")),
+            (["--weights", "1", "2", "3"], ("--weights has 3 numbers for 2 members",)),
             (["--weights", "1", "-2"], ("--weights -2.0: expected a number from 0",)),
             (["--weights", "0", "0"], ("all zero",)),
             (["--weights", "nan", "1"], ("--weights nan: expected a number",)),
@@ -572,7 +572,7 @@ class TestBadInput:
 
     def test_evaluate(self, refused, models, data_options, trained, tmp_path):
         base = ["evaluate", "--models", *models, *data_options, "--out", tmp_path / "out"]
-        refused(*base, "--methods", "uniform", "best", parts=["best", "static", "single:alpha"])
+        refused(*base, "--methods", "uniform", "best", parts=["best", "static", "single:MEMBER"])
         refused(*base, "--policy", tmp_path / "gone", parts=["gone is not a run directory"])
         refused(*base, "--limit", "0", parts=["--limit", "0"])
         refused(*base, "--search-prompts", "0", parts=["--search-prompts", "0"])
