@@ -255,7 +255,7 @@ def main() -> None:
     _become(request)
     if request.arguments:
         _count_writes(request)
-        from rlae_jax.commands.main import main as command
+        from rlae_jax.commands.entry import main as command
 
         command()
 
