@@ -167,8 +167,8 @@ def _start(config: AgentConfig) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOAgent:
-    """A `Policy` (see rlae_jax.fusion.policy): one network that reads everything and draws all weights."""
+class _Agent:
+    """What every agent's configuration says of it as a policy."""
 
     config: AgentConfig = dataclasses.field(default_factory=AgentConfig)
 
@@ -179,6 +179,11 @@ class PPOAgent:
     @property
     def span_lengths(self) -> tuple[int, ...]:
         return self.config.span_lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOAgent(_Agent):
+    """A `Policy` (see rlae_jax.fusion.policy): one network that reads everything and draws all weights."""
 
     def init(self, key: Key[Array, ""], dims: Dims) -> dict[str, Any]:
         """Parameters for members of these widths and answers of at most `dims.spans` spans."""
@@ -210,22 +215,12 @@ class PPOAgent:
 
 
 @dataclasses.dataclass(frozen=True)
-class MAPPOAgent:
+class MAPPOAgent(_Agent):
     """A `Policy`: an agent per member that sees its own member and the shared part, and one critic that sees all.
 
     Agent k draws g_k ~ Gamma(alpha_k, 1) and the weights are g / sum g; see rlae_jax.ppo.gamma. With
     `config.share_actors` all agents are one network that is told whose agent it is.
     """
-
-    config: AgentConfig = dataclasses.field(default_factory=AgentConfig)
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.config.reads
-
-    @property
-    def span_lengths(self) -> tuple[int, ...]:
-        return self.config.span_lengths
 
     def init(self, key: Key[Array, ""], dims: Dims) -> dict[str, Any]:
         """Parameters for members of these widths and answers of at most `dims.spans` spans."""
@@ -306,7 +301,7 @@ def _attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class SetAgent:
+class SetAgent(_Agent):
     """A `Policy` for any members, in any order: its parameters depend on their widths alone, each of which has a
     projection. A member of another width, and one that `known` says was not there in training, is read as if its hidden
     state were zeros.
@@ -316,17 +311,8 @@ class SetAgent:
       known: whether each member was there in training; () where all were, as far as their widths tell.
     """
 
-    config: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     several: bool = False
     known: tuple[bool, ...] = ()
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return self.config.reads
-
-    @property
-    def span_lengths(self) -> tuple[int, ...]:
-        return self.config.span_lengths
 
     def for_members(self, known: tuple[bool, ...]) -> "SetAgent":
         """The agent over some members, of which some were there in training."""
