@@ -343,7 +343,7 @@ def _identity(fused: Fused, prompts: Sequence[str], objectives: Sequence[Objecti
     return SearchRun(
         mode=fused.mode,
         adapters=list(fused.names),
-        members=[lm.fingerprint() for lm in fused.ensemble.members],
+        members=list(fused.ensemble.fingerprints),
         objectives=[objective.name for objective in objectives],
         prompts=files.digest(list(prompts)),
         settings=config,

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from rlae_jax import report, statistics
+from rlae_jax.compilation import jit
 from rlae_jax.errors import InputError
 from rlae_jax.evaluation.methods import AnyMethod, Method, Methods, member_alone, member_names, seeds_of
 from rlae_jax.evaluation.results import (
@@ -157,7 +157,7 @@ def _keepable(method: Method) -> bool:
     return method.ensemble.fusion is linear and not (drawn or others or apart or cached)
 
 
-@jax.jit
+@jit
 def _best_weights(rows: SpanRows) -> Float[Array, " M"]:
     k = rows.log_probs.shape[-1]
     grid = [*simplex_grid(k, ORACLE_STEP), np.full(k, 1 / k, np.float32)]

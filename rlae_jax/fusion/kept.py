@@ -262,9 +262,8 @@ def _digest(ensemble: Ensemble, cut: Cut, options: Any) -> str:
         for array in (ensemble.union.utf8, ensemble.union.choosable, *ensemble.union.own, *ensemble.union.spell_ids):
             union.update(np.ascontiguousarray(array).tobytes())
     rows = [[int(i) for i in row] if isinstance(row[0], int | np.integer) else [*map(list, row)] for row in cut.rows]
-    members = [lm.fingerprint() for lm in ensemble.members]
     shared = ensemble.shared is not None
-    return files.digest([FORMAT, members, shared, union.hexdigest(), options, rows, cut.tokens])[:16]
+    return files.digest([FORMAT, ensemble.fingerprints, shared, union.hexdigest(), options, rows, cut.tokens])[:16]
 
 
 def _arrays(texts: Sequence[Spans], span_length: int) -> dict[str, np.ndarray]:
